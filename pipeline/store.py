@@ -1,0 +1,387 @@
+"""The store: layout, schemas, receipts, what is still to do; the contract between pipeline, training and everything later.
+
+    STORE/dataset.json
+    STORE/images/part-00000.parquet                 with images/receipts/part-00000.json
+    STORE/captions/<variant>/part-00000.parquet     with variant.json and receipts/
+    STORE/embeddings/<variant>/part-00000.parquet   with variant.json and receipts/
+
+Shard k has the same rows in the same order in every stage, so stages are read side by side and never joined. A shard is
+written under a temporary name, renamed, and only then receipted: what has a receipt is whole. Plain pyarrow reads all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+SCHEMA_VERSION = 1
+Stage = Literal["images", "captions", "embeddings"]
+STAGES: tuple[Stage, ...] = ("images", "captions", "embeddings")
+
+IMAGES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("content_hash", pa.string()),
+        pa.field("image", pa.binary()),
+        pa.field("uri", pa.string()),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("error", pa.string()),
+    ]
+)
+CAPTIONS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("output_tokens", pa.int32()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+def embeddings_schema(dim: int) -> pa.Schema:
+    """Schema of an embedding shard whose vectors have `dim` components of unit length, in float16."""
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("embedding", pa.list_(pa.float16(), dim)),
+            pa.field("tokens", pa.int32()),
+            pa.field("truncated", pa.bool_()),
+            pa.field("error", pa.string()),
+        ]
+    )
+
+
+def embeddings_table(rows: list[dict[str, Any]], dim: int) -> pa.Table:
+    """An embedding shard from rows with `id` and either `embedding` ([dim] numbers), `tokens`, `truncated`, or `error`."""
+    vectors = np.zeros((len(rows), dim), dtype=np.float16)
+    missing = np.array([row.get("embedding") is None for row in rows])
+    for place in np.flatnonzero(~missing):
+        vectors[place] = rows[place]["embedding"]
+    columns = [pa.array([row.get(name) for row in rows], type=kind) for name, kind in _EMBEDDING_SCALARS]
+    nested = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim, mask=pa.array(missing))
+    return pa.table([columns[0], nested, *columns[1:]], schema=embeddings_schema(dim))
+
+
+_EMBEDDING_SCALARS = (("id", pa.string()), ("tokens", pa.int32()), ("truncated", pa.bool_()), ("error", pa.string()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A contiguous range of shards whose rows all belong to one split."""
+
+    rows: int
+    first_shard: int
+    num_shards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The content of dataset.json."""
+
+    schema_version: int
+    classes: list[str]
+    splits: dict[str, Split]
+    rows: int
+    shards: int
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """Proof that a shard is whole: row counts, checksum of the Parquet file, seconds of work, attempt."""
+
+    shard: int
+    rows: int
+    failed: int
+    bytes: int
+    checksum: str
+    seconds: float
+    attempt: int
+
+
+def variant_name(prefix: str, settings: dict[str, Any]) -> str:
+    """A readable prefix and the hash of every setting: other settings, other folder."""
+    text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
+    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in prefix).strip("-.")[:40]
+    return f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+class Store:
+    """A store at a folder or URI. Opening reads dataset.json only."""
+
+    def __init__(self, uri: str) -> None:
+        """Opens an existing store.
+
+        Raises:
+            FileNotFoundError: there is no dataset.json.
+            ValueError: the store was written with a newer schema.
+        """
+        self.uri = uri
+        self._fs, self._root = _resolve(uri)
+        try:
+            raw = json.loads(self._read("dataset.json"))
+        except FileNotFoundError:
+            message = f"store={uri}: holds no dataset.json; make it with: gpt4image ingest --images DIR --store {uri}"
+            raise FileNotFoundError(message) from None
+        version = raw.get("schema_version")
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            message = (
+                f"store={uri}: has schema version {version}, this release reads up to {SCHEMA_VERSION}; "
+                "install a newer gpt4image-ray, or make the store again with this one."
+            )
+            raise ValueError(message)
+        raw["splits"] = {name: Split(**split) for name, split in raw["splits"].items()}
+        self.dataset = Dataset(**raw)
+
+    @staticmethod
+    def exists(uri: str) -> bool:
+        """Whether a store was begun at `uri`."""
+        filesystem, root = _resolve(uri)
+        return bool(filesystem.get_file_info(f"{root}/dataset.json").type == fs.FileType.File)
+
+    @staticmethod
+    def create(uri: str, dataset: Dataset) -> Store:
+        """Writes dataset.json and opens the store."""
+        filesystem, root = _resolve(uri)
+        _write_whole(filesystem, f"{root}/dataset.json", _json_bytes(asdict(dataset)))
+        return Store(uri)
+
+    def folder(self, stage: Stage, variant: str = "") -> str:
+        """Path of a stage's shards, relative to the store."""
+        assert bool(variant) == (stage != "images"), (stage, variant)
+        return f"{stage}/{variant}" if variant else stage
+
+    def variants(self, stage: Stage) -> list[str]:
+        """Names of the variants of a stage, sorted; the images stage has the one nameless variant."""
+        if stage == "images":
+            return [""]
+        selector = fs.FileSelector(f"{self._root}/{stage}", allow_not_found=True)
+        return sorted(info.base_name for info in self._fs.get_file_info(selector) if info.type == fs.FileType.Directory)
+
+    def variant(self, stage: Stage, variant: str) -> dict[str, Any]:
+        """The settings that made a variant: the content of its variant.json."""
+        try:
+            settings: dict[str, Any] = json.loads(self._read(f"{self.folder(stage, variant)}/variant.json"))
+        except FileNotFoundError:
+            known = ", ".join(self.variants(stage)) or "none"
+            message = f"store={self.uri}: no {stage} variant {variant!r}; there are: {known}."
+            raise FileNotFoundError(message) from None
+        return settings
+
+    def only_variant(self, stage: Stage, wanted: str = "") -> str:
+        """The variant named, or the only one there is.
+
+        Raises:
+            ValueError: none exists, several exist and none was named, or the named one does not exist.
+        """
+        names = self.variants(stage)
+        if wanted in names or (not wanted and len(names) == 1):
+            return wanted or names[0]
+        if not names:
+            verb = "caption" if stage == "captions" else "embed"
+            message = f"store={self.uri}: has no {stage} yet; run: gpt4image {verb} --store {self.uri}"
+        else:
+            flaw = f"no {stage} variant {wanted!r}" if wanted else f"several {stage} variants and none named"
+            message = f"store={self.uri}: {flaw}; pass --{stage} with one of: {', '.join(names)}."
+        raise ValueError(message)
+
+    def write_variant(self, stage: Stage, variant: str, settings: dict[str, Any]) -> None:
+        """Records what makes a variant, once: an existing record is left as it is."""
+        path = f"{self.folder(stage, variant)}/variant.json"
+        if self._fs.get_file_info(f"{self._root}/{path}").type == fs.FileType.NotFound:
+            self.write_file(path, _json_bytes(settings))
+
+    def write_shard(
+        self, stage: Stage, variant: str, shard: int, table: pa.Table, *, seconds: float, attempt: int = 1
+    ) -> Receipt:
+        """Checks a shard against its schema, writes it whole, then its receipt."""
+        _check_table(stage, table)
+        sink = pa.BufferOutputStream()
+        # Encoded pictures do not compress; captions and vectors do, a little, at no cost worth naming.
+        pq.write_table(table, sink, compression={name: "none" if name == "image" else "zstd" for name in table.column_names})
+        data = sink.getvalue().to_pybytes()
+        failed = len(table) - table["error"].null_count
+        receipt = Receipt(
+            shard=shard, rows=len(table), failed=failed, bytes=len(data), checksum=hashlib.sha256(data).hexdigest(),
+            seconds=round(seconds, 3), attempt=attempt,
+        )  # fmt: skip
+        folder = self.folder(stage, variant)
+        self.write_file(f"{folder}/{_part(shard)}.parquet", data)
+        self.write_file(f"{folder}/receipts/{_part(shard)}.json", _json_bytes(asdict(receipt)))
+        return receipt
+
+    def read_shard(self, stage: Stage, variant: str, shard: int, columns: list[str] | None = None) -> pa.Table:
+        """One shard, or some of its columns, checked against the schema."""
+        path = f"{self._root}/{self.folder(stage, variant)}/{_part(shard)}.parquet"
+        table = pq.read_table(path, filesystem=self._fs, columns=columns)
+        _check_table(stage, table, columns)
+        return table
+
+    def receipts(self, stage: Stage, variant: str = "") -> dict[int, Receipt]:
+        """Receipts of the finished shards, by shard."""
+        return {shard: self.receipt(stage, variant, shard) for shard in self.finished(stage, variant)}
+
+    def receipt(self, stage: Stage, variant: str, shard: int) -> Receipt:
+        """The receipt of a finished shard."""
+        return Receipt(**json.loads(self._read(f"{self.folder(stage, variant)}/receipts/{_part(shard)}.json")))
+
+    def finished(self, stage: Stage, variant: str = "") -> list[int]:
+        """Shards with a receipt, by one listing of names."""
+        selector = fs.FileSelector(f"{self._root}/{self.folder(stage, variant)}/receipts", allow_not_found=True)
+        names = (info.base_name for info in self._fs.get_file_info(selector))
+        return sorted(int(n[len("part-") : -len(".json")]) for n in names if n.startswith("part-") and n.endswith(".json"))
+
+    def pending(self, stage: Stage, variant: str = "") -> list[int]:
+        """Shards without a receipt, in order: what a run, first or resumed, has to do."""
+        done = set(self.finished(stage, variant))
+        return [shard for shard in range(self.dataset.shards) if shard not in done]
+
+    def require_complete(self, stage: Stage, variant: str = "") -> None:
+        """Raises ValueError, saying how to finish, when a stage that the next one reads has shards to do."""
+        missing = len(self.pending(stage, variant))
+        if missing:
+            verb = {"images": "ingest", "captions": "caption", "embeddings": "embed"}[stage]
+            name = f" {variant}" if variant else ""
+            message = (
+                f"store={self.uri}: {stage}{name} lacks {missing} of {self.dataset.shards} shards; "
+                f"finish it first: the same `gpt4image {verb}` again goes on where it stopped."
+            )
+            raise ValueError(message)
+
+    def split_shards(self, split: str) -> range:
+        """Shards of a split.
+
+        Raises:
+            ValueError: the store has no such split.
+        """
+        if split not in self.dataset.splits:
+            message = (
+                f"split={split!r}: the store has {', '.join(self.dataset.splits)}; name one of these, "
+                "or ingest again into a new store with --val-fraction 0.1."
+            )
+            raise ValueError(message)
+        found = self.dataset.splits[split]
+        return range(found.first_shard, found.first_shard + found.num_shards)
+
+    def errors(self, stage: Stage, variant: str = "") -> Iterator[tuple[str, str]]:
+        """(id, error) of every failed row of the finished shards."""
+        for shard, receipt in self.receipts(stage, variant).items():
+            if receipt.failed:
+                table = self.read_shard(stage, variant, shard, ["id", "error"])
+                yield from ((row["id"], row["error"]) for row in table.to_pylist() if row["error"] is not None)
+
+    def write_file(self, path: str, data: bytes) -> None:
+        """Puts a whole file into the store; readers see the old one or the new one, never a part."""
+        _write_whole(self._fs, f"{self._root}/{path}", data)
+
+    def read_file(self, path: str) -> bytes | None:
+        """A file of the store, or None where there is none."""
+        try:
+            return self._read(path)
+        except FileNotFoundError:
+            return None
+
+    def remove_leftovers(self, stage: Stage, variant: str = "") -> None:
+        """Deletes temporary files of writers of this machine that are no longer alive; a killed run leaves at most one each."""
+        folder = f"{self._root}/{self.folder(stage, variant)}"
+        for directory in (folder, f"{folder}/receipts"):
+            for name in os.listdir(directory) if os.path.isdir(directory) else []:
+                match = re.fullmatch(r"\.(.+)\.(\d+)\.[0-9a-f]{8}\.tmp", name)
+                if match and match[1].endswith(f".{platform.node()}") and not _alive(int(match[2])):
+                    os.unlink(f"{directory}/{name}")
+
+    def _read(self, path: str) -> bytes:
+        with self._fs.open_input_stream(f"{self._root}/{path}") as stream:
+            return bytes(stream.read())
+
+
+def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    if "://" in uri:
+        filesystem, root = fs.FileSystem.from_uri(uri)
+        return filesystem, root.rstrip("/")
+    return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+
+
+def _write_whole(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+    """Object stores put a stream whole when it is closed; on a disk, a rename does the same."""
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        with filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    folder, name = os.path.split(path)
+    temporary = f"{folder}/.{name}.{platform.node()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _part(shard: int) -> str:
+    return f"part-{shard:05d}"
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _check_table(stage: Stage, table: pa.Table, columns: list[str] | None = None) -> None:
+    if stage == "embeddings":
+        vector = table.schema.field("embedding").type if "embedding" in table.column_names else pa.list_(pa.float16(), 1)
+        width = vector.list_size if pa.types.is_fixed_size_list(vector) else 1
+        expected = embeddings_schema(width)
+    else:
+        expected = IMAGES if stage == "images" else CAPTIONS
+    if columns is not None:
+        expected = pa.schema([expected.field(name) for name in columns])
+    if not table.schema.equals(expected, check_metadata=False):
+        message = f"{stage} shard does not have the columns of the schema.\nfound: {table.schema}\nexpected: {expected}"
+        raise ValueError(message)
+
+
+def summary(store: Store) -> dict[str, Any]:
+    """What is done and still to do, stage by stage: the object that `status --json` prints."""
+    stages = []
+    for stage in STAGES:
+        for variant in store.variants(stage):
+            receipts = store.receipts(stage, variant).values()
+            stages.append(
+                {
+                    "stage": stage, "variant": variant, "done_shards": len(receipts),
+                    "rows": sum(r.rows for r in receipts), "failed": sum(r.failed for r in receipts),
+                    "remaining_shards": store.dataset.shards - len(receipts),
+                }
+            )  # fmt: skip
+    return {"rows": store.dataset.rows, "shards": store.dataset.shards, "stages": stages}
