@@ -1,4 +1,4 @@
-"""What is done to one shard in each stage, as plain classes and functions over pyarrow tables; `run.py` chains them with Ray Data.
+"""What is done to one shard in each stage, as plain classes over pyarrow tables; `run.py` chains them with Ray Data.
 
 A table between two steps has one row, the shard, with its pictures as one nested column: whatever Ray does with blocks and
 batches, a shard stays whole and in order. `redo` limits a step to the rows that failed before.

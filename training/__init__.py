@@ -1,1 +1,1 @@
-""""""
+"""Store to aligned backbone: `python -m training train --store STORE`."""

@@ -6,13 +6,11 @@ About 2.5 million parameters, 5 MB in bfloat16; building it takes a second.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from captioner_data import LABELLED_PROMPTS, PATCH, PROMPTS, SIDE
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -26,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-PAD, IMAGE, USER, ASSISTANT, END = SPECIAL = ("<|pad|>", "<image>", "<|user|>", "<|assistant|>", "<|end|>")
+from captioner_data import ASSISTANT, END, IMAGE, LABELLED_PROMPTS, PAD, PATCH, PROMPTS, SIDE, SPECIAL, USER
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|assistant|>' if message.role == 'assistant' else '<|user|>' }}"
@@ -60,6 +59,7 @@ def build_tokenizer(captions: Iterable[str], labels: Iterable[str]) -> PreTraine
         eos_token=END,
         additional_special_tokens=[IMAGE, USER, ASSISTANT],
         model_max_length=256,
+        padding_side="left",  # generation appends on the right
         clean_up_tokenization_spaces=False,
         extra_special_tokens={"image_token": IMAGE},
     )
@@ -131,9 +131,8 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fold
     processor.save_pretrained(draft)
     # vLLM looks for preprocessor_config.json as well as for the processor's own file.
     processor.image_processor.save_pretrained(draft)
-    config = model.config.to_dict()
-    config |= {"architectures": ["LlavaForConditionalGeneration"], "dtype": "bfloat16"}
-    (draft / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    model.config.architectures, model.config.dtype = ["LlavaForConditionalGeneration"], torch.bfloat16
+    model.config.save_pretrained(draft)
     end, pad = model.config.text_config.eos_token_id, model.config.text_config.pad_token_id
     GenerationConfig(eos_token_id=end, pad_token_id=pad, max_new_tokens=64, do_sample=False).save_pretrained(draft)
     save_file(_vllm_names(model), draft / "model.safetensors", metadata={"format": "pt"})

@@ -28,10 +28,7 @@ def jobs_for(root: Path, counts: dict[str, int], seed: int) -> list[Job]:
         for label in CLASSES:
             (root / split / label).mkdir(parents=True, exist_ok=True)
     return [
-        (seed, split, label, index, str(root))
-        for split, count in counts.items()
-        for label in CLASSES
-        for index in range(count)
+        (seed, split, label, index, str(root)) for split, count in counts.items() for label in CLASSES for index in range(count)
     ]
 
 

@@ -16,9 +16,7 @@ import numpy as np
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
-BACKGROUND_COLOURS = tuple(
-    f"{shade} {hue}" for shade in ("dark", "light") for hue in ("gray", "green", "blue", "brown")
-)
+BACKGROUND_COLOURS = tuple(f"{shade} {hue}" for shade in ("dark", "light") for hue in ("gray", "green", "blue", "brown"))
 BACKGROUND_KINDS = ("plain", "gradient", "striped", "grainy")
 SHARED = ("shape", "colour", "texture", "nothing")
 RELATIONS = {"side-by-side": "left of", "stacked": "above", "nested": "inside"}
@@ -174,10 +172,7 @@ def _nested(rng: np.random.Generator, shapes: tuple[str, str], room: tuple[float
     inner = "small" if outer == "large" else _pick(rng, ("small", "medium"))
     diameter = float(rng.uniform(*(NESTED_LARGE if outer == "large" else SIZES["huge"])))
     reach = diameter / 2 * REACH[shapes[1]]
-    x, y = (
-        float(np.clip(side / 2 + rng.normal(0, 0.08), min(reach, side / 2), max(side - reach, side / 2)))
-        for side in room
-    )
+    x, y = (float(np.clip(side / 2 + rng.normal(0, 0.08), min(reach, side / 2), max(side - reach, side / 2))) for side in room)
     return (inner, outer), (float(rng.uniform(*SIZES[inner])), diameter), ((x, y), (x, y))
 
 
@@ -207,12 +202,8 @@ def _distractors(rng: np.random.Generator, mains: tuple[Thing, Thing], room: tup
         if len(found) == wanted or not PLACES[cell]:
             continue
         shape, diameter = _pick(rng, SHAPES), float(rng.uniform(*SIZES["tiny"]))
-        x, y = (
-            _in_ninth(rng, side, third, diameter * 0.6) for side, third in zip(room, (cell % 3, cell // 3), strict=True)
-        )
-        thing = Thing(
-            shape, _pick(rng, COLOURS), "plain", "tiny", x, y, diameter, float(rng.uniform(-0.3, 0.3)), PLACES[cell]
-        )
+        x, y = (_in_ninth(rng, side, third, diameter * 0.6) for side, third in zip(room, (cell % 3, cell // 3), strict=True))
+        thing = Thing(shape, _pick(rng, COLOURS), "plain", "tiny", x, y, diameter, float(rng.uniform(-0.3, 0.3)), PLACES[cell])
         if all(math.dist((x, y), (other.x, other.y)) > thing.reach + other.reach + 0.025 for other in (*mains, *found)):
             found.append(thing)
     return tuple(sorted(found, key=lambda thing: PLACES.index(thing.place)))

@@ -7,61 +7,24 @@ The defaults take about three quarters of an hour and 3 GB of memory on two CPU 
 from __future__ import annotations
 
 import argparse
-import random
+import math
 import sys
+import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the sibling modules, however this file is loaded
 
 import torch
-from captioner_data import PATCH_FIELDS, PROMPTS, Lessons, draw_lessons, learning_rate, prompt_for
-from captioner_model import ASSISTANT, END, USER, build_model, build_processor, build_tokenizer, export
-from scene import CLASSES
+from torch import distributed, multiprocessing
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration
 
-Batch = dict[str, torch.Tensor]
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every matrix is replaced by the nearest orthogonal one: fewer steps than AdamW needs here."""
-
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], lr: float = 0.02, momentum: float = 0.95) -> None:
-        super().__init__(list(parameters), {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Matrices of one shape go through the iteration together, which small matrices need to be fast."""
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[torch.nn.Parameter]] = defaultdict(list)
-            for parameter in group["params"]:
-                shapes[parameter.shape].append(parameter)
-            for (rows, columns), parameters in shapes.items():
-                updates = orthogonal(torch.stack([self._direction(p, group["momentum"]) for p in parameters]))
-                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - 0.01 * group["lr"]).add_(update, alpha=-rate)
-
-    def _direction(self, parameter: torch.nn.Parameter, momentum: float) -> torch.Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["average"] = torch.zeros_like(parameter)
-        state["average"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["average"], momentum)
-
-
-def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Push all singular values of a stack of matrices towards one by five steps of a quintic iteration."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.transpose(1, 2) if tall else matrices
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    for _ in range(5):
-        square = x @ x.transpose(1, 2)
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.transpose(1, 2) if tall else x
+from captioner_data import PATCH_FIELDS, PROMPTS, Batch, Batches, draw_lessons, sample_captions
+from captioner_model import build_model, build_processor, build_tokenizer, export
+from muon import Muon
+from scene import CLASSES
 
 
 class Trainee(torch.nn.Module):
@@ -93,43 +56,6 @@ class Trainee(torch.nn.Module):
         return torch.stack(losses).mean()
 
 
-class Batches:
-    """Cuts lessons into batches; prompts are drawn anew each time a lesson comes round."""
-
-    def __init__(self, lessons: Lessons, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        self.lessons, self.tokenizer, self.chance = lessons, tokenizer, random.Random(seed)
-        self.known: dict[str, list[int]] = {}
-        self.user, self.assistant, self.end = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END])
-
-    def forever(self, size: int) -> Iterator[Batch]:
-        """Shuffled passes over all lessons without end."""
-        order = list(range(len(self.lessons.captions)))
-        while True:
-            self.chance.shuffle(order)
-            for start in range(0, len(order) - size + 1, size):
-                numbers = order[start : start + size]
-                yield self.batch(numbers, [prompt_for(self.lessons.labels[i], self.chance) for i in numbers])
-
-    def batch(self, numbers: Sequence[int], prompts: Sequence[str]) -> Batch:
-        """Tokens without the image's own, which target they ask for, the pixels and the patches' answers."""
-        fronts = [[self.user, *self._encode(prompt), self.assistant] for prompt in prompts]
-        captions = [[*self._encode(self.lessons.captions[i]), self.end] for i in numbers]
-        longest = max(len(front) + len(caption) for front, caption in zip(fronts, captions, strict=True))
-        tokens = torch.full((len(fronts), longest), self.end)
-        asked = torch.zeros((len(fronts), longest - 1), dtype=torch.bool)
-        for row, (front, caption) in enumerate(zip(fronts, captions, strict=True)):
-            tokens[row, : len(front) + len(caption)] = torch.tensor(front + caption)
-            asked[row, len(front) - 1 : len(front) + len(caption) - 1] = True
-        pixels = torch.from_numpy(self.lessons.images[list(numbers)]).permute(0, 3, 1, 2).float()
-        patches = torch.from_numpy(self.lessons.patches[list(numbers)]).long()
-        return {"tokens": tokens, "asked": asked, "pixels": pixels / 63.75 - 2, "patches": patches}
-
-    def _encode(self, text: str) -> list[int]:
-        if text not in self.known:
-            self.known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.known[text]
-
-
 def optimisers_for(trainee: Trainee, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, norms, biases and the patch namer."""
     named = list(trainee.named_parameters())
@@ -158,60 +84,98 @@ def exam(trainee: Trainee, batches: Batches, count: int) -> tuple[float, float]:
     return right / tokens, exact / count
 
 
-def train(trainee: Trainee, batches: Batches, held_out: Batches, options: argparse.Namespace) -> None:
-    """The loop: caption loss plus patch loss, clipped, at a rate that rises and then falls to nothing."""
-    optimisers, supply = optimisers_for(trainee, options.rate), batches.forever(options.batch)
+def share_gradients(trainee: Trainee, processes: int) -> None:
+    """Average the gradients of all processes in one message."""
+    gradients = [p.grad for p in trainee.parameters() if p.grad is not None]
+    if processes > 1:
+        joined = torch.cat([g.flatten() for g in gradients])
+        distributed.all_reduce(joined)
+        for gradient, mean in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient) / processes)
+
+
+def learning_rate(step: int, steps: int, warm_up: int = 100) -> float:
+    """The share of the peak rate: a linear rise, then half a cosine down to nothing."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def one_step(trainee: Trainee, batch: Batch, options: argparse.Namespace) -> tuple[float, float]:
+    """Forward and backward; returns the caption loss and the patch loss."""
+    words, patches = trainee(batch)
+    caption_loss = F.cross_entropy(words, batch["tokens"][:, 1:][batch["asked"]])
+    patch_loss = trainee.patch_loss(patches, batch["patches"])
+    (caption_loss + options.patch_weight * patch_loss).backward()
+    share_gradients(trainee, options.processes)
+    torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+    return caption_loss.item(), patch_loss.item()
+
+
+def train(trainee: Trainee, batches: Batches, held_out: Batches | None, options: argparse.Namespace) -> None:
+    """The loop, at a rate that rises and then falls to nothing; whoever holds the exam also prints and exports."""
+    optimisers, supply = optimisers_for(trainee, options.rate), batches.forever(options.batch // options.processes)
     started = time.perf_counter()
     for step in range(options.steps):
-        batch = next(supply)
-        words, patches = trainee(batch)
-        caption_loss = F.cross_entropy(words, batch["tokens"][:, 1:][batch["asked"]])
-        patch_loss = trainee.patch_loss(patches, batch["patches"])
-        (caption_loss + options.patch_weight * patch_loss).backward()
-        torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        losses = one_step(trainee, next(supply), options)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * learning_rate(step, options.steps, warm_up=100)
+                group["lr"] = group["peak"] * learning_rate(step, options.steps)
             optimiser.step()
             optimiser.zero_grad()
-        if step % 50 == 49:
+        if held_out and step % 50 == 49:
             pace = (time.perf_counter() - started) / (step + 1)
-            losses = f"caption loss {caption_loss:.4f}  patch loss {patch_loss:.4f}"
-            print(f"step {step + 1}/{options.steps}  {losses}  {pace:.2f} s a step", flush=True)
-        if step % 500 == 499 or step + 1 == options.steps:
-            tokens, exact = exam(trainee, held_out, 512)
+            text = f"caption loss {losses[0]:.4f}  patch loss {losses[1]:.4f}  {pace:.2f} s a step"
+            print(f"step {step + 1}/{options.steps}  {text}", flush=True)
+        if held_out and (step % 250 == 249 or step + 1 == options.steps):
+            tokens, exact = exam(trainee, held_out, 512 if step + 1 == options.steps else 256)
             print(f"step {step + 1}  held out: tokens {tokens:.2%}  whole captions {exact:.2%}", flush=True)
+            export(trainee.captioner, build_processor(batches.tokenizer), options.to)
+
+
+def learn(rank: int, options: argparse.Namespace, meeting: str) -> None:
+    """One process: draw a share of the lessons, learn in step with the others; the first one exports."""
+    torch.set_num_threads(1 if options.processes > 1 else options.threads)
+    if options.processes > 1:
+        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+    share = options.pool // options.processes
+    # Splits of their own: no picture that `render.py` ever writes is among the lessons.
+    lessons = draw_lessons(rank * share, share, options.seed, "captioner-train")
+    held_out = None if rank else draw_lessons(0, 512, options.seed, "captioner-exam")
+    tokenizer = build_tokenizer(sample_captions(6000, options.seed), CLASSES)
+    torch.manual_seed(options.seed)  # every process starts from the same weights
+    trainee = Trainee(build_model(tokenizer))
+    batches = Batches(lessons, tokenizer, options.seed * 100 + rank)
+    if rank == 0:
+        count = sum(p.numel() for p in trainee.captioner.parameters())
+        print(f"{options.pool} lessons, {len(tokenizer)} tokens, {count:,} parameters", flush=True)
+    train(trainee, batches, held_out and Batches(held_out, tokenizer, 0), options)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    result.add_argument("--to", type=Path, required=True, help="folder of the finished model; replaced in one move")
-    result.add_argument("--steps", type=int, default=4000, help="batches to learn from; 700 give a first usable model")
-    result.add_argument("--batch", type=int, default=64, help="pictures a step")
-    result.add_argument("--pool", type=int, default=80_000, help="different pictures to draw; passed over repeatedly")
+    result.add_argument("--to", type=Path, required=True, help="folder of the model; replaced in one move every 250 steps")
+    result.add_argument("--steps", type=int, default=2000, help="batches to learn from; 700 give a first usable model")
+    result.add_argument("--batch", type=int, default=64, help="pictures a step, over all processes")
+    result.add_argument("--pool", type=int, default=60_000, help="different pictures to draw; passed over repeatedly")
     result.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of AdamW; Muon's is ten times it")
     result.add_argument("--patch-weight", type=float, default=0.5, help="weight of the patch-naming lesson; 0 is none")
     result.add_argument("--seed", type=int, default=0, help="of weights, pictures and prompts")
-    result.add_argument("--threads", type=int, default=2, help="CPU threads, and processes that draw")
+    result.add_argument("--processes", type=int, default=2, help="each learns from its share of a batch on one core")
+    result.add_argument("--threads", type=int, default=2, help="cores to use where --processes is 1")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the lessons, train, export."""
     options = parser().parse_args(argv)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    # Splits of their own: no picture that `render.py` ever writes is among the lessons.
-    lessons = draw_lessons(options.pool, options.seed, "captioner-train", options.threads)
-    held_out = draw_lessons(512, options.seed, "captioner-exam", options.threads)
-    tokenizer = build_tokenizer(lessons.captions[:5000], CLASSES)
-    trainee = Trainee(build_model(tokenizer))
-    count = sum(p.numel() for p in trainee.captioner.parameters())
-    print(f"{len(lessons.captions)} lessons, {len(tokenizer)} tokens, {count:,} parameters", flush=True)
-    train(trainee, Batches(lessons, tokenizer, options.seed), Batches(held_out, tokenizer, options.seed), options)
-    export(trainee.captioner, build_processor(tokenizer), options.to)
-    print(f"wrote {options.to}")
+    if options.processes == 1:
+        learn(0, options, "")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        # Small models on few cores: processes with a thread each waste less than one process with threads.
+        multiprocessing.spawn(learn, args=(options, f"file://{folder}/meeting"), nprocs=options.processes)
     return 0
 
 

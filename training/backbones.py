@@ -1,0 +1,72 @@
+"""timm backbones as (pooled feature, logits), built at the image size of the run."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+
+def model_args(name: str, image_size: int) -> dict[str, Any]:
+    """Arguments beyond the name that make timm build this backbone at this size; recorded in every export.
+
+    Raises:
+        ValueError: timm has no such model.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() names all."
+        message = f"backbone={name!r}: timm {timm.__version__} has no such model; {hint}"
+        raise ValueError(message)
+    config = timm.get_pretrained_cfg(name)
+    fixed = config is not None and config.fixed_input_size
+    return {"img_size": image_size} if fixed and config.input_size[-1] != image_size else {}
+
+
+def build(name: str, *, num_classes: int, image_size: int, pretrained: bool = False, drop_path: float = 0.0) -> nn.Module:
+    """A timm model with a new classifier.
+
+    Raises:
+        ValueError: unknown name, a size that the architecture does not allow, or no single linear classifier.
+    """
+    extra: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    arguments = model_args(name, image_size)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments, **extra)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        native = timm.get_pretrained_cfg(name)
+        size = native.input_size[-1] if native else 224
+        message = (
+            f"backbone={name!r}, image_size={image_size}: timm cannot build it so ({error or type(error).__name__}); "
+            f"its own size is {size}: pass --image-size {size}, or another backbone."
+        )
+        raise ValueError(message) from None
+    if not isinstance(_classifier(model), nn.Linear):
+        message = f"backbone={name!r}: has no single linear classifier, so there is no pooled feature to align; use another."
+        raise ValueError(message)
+    return model
+
+
+def features_and_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """([b, F] the classifier's input, [b, C] logits) of images [b, 3, H, W]."""
+    timm_model: Any = model
+    features: Tensor = timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)
+    logits: Tensor = _classifier(model)(features)
+    return features, logits
+
+
+def num_features(model: nn.Module) -> int:
+    """F, the width of the classifier's input."""
+    return int(_classifier(model).in_features)
+
+
+def uses_batch_norm(model: nn.Module) -> bool:
+    """Whether the paper's head for it has BatchNorm: convolutional networks with BatchNorm do, transformers do not."""
+    return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def _classifier(model: nn.Module) -> Any:
+    timm_model: Any = model
+    return timm_model.get_classifier()

@@ -1,0 +1,104 @@
+"""Text targets of training: which embedding variant, how wide, and PCA for a shared space narrower than the embeddings.
+
+PCA is fitted once for an embedding variant, on the train split, streaming over its shards in float64, and kept in the store
+beside the vectors (`pca.safetensors`), so that every trial and every resumed run projects alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.store import Store
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What training needs to know of its texts; `mean` and `basis` ([D], [D, dim]) are None where texts stay as they are."""
+
+    embeddings: str
+    captions: str
+    dim: int
+    mean: Array | None = None
+    basis: Array | None = None
+
+    def project(self, vectors: Array) -> Array:
+        """[n, D] unit-length vectors to [n, dim] unit-length targets in float32."""
+        wide = vectors.astype(np.float32)
+        if self.mean is None or self.basis is None:
+            return wide
+        narrow = (wide - self.mean) @ self.basis
+        unit: Array = narrow / np.maximum(np.linalg.norm(narrow, axis=1, keepdims=True), 1e-12)
+        return unit
+
+
+def load(store: Store, *, embeddings: str, dim: int, split: str) -> Targets:
+    """The targets of an embedding variant at width `dim` (0: as wide as the embeddings).
+
+    Raises:
+        ValueError: no such variant, an unfinished one, or a `dim` above its width.
+    """
+    name = store.only_variant("embeddings", embeddings)
+    store.require_complete("embeddings", name)
+    captions = str(store.variant("embeddings", name)["captions"])
+    width = int(store.read_shard("embeddings", name, 0, ["embedding"]).schema.field("embedding").type.list_size)
+    if dim > width:
+        message = (
+            f"projection_dim={dim}: the embeddings of {name} have {width} dimensions; pass --projection-dim {width} or less."
+        )
+        raise ValueError(message)
+    if dim in (0, width):
+        return Targets(embeddings=name, captions=captions, dim=width)
+    mean, basis = _pca(store, name, split, width)
+    return Targets(embeddings=name, captions=captions, dim=dim, mean=mean, basis=basis[:, :dim])
+
+
+def vectors_of(column: Any) -> Array:
+    """[n, D] float16 of a chunked fixed-size-list column; rows without a vector are zero."""
+    import pyarrow.compute as pc
+
+    array = column.combine_chunks()
+    width = array.type.list_size
+    found = np.zeros((len(array), width), dtype=np.float16)
+    present = ~np.asarray(pc.is_null(array))
+    found[present] = np.asarray(array.flatten()).reshape(-1, width)
+    return found
+
+
+def _pca(store: Store, name: str, split: str, width: int) -> tuple[Array, Array]:
+    from safetensors.numpy import load as from_bytes
+    from safetensors.numpy import save as to_bytes
+
+    path = f"embeddings/{name}/pca.safetensors"
+    data = store.read_file(path)
+    if data is None:
+        mean, basis, variance = _fit(store, name, split, width)
+        data = to_bytes({"mean": mean, "basis": basis, "variance": variance})
+        store.write_file(path, data)
+    parts = from_bytes(data)
+    return parts["mean"], parts["basis"]
+
+
+def _fit(store: Store, name: str, split: str, width: int) -> tuple[Array, Array, Array]:
+    count, total, second = 0, np.zeros(width), np.zeros((width, width))
+    for shard in store.split_shards(split):
+        vectors = vectors_of(store.read_shard("embeddings", name, shard, ["embedding"])["embedding"]).astype(np.float64)
+        vectors = vectors[np.abs(vectors).sum(1) > 0]
+        count += len(vectors)
+        total += vectors.sum(0)
+        second += vectors.T @ vectors
+    if count < 2:
+        message = f"embeddings={name}: {count} vectors in split {split}, too few for PCA; pass --projection-dim 0."
+        raise ValueError(message)
+    mean = total / count
+    variance, basis = np.linalg.eigh(second / count - np.outer(mean, mean))
+    order = np.argsort(variance)[::-1]
+    basis = basis[:, order]
+    # Eigenvectors have no sign of their own; the largest component positive makes two fits agree.
+    basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(width)])
+    return mean.astype(np.float32), np.ascontiguousarray(basis, dtype=np.float32), variance[order].astype(np.float32)

@@ -1,0 +1,75 @@
+"""`report`: what a sweep found, as a table on the terminal; `page.py` makes the page from the same rows."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from tuning.significance import Paired, paired
+
+
+def read_sweep(folder: str) -> dict[str, Any]:
+    """The content of a sweep's sweep.json.
+
+    Raises:
+        FileNotFoundError: `folder` is no folder of a sweep.
+    """
+    path = os.path.join(folder, "sweep.json")
+    if not os.path.isfile(path):
+        message = f"sweep={folder}: holds no sweep.json, so it is no sweep; `gpt4image tune` makes one."
+        raise FileNotFoundError(message)
+    with open(path, encoding="utf-8") as stream:
+        content: dict[str, Any] = json.load(stream)
+    return content
+
+
+def finished(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trials with a result."""
+    return [trial for trial in content["trials"] if trial["result"] is not None]
+
+
+def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a finished trial, best first."""
+    found = []
+    for trial in finished(content):
+        config, result = trial["config"], trial["result"]
+        found.append(
+            {
+                "backbone": config["backbone"], "weight": config["alignment_weight"],
+                "dim": (config["projection_dim"] or "D") if config["alignment_weight"] else "-", "seed": config["seed"],
+                "top1": result["last"]["top1"], "top5": result["last"]["top5"], "best_top1": result["best_top1"],
+                "best_epoch": result["best_epoch"], "images_per_s": result["last"]["images_per_s"], "run_id": result["run_id"],
+            }
+        )  # fmt: skip
+    return sorted(found, key=lambda row: -row["top1"])
+
+
+def table(content: dict[str, Any]) -> str:
+    """The trials as a table; last epoch beside the best one, which was chosen on the same images and so flatters."""
+    lines = [
+        f"{'backbone':24} {'weight':>6} {'dim':>5} {'seed':>4} {'top-1':>7} {'top-5':>7} {'best':>7} {'epoch':>5} {'img/s':>7}"
+    ]
+    lines += [
+        f"{r['backbone']:24} {r['weight']:>6g} {r['dim']!s:>5} {r['seed']:>4} {r['top1']:>7.2f} {r['top5']:>7.2f} "
+        f"{r['best_top1']:>7.2f} {r['best_epoch']:>5} {r['images_per_s']:>7.0f}"
+        for r in rows(content)
+    ]
+    missing = len(content["trials"]) - len(finished(content))
+    return "\n".join(lines + ([f"{missing} trials have no result"] if missing else []))
+
+
+def sentence(result: Paired) -> str:
+    """One comparison in words."""
+    setting = f"{result.backbone}, weight {result.weight:g}, dim {result.dim or 'D'}"
+    if len(result.seeds) < 2:
+        return f"{setting}: {result.mean:+.2f} points of top-1 over the baseline on one seed; too few for an interval"
+    return (
+        f"{setting}: {result.mean:+.2f} points of top-1 over the baseline, 95 % interval [{result.low:+.2f}, {result.high:+.2f}], "
+        f"{len(result.seeds)} seeds: {result.verdict}"
+    )
+
+
+def comparisons(content: dict[str, Any]) -> str:
+    """The paired comparisons as sentences."""
+    return "\n".join(sentence(result) for result in paired(finished(content)))
