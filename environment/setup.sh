@@ -31,7 +31,8 @@ say "$ACCELERATOR parts into $VENV, Python $("$PYTHON" -c 'import platform; prin
 FIND_LINKS=${PIP_FIND_LINKS:-$("$VENV/bin/python" -m pip config get global.find-links 2>/dev/null || true)}
 [ -z "$FIND_LINKS" ] || export UV_FIND_LINKS=${FIND_LINKS// /,}
 
-install() { "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" "$@"; }
+# Compiled once here: a user (or a container) that forbids writing bytecode would otherwise compile torch at every start.
+install() { "$VENV/bin/uv" pip install --quiet --compile-bytecode --python "$VENV/bin/python" "$@"; }
 
 if [ "$ACCELERATOR" = cpu ]; then
     # The two community packages: pinned by hash, and nothing else in that step.

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     verb = arguments[0]
     try:
-        settings = tyro.cli(VERBS[verb][0], args=arguments[1:], prog=f"gpt4image {verb}")
+        settings: Any = tyro.cli(VERBS[verb][0], args=arguments[1:], prog=f"gpt4image {verb}")
         return _handlers()[verb](settings)
     except (ValueError, FileNotFoundError) as error:
         print(f"gpt4image {verb}: {error}", file=sys.stderr)

@@ -84,7 +84,7 @@ class CaptionConfig:
     captioner: Literal["vllm", "transformers"] = "vllm"
     """Engine; both take the same model, prompt and processor (vllm is several times faster)."""
     caption_preset: str = "scenes"
-    """Model, picture size and length in one word: scenes (shipped, CPU); qwen2.5-vl-3b, smolvlm2-2.2b, llava-1.5-7b (GPU, network)."""
+    """Model, picture size and length in one word: scenes (shipped); qwen2.5-vl-3b, smolvlm2-2.2b, llava-1.5-7b (GPU, network)."""
     model: str = ""
     """Hub name or folder of a vision-language model in safetensors; empty: the preset's."""
     model_revision: str = ""
@@ -219,7 +219,8 @@ class DescribeConfig(SourceConfig, CaptionConfig, EmbedConfig):
 
     def part(self, kind: type[_Part]) -> _Part:
         """The settings of one stage."""
-        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+        settings: _Part = kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+        return settings
 
 
 @dataclass(frozen=True, kw_only=True)

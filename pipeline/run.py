@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import sys
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import models, shards, sources
 from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
+from pipeline.session import spare_cores, start_ray
 from pipeline.store import Stage, Store, variant_name
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _ingest_chain(store: str) -> Chain:
             fn_constructor_args=(store,),
             **_shard_batches(),
             num_cpus=1,
-            compute=_actors(_cpu_width()),
+            compute=_actors(spare_cores()),
         )
 
     return build
@@ -125,7 +125,7 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
         ds = ds.map_batches(
             shards.PreparePictures, fn_constructor_args=(config, variant), **_shard_batches(), num_cpus=1,
-            compute=_actors(max(_cpu_width(), engines)),
+            compute=_actors(max(spare_cores(), engines)),
         )  # fmt: skip
         # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up. The pool is fixed: a
         # growing one reaches its size minutes late. Without a GPU the engine's own threads use the cores that are there.
@@ -168,15 +168,6 @@ def _actors(size: int) -> ray.data.ActorPoolStrategy:
     return ActorPoolStrategy(size=size)
 
 
-def _cpu_width() -> int:
-    """Actors that decode at once: the cores of this machine on a laptop, those of the cluster on a cluster."""
-    import ray
-
-    if os.environ.get("RAY_ADDRESS"):
-        return max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
-    return max(1, (os.cpu_count() or 2) // 2)
-
-
 def _pool(wanted: int, flag: str) -> tuple[int, float]:
     """(actors, GPUs an actor) for a stage that holds a model; says at once when the cluster cannot give them."""
     import ray
@@ -188,24 +179,6 @@ def _pool(wanted: int, flag: str) -> tuple[int, float]:
         )
         raise ValueError(message)
     return wanted or max(1, gpus), 1.0 if gpus else 0.0
-
-
-def start_ray() -> None:
-    """Joins the cluster that RAY_ADDRESS names (a submitted job has it set), or starts Ray on this machine."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
-        return
-    # Logical CPUs: actors of several stages must fit beside each other on two cores. 2 GiB of object store hold the
-    # shards in flight, and the dashboard would cost start-up time and open a port.
-    ray.init(
-        address="local", num_cpus=max(8, os.cpu_count() or 1), object_store_memory=2 * 2**30, include_dashboard=False,
-        logging_level=logging.WARNING, log_to_driver=False,
-    )  # fmt: skip
 
 
 def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[str, Any]], chain: Chain, max_rate: float) -> None:
@@ -224,6 +197,7 @@ def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[s
         start_ray()
         import ray.data
 
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # its own progress and hints; ours stand in their place
         ray.data.DataContext.get_current().enable_progress_bars = False
         tokens = 0
         rows_before = 0 if redone & receipts.keys() else done_rows

@@ -21,8 +21,9 @@ def model_args(name: str, image_size: int) -> dict[str, Any]:
         message = f"backbone={name!r}: timm {timm.__version__} has no such model; {hint}"
         raise ValueError(message)
     config = timm.get_pretrained_cfg(name)
-    fixed = config is not None and config.fixed_input_size
-    return {"img_size": image_size} if fixed and config.input_size[-1] != image_size else {}
+    if config is None or not config.fixed_input_size or config.input_size[-1] == image_size:
+        return {}
+    return {"img_size": image_size}
 
 
 def build(name: str, *, num_classes: int, image_size: int, pretrained: bool = False, drop_path: float = 0.0) -> nn.Module:

@@ -47,7 +47,7 @@ def evaluate(settings: EvaluateConfig) -> dict[str, Any]:
     split = settings.split or config.eval_split
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task, epoch = load_backbone(config, checkpoint.find(settings.run, settings.checkpoint), len(store.dataset.classes))
-    task = task.to(device, memory_format=torch.channels_last)
+    task = loop.to_device(task, device)
     loader = loop.make_loader(config, store, None, task.backbone)
     amp = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     norm = loop.make_norm(task.backbone, device)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,13 @@ def build_task(config: TrainConfig, num_classes: int, dim: int) -> AlignTask:
     )  # fmt: skip
 
 
+def to_device(task: AlignTask, device: torch.device) -> AlignTask:
+    """The task on a device, convolutions in the memory format that is fastest on GPUs and CPUs alike."""
+    moved: nn.Module = task.to(device)
+    moved = cast(Any, moved).to(memory_format=torch.channels_last)
+    return cast(AlignTask, moved)
+
+
 def data_config(model: nn.Module) -> dict[str, Any]:
     """timm's mean, std and crop_pct of a backbone."""
     import timm.data
@@ -92,7 +99,7 @@ def fit(config: TrainConfig, device: torch.device, rank: int, resume_from: str |
     found = None
     if config.alignment_weight > 0:
         found = targets.load(store, embeddings=config.embeddings, dim=config.projection_dim, split=config.train_split)
-    task = build_task(config, len(store.dataset.classes), found.dim if found else 0).to(device, memory_format=torch.channels_last)
+    task = to_device(build_task(config, len(store.dataset.classes), found.dim if found else 0), device)
     optimizer = create_optimizer_v2(
         task, opt="sgd" if config.optimizer == "sgd" else "adamw", lr=config.lr, weight_decay=config.weight_decay,
         momentum=config.momentum,

@@ -1,4 +1,4 @@
-"""`train`: a Ray Train V2 run over the store, from settings to checkpoints and metrics; the only file here that builds Ray objects.
+"""`train`: a Ray Train V2 run over the store, from settings to checkpoints; the one file here that builds Ray objects.
 
 A run is a folder: settings (config.json), MLflow id, Ray Train's checkpoints, metrics.jsonl and at the end result.json. The same
 command on the same folder goes on from the last checkpoint. `python -m training train --store STORE --preset scenes`.
@@ -7,7 +7,6 @@ command on the same folder goes on from the last checkpoint. `python -m training
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from pipeline.session import start_ray
 from pipeline.store import Store
 from training import tracking
 from training.config import TrainConfig
@@ -58,7 +58,9 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": asdict(config), "run_id": run_id},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)}),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)}
+        ),
         run_config=RunConfig(
             name=os.path.basename(config.run), storage_path=os.path.dirname(config.run), callbacks=list(callbacks),
             failure_config=FailureConfig(max_failures=config.max_failures),
@@ -129,7 +131,10 @@ def check(config: TrainConfig) -> dict[str, str]:
     store.split_shards(config.eval_split)
     rows = len(Rows(store, config.train_split))
     if rows < config.batch_size:
-        message = f"batch_size={config.batch_size}: the split {config.train_split} has {rows} usable images; pass --batch-size {rows // 2 * 2}."
+        message = (
+            f"batch_size={config.batch_size}: the split {config.train_split} has {rows} usable images; "
+            f"pass --batch-size {max(2, rows // 2 * 2)} or less."
+        )
         raise ValueError(message)
     if config.alignment_weight == 0:
         return {"embeddings": "", "captions": ""}
@@ -186,22 +191,6 @@ def _result(config: TrainConfig, run_id: str) -> Result:
         "run": config.run, "run_id": run_id, "epochs": len(history), "last": history[-1],
         "best_epoch": best["epoch"], "best_top1": best["top1"], "history": history,
     }  # fmt: skip
-
-
-def start_ray() -> None:
-    """Joins the cluster that RAY_ADDRESS names, or starts Ray on this machine."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
-        return
-    # Logical CPUs: a trial, its controller and its workers must fit beside each other on two cores.
-    ray.init(
-        address="local", num_cpus=max(8, os.cpu_count() or 1), object_store_memory=2**29, include_dashboard=False,
-        logging_level=logging.WARNING, log_to_driver=False,
-    )  # fmt: skip
 
 
 class _Progress:

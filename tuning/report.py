@@ -65,7 +65,7 @@ def sentence(result: Paired) -> str:
     if len(result.seeds) < 2:
         return f"{setting}: {result.mean:+.2f} points of top-1 over the baseline on one seed; too few for an interval"
     return (
-        f"{setting}: {result.mean:+.2f} points of top-1 over the baseline, 95 % interval [{result.low:+.2f}, {result.high:+.2f}], "
+        f"{setting}: {result.mean:+.2f} points of top-1 over the baseline, 95 % [{result.low:+.2f}, {result.high:+.2f}], "
         f"{len(result.seeds)} seeds: {result.verdict}"
     )
 

@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
+from pipeline.session import start_ray
 from training import run as training_run
 from training import tracking
 from training.config import ExportConfig, TrainConfig
@@ -59,7 +60,7 @@ def run_trial(trial: Trial) -> None:
 
 
 def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None:
-    training_run.start_ray()
+    start_ray()
     from ray import tune as ray_tune
 
     # The trial's own process only waits for its workers, whose CPUs and GPUs Ray Train asks for itself.

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-
 from draw import thumbnail_of
+from numpy.typing import NDArray
 from scene import BACKGROUND_COLOURS, BACKGROUND_KINDS, CLASSES, COLOURS, SHAPES, SIZES, TEXTURES, Scene, caption_of, sample_scene
 
 Batch = dict[str, torch.Tensor]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from captioner_data import ASSISTANT, END, IMAGE, LABELLED_PROMPTS, PAD, PATCH, PROMPTS, SIDE, SPECIAL, USER
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -23,8 +24,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-
-from captioner_data import ASSISTANT, END, IMAGE, LABELLED_PROMPTS, PAD, PATCH, PROMPTS, SIDE, SPECIAL, USER
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-
 from scene import REACH, Scene, Thing, sample_scene
 
 Array = NDArray[np.float32]

@@ -19,9 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the sibling modules, however this file is loaded
 
-from PIL import Image
-
 from draw import jpeg_of
+from PIL import Image
 from scene import CLASSES, caption_of, sample_scene
 
 PROMPTS = {

@@ -12,6 +12,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the sibling modules, however this file is loaded
@@ -37,8 +38,8 @@ def drawn(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, Scene]]:
     if workers < 1:
         yield from map(write_picture, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap(write_picture, jobs, chunksize=32)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(write_picture, jobs, chunksize=32)
 
 
 def write_truth(results: Iterable[tuple[str, Scene]], path: Path) -> int:

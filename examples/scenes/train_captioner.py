@@ -17,14 +17,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the sibling modules, however this file is loaded
 
 import torch
-from torch import distributed, multiprocessing
-from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration
-
 from captioner_data import PATCH_FIELDS, PROMPTS, Batch, Batches, draw_lessons, sample_captions
 from captioner_model import build_model, build_processor, build_tokenizer, export
 from muon import Muon
 from scene import CLASSES
+from torch import distributed, multiprocessing
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
 
 
 class Trainee(torch.nn.Module):
@@ -94,7 +93,7 @@ def share_gradients(trainee: Trainee, processes: int) -> None:
             gradient.copy_(mean.view_as(gradient) / processes)
 
 
-def learning_rate(step: int, steps: int, warm_up: int = 100) -> float:
+def learning_rate(step: int, steps: int, warm_up: int = 60) -> float:
     """The share of the peak rate: a linear rise, then half a cosine down to nothing."""
     if step < warm_up:
         return (step + 1) / warm_up
@@ -128,7 +127,7 @@ def train(trainee: Trainee, batches: Batches, held_out: Batches | None, options:
             text = f"caption loss {losses[0]:.4f}  patch loss {losses[1]:.4f}  {pace:.2f} s a step"
             print(f"step {step + 1}/{options.steps}  {text}", flush=True)
         if held_out and (step % 250 == 249 or step + 1 == options.steps):
-            tokens, exact = exam(trainee, held_out, 512 if step + 1 == options.steps else 256)
+            tokens, exact = exam(trainee, held_out, 512 if step + 1 == options.steps else 128)
             print(f"step {step + 1}  held out: tokens {tokens:.2%}  whole captions {exact:.2%}", flush=True)
             export(trainee.captioner, build_processor(batches.tokenizer), options.to)
 
@@ -156,9 +155,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     result.add_argument("--to", type=Path, required=True, help="folder of the model; replaced in one move every 250 steps")
-    result.add_argument("--steps", type=int, default=2000, help="batches to learn from; 700 give a first usable model")
-    result.add_argument("--batch", type=int, default=64, help="pictures a step, over all processes")
-    result.add_argument("--pool", type=int, default=60_000, help="different pictures to draw; passed over repeatedly")
+    result.add_argument("--steps", type=int, default=2400, help="batches to learn from; 700 give a first usable model")
+    result.add_argument("--batch", type=int, default=32, help="pictures a step, over all processes")
+    result.add_argument("--pool", type=int, default=36_000, help="different pictures to draw; passed over repeatedly")
     result.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of AdamW; Muon's is ten times it")
     result.add_argument("--patch-weight", type=float, default=0.5, help="weight of the patch-naming lesson; 0 is none")
     result.add_argument("--seed", type=int, default=0, help="of weights, pictures and prompts")

@@ -32,10 +32,9 @@ class TransformersCaptioner:
         if self._processor.tokenizer.pad_token_id is None:
             self._processor.tokenizer.pad_token = self._processor.tokenizer.eos_token
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: Any = AutoModelForImageTextToText.from_pretrained(
-            location, revision=model.hub_revision, dtype=torch.bfloat16, use_safetensors=True
-        )
-        self._model.to(self._device).eval()
+        auto: Any = AutoModelForImageTextToText
+        self._model: Any = auto.from_pretrained(location, revision=model.hub_revision, dtype=torch.bfloat16, use_safetensors=True)
+        self._model = self._model.to(self._device).eval()
 
     def __call__(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
         """One caption for each picture, in batches of BATCH."""

@@ -1,0 +1,34 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+SETUP_FILES := pyproject.toml $(wildcard environment/*)
+
+.PHONY: setup demo test quick check format clean
+
+setup: $(STAMP)  ## build $(VENV) with pinned packages; at once when nothing changed
+
+$(STAMP): $(SETUP_FILES)
+	VENV=$(VENV) bash environment/setup.sh
+	@touch $@
+
+demo: setup  ## the main job on the embedded default; ends in a table and runs/demo/report.html
+	@$(BIN)/gpt4image demo
+
+check: setup  ## format, lint and types
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+test: check  ## everything
+	@$(BIN)/python -m pytest -q
+
+quick: check  ## without what starts Ray clusters, engines or trainings
+	@$(BIN)/python -m pytest -q -m 'not slow'
+
+format: setup  ## rewrite the code in the house format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:  ## remove what runs left behind; keeps the environment
+	rm -rf runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,48 @@
+"""Settings of the cluster's verbs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What this machine can do, and how to mend what it cannot."""
+
+    deep: bool = False
+    """Also start Ray, load the shipped captioner into vLLM and encode a sentence (about a minute)."""
+    json: bool = False
+    """One JSON object on standard output, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The main job on the embedded default: scenes, captions, embeddings, sweep, three seeds, page."""
+
+    to: str = "runs/demo"
+    """Folder of everything that the demo makes; the same folder again goes on where it stopped."""
+    train_per_class: int = 60
+    """Training pictures of each of the 12 classes."""
+    val_per_class: int = 50
+    """Validation pictures of each class."""
+    epochs: int = 0
+    """Epochs of each training; 0: the recipe's."""
+
+    def __post_init__(self) -> None:
+        small = [
+            f"{n}={getattr(self, n)}: must be at least 8." for n in ("train_per_class", "val_per_class") if getattr(self, n) < 8
+        ]
+        if small:
+            raise ValueError("\n".join(small))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig:
+    """Runs a verb as a job on a Ray cluster: gpt4image submit [FLAGS] -- VERB [FLAGS OF THE VERB]."""
+
+    address: str = "http://127.0.0.1:8265"
+    """Job server (the dashboard) of the cluster; RAY_API_SERVER_ADDRESS overrides the default."""
+    working_dir: str = "."
+    """Checkout to upload: what is submitted is what runs."""
+    wait: bool = True
+    """Follow the job's log until it ends, and exit with its result; with --no-wait print its id and leave."""

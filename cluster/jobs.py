@@ -1,0 +1,83 @@
+"""`submit`: a verb as a Ray job. The checkout is uploaded and put first on the path, so what is submitted is what runs.
+
+A job runs in a copy of the folder that is deleted later: paths of data must be absolute, on storage that the cluster sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+from typing import Any
+
+from cluster.cli import VERBS
+from cluster.config import SubmitConfig
+
+PATH_FLAGS = ("--store", "--images", "--run", "--sweep", "--to", "--html")
+EXCLUDES = [".git", ".venv", "runs", "docs", "tests", "benchmarks", "*.pyc"]
+
+
+def submit(config: SubmitConfig, verb: list[str]) -> int:
+    """Submits, follows the log, and returns 0 when the job succeeded; with --no-wait prints the job's id.
+
+    Raises:
+        ValueError: no verb, one that makes no sense as a job, or a relative path in its flags.
+        ConnectionError: no job server answers, or it refuses the token.
+    """
+    entrypoint = entrypoint_of(verb)
+    client = _client(os.environ.get("RAY_API_SERVER_ADDRESS", config.address))
+    job = client.submit_job(
+        entrypoint=entrypoint, runtime_env={"working_dir": os.path.abspath(config.working_dir), "excludes": EXCLUDES}
+    )
+    print(f"submit: {job} runs: {entrypoint}", file=sys.stderr)
+    if not config.wait:
+        print(job)
+        return 0
+    asyncio.run(_follow(client, job))
+    info = client.get_job_info(job)
+    print(f"submit: {job} ended: {info.status}", file=sys.stderr)
+    if info.driver_exit_code is not None:
+        return int(info.driver_exit_code)
+    return 0 if info.status == "SUCCEEDED" else 1
+
+
+def entrypoint_of(verb: list[str]) -> str:
+    """The command line of the job: python -m PACKAGE VERB FLAGS.
+
+    Raises:
+        ValueError: as `submit`.
+    """
+    if not verb or verb[0] not in VERBS or VERBS[verb[0]][0] == "cluster":
+        known = ", ".join(name for name, (package, _) in VERBS.items() if package != "cluster")
+        message = f"verb={' '.join(verb[:1])!r}: write gpt4image submit -- VERB FLAGS with one of {known}."
+        raise ValueError(message)
+    for flag, value in zip(verb, [*verb[1:], ""], strict=True):
+        name, _, inline = flag.partition("=")
+        path = inline or value
+        if name in PATH_FLAGS and "://" not in path and not os.path.isabs(path):
+            message = (
+                f"{name} {path}: a job runs in a copy of this folder that is deleted later; "
+                "pass an absolute path or URI on storage that every node of the cluster sees."
+            )
+            raise ValueError(message)
+    return shlex.join(["python", "-m", VERBS[verb[0]][0], *verb])
+
+
+def _client(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        message = (
+            f"address={address}: no job server answers ({str(error).splitlines()[0]}). Start one with `ray start --head`, or "
+            "forward the cluster's port 8265. With token authentication set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token."
+        )
+        raise ConnectionError(message) from None
+
+
+async def _follow(client: Any, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)

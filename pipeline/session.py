@@ -1,0 +1,57 @@
+"""Ray for this process: joins the cluster that RAY_ADDRESS names, or starts Ray on this machine, on loopback only."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+
+def start_ray() -> None:
+    """Makes Ray ready; does nothing when it is. A submitted job has RAY_ADDRESS set and joins its cluster.
+
+    Raises:
+        ConnectionError: RAY_ADDRESS names a cluster that does not answer or refuses the token.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        # Read by Ray when it is imported: without it a laptop's Ray would listen on every interface.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        _join()
+        return
+    # Logical CPUs: the actors of several stages, or a trial, its controller and its workers, must fit beside each other on
+    # two cores. 2 GiB of object store hold the shards in flight; the dashboard would cost start-up time and open a port.
+    ray.init(
+        address="local",
+        num_cpus=max(8, os.cpu_count() or 1),
+        object_store_memory=2 * 2**30,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def _join() -> None:
+    import ray
+
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError as error:
+        message = (
+            f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there. Is it up, and is the token right? "
+            "With token authentication set RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or RAY_AUTH_TOKEN."
+        )
+        raise ConnectionError(message) from error
+
+
+def spare_cores() -> int:
+    """Cores that decoding may use beside an engine or a training: half of this machine's, or of the cluster's nodes."""
+    import ray
+
+    if len(ray.nodes()) > 1:
+        return max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
+    return max(1, (os.cpu_count() or 2) // 2)  # Ray's own count may be logical (see start_ray)
