@@ -41,7 +41,7 @@ def run(config: DemoConfig) -> int:
 
 def _steps(config: DemoConfig, root: str) -> dict[str, Callable[[], int]]:
     store, uri = f"{root}/store", f"sqlite:///{root}/mlflow.db"
-    common = ["--store", store, "--preset", "scenes", "--train.tracking-uri", uri]
+    common = ["--store", store, "--preset", "scenes", "--tracking-uri", uri]
     if config.epochs:
         common += ["--epochs", str(config.epochs)]
 
@@ -54,7 +54,7 @@ def _steps(config: DemoConfig, root: str) -> dict[str, Callable[[], int]]:
         "what the store holds": verb("status", "--store", store),
         "sweep weight, dimension and backbone": verb(
             "tune", *common, "--sweep", f"{root}/sweep", "--alignment-weights", "0", "0.3", "1",
-            "--projection-dims", "64", "0", "--backbones", "resnet10t", "test_vit", "--train.workers", "1", "--concurrent", "2",
+            "--projection-dims", "64", "0", "--backbones", "resnet10t", "test_vit", "--workers", "1", "--concurrent", "2",
         ),
         # Fresh seeds: the sweep's seed 0 helped to choose nothing here, and must not count in the comparison either.
         "compare over three seeds": verb(

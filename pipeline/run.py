@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 from collections import Counter
@@ -121,16 +122,16 @@ def _ingest_chain(store: str) -> Chain:
 
 def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) -> Chain:
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
-        engines, gpus = _pool(config.replicas, "replicas")
+        engines, gpus, cpus = _pool(config.replicas, "replicas")
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
         ds = ds.map_batches(
             shards.PreparePictures, fn_constructor_args=(config, variant), **_shard_batches(), num_cpus=1,
             compute=_actors(max(spare_cores(), engines)),
         )  # fmt: skip
         # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up. The pool is fixed: a
-        # growing one reaches its size minutes late. Without a GPU the engine's own threads use the cores that are there.
+        # growing one reaches its size minutes late.
         ds = ds.map_batches(
-            shards.CaptionPictures, fn_constructor_args=(config, model), **_shard_batches(), num_cpus=1, num_gpus=gpus,
+            shards.CaptionPictures, fn_constructor_args=(config, model), **_shard_batches(), num_cpus=cpus, num_gpus=gpus,
             compute=_actors(engines),
         )  # fmt: skip
         return ds.map_batches(
@@ -143,14 +144,14 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
 
 def _embed_chain(config: EmbedConfig, model: models.ModelRef, captions: str, variant: str) -> Chain:
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
-        encoders, gpus = _pool(config.encoder_replicas, "encoder_replicas")
+        encoders, gpus, cpus = _pool(config.encoder_replicas, "encoder_replicas")
         # Reading captions is light: half a CPU, so that the actor never waits for a place beside the encoders.
         ds = ds.map_batches(
             shards.ReadCaptions, fn_constructor_args=(config.store, captions, variant), **_shard_batches(), num_cpus=0.5,
             compute=_actors(1),
         )  # fmt: skip
         return ds.map_batches(
-            shards.EmbedCaptions, fn_constructor_args=(config, model, variant), **_shard_batches(), num_cpus=1,
+            shards.EmbedCaptions, fn_constructor_args=(config, model, variant), **_shard_batches(), num_cpus=cpus,
             num_gpus=gpus, compute=_actors(encoders),
         )  # fmt: skip
 
@@ -168,17 +169,19 @@ def _actors(size: int) -> ray.data.ActorPoolStrategy:
     return ActorPoolStrategy(size=size)
 
 
-def _pool(wanted: int, flag: str) -> tuple[int, float]:
-    """(actors, GPUs an actor) for a stage that holds a model; says at once when the cluster cannot give them."""
+def _pool(wanted: int, flag: str) -> tuple[int, float, int]:
+    """(actors, GPUs an actor, CPUs an actor) for a stage that holds a model; says at once when the cluster cannot give them."""
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if gpus and wanted > gpus:
-        message = (
-            f"{flag}={wanted}: the cluster has {gpus} GPUs, and each engine needs one; pass --{flag.replace('_', '-')} {gpus}."
-        )
+        name = flag.replace("_", "-")
+        message = f"{flag}={wanted}: the cluster has {gpus} GPUs, and each actor needs one; pass --{name} {gpus} or fewer."
         raise ValueError(message)
-    return wanted or max(1, gpus), 1.0 if gpus else 0.0
+    if gpus:
+        return wanted or gpus, 1.0, 1
+    # Ray gives an actor as many OpenMP threads as CPUs: an engine without a GPU computes with them, so it gets the cores.
+    return wanted or 1, 0.0, max(1, (os.cpu_count() or 1) // (wanted or 1))
 
 
 def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[str, Any]], chain: Chain, max_rate: float) -> None:

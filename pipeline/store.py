@@ -60,7 +60,8 @@ def embeddings_schema(dim: int) -> pa.Schema:
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
-            pa.field("embedding", pa.list_(pa.float16(), dim)),
+            # Never null: Parquet has no children for a null list, and pyarrow cannot read such rows back. Failed rows are zero.
+            pa.field("embedding", pa.list_(pa.float16(), dim), nullable=False),
             pa.field("tokens", pa.int32()),
             pa.field("truncated", pa.bool_()),
             pa.field("error", pa.string()),
@@ -69,13 +70,13 @@ def embeddings_schema(dim: int) -> pa.Schema:
 
 
 def embeddings_table(rows: list[dict[str, Any]], dim: int) -> pa.Table:
-    """An embedding shard from rows with `id` and either `embedding` ([dim] numbers), `tokens`, `truncated`, or `error`."""
+    """An embedding shard from rows with `id` and `error`; without one also `embedding`, `tokens`, `truncated`."""
     vectors = np.zeros((len(rows), dim), dtype=np.float16)
-    missing = np.array([row.get("embedding") is None for row in rows])
-    for place in np.flatnonzero(~missing):
-        vectors[place] = rows[place]["embedding"]
+    for place, row in enumerate(rows):
+        if row["error"] is None:
+            vectors[place] = row["embedding"]
     columns = [pa.array([row.get(name) for row in rows], type=kind) for name, kind in _EMBEDDING_SCALARS]
-    nested = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim, mask=pa.array(missing))
+    nested = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim)
     return pa.table([columns[0], nested, *columns[1:]], schema=embeddings_schema(dim))
 
 

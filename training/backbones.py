@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 
@@ -37,17 +38,36 @@ def build(name: str, *, num_classes: int, image_size: int, pretrained: bool = Fa
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments, **extra)
     except (TypeError, AssertionError, RuntimeError) as error:
-        native = timm.get_pretrained_cfg(name)
-        size = native.input_size[-1] if native else 224
-        message = (
-            f"backbone={name!r}, image_size={image_size}: timm cannot build it so ({error or type(error).__name__}); "
-            f"its own size is {size}: pass --image-size {size}, or another backbone."
-        )
-        raise ValueError(message) from None
+        raise _unfit(name, image_size, error) from None
     if not isinstance(_classifier(model), nn.Linear):
         message = f"backbone={name!r}: has no single linear classifier, so there is no pooled feature to align; use another."
         raise ValueError(message)
     return model
+
+
+def probe(name: str, image_size: int) -> None:
+    """Builds a backbone and runs it on one picture without memory or arithmetic (torch's meta device).
+
+    Raises:
+        ValueError: as `build`, and where only the forward pass shows that the size does not fit.
+    """
+    with torch.device("meta"):
+        model = build(name, num_classes=2, image_size=image_size).eval()
+        try:
+            features_and_logits(model, torch.empty(1, 3, image_size, image_size))
+        except (AssertionError, RuntimeError) as error:
+            raise _unfit(name, image_size, error) from None
+
+
+def _unfit(name: str, image_size: int, error: Exception) -> ValueError:
+    native = timm.get_pretrained_cfg(name)
+    size = native.input_size[-1] if native else 224
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    message = (
+        f"backbone={name!r}, image_size={image_size}: timm cannot run it so ({reason}); "
+        f"its own size is {size}: pass --image-size {size}, or another backbone."
+    )
+    return ValueError(message)
 
 
 def features_and_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,4 +85,5 @@ def _unflatten(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, A
     for key, value in {**tensors, **plain["scalars"]}.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": plain["groups"]}
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in plain["groups"]]
+    return {"state": state, "param_groups": groups}

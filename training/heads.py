@@ -1,6 +1,7 @@
 """The projection head: pooled backbone feature to the shared space. Used in training only, thrown away at export.
 
-The paper's head is Linear (no bias) - BatchNorm - ReLU - Linear for ResNets and the same without BatchNorm for ViTs.
+The paper's head is Linear - BatchNorm - ReLU - Linear for ResNets and the same without BatchNorm for ViTs; a bias in front
+of BatchNorm would be cancelled by it, so there is none.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class ProjectionHead(nn.Module):
         else:
             hidden = 2 * dim
             norm = nn.BatchNorm1d(hidden) if batch_norm else nn.Identity()
-            self.layers = nn.Sequential(nn.Linear(num_features, hidden, bias=False), norm, nn.ReLU(), nn.Linear(hidden, dim))
+            self.layers = nn.Sequential(
+                nn.Linear(num_features, hidden, bias=not batch_norm), norm, nn.ReLU(), nn.Linear(hidden, dim)
+            )
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

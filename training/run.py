@@ -127,7 +127,7 @@ def check(config: TrainConfig) -> dict[str, str]:
 
     store = Store(config.store)
     store.require_complete("images")
-    backbones.model_args(config.backbone, config.image_size)
+    backbones.probe(config.backbone, config.image_size)
     store.split_shards(config.eval_split)
     rows = len(Rows(store, config.train_split))
     if rows < config.batch_size:

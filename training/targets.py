@@ -59,15 +59,10 @@ def load(store: Store, *, embeddings: str, dim: int, split: str) -> Targets:
 
 
 def vectors_of(column: Any) -> Array:
-    """[n, D] float16 of a chunked fixed-size-list column; rows without a vector are zero."""
-    import pyarrow.compute as pc
-
+    """[n, D] float16 of a chunked fixed-size-list column; failed rows are zero."""
     array = column.combine_chunks()
     width = array.type.list_size
-    found = np.zeros((len(array), width), dtype=np.float16)
-    present = ~np.asarray(pc.is_null(array))
-    found[present] = np.asarray(array.flatten()).reshape(-1, width)
-    return found
+    return np.asarray(array.flatten()).reshape(-1, width)
 
 
 def _pca(store: Store, name: str, split: str, width: int) -> tuple[Array, Array]:

@@ -38,9 +38,7 @@ def write(path: str, sweeps: list[dict[str, Any]], *, pictures: int) -> None:
         lengths=_safe(_lengths_plot(store, captions)) if captions else "",
         stages=_stages(store),
         sweeps=[_sweep(content) for content in sweeps],
-        comparisons=[
-            _comparison(result) for content in sweeps for result in paired(report.finished(content)) if len(result.seeds) > 1
-        ],
+        comparisons=[_comparison(result) for result in results if len(result.seeds) > 1],
     )
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "w", encoding="utf-8") as stream:
@@ -76,8 +74,6 @@ def _stages(store: Store) -> list[dict[str, Any]]:
         settings = store.variant(stage["stage"], stage["variant"]) if stage["variant"] else {}
         told = ("engine", "model", "prompt", "encoder", "pooling")
         stage["settings"] = ", ".join(f"{name} {settings[name]}" for name in told if name in settings)
-            f"{k} {v}" for k, v in settings.items() if k in ("engine", "model", "prompt", "encoder", "pooling")
-        )
     return stages
 
 

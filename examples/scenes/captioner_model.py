@@ -135,6 +135,7 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fold
     end, pad = model.config.text_config.eos_token_id, model.config.text_config.pad_token_id
     GenerationConfig(eos_token_id=end, pad_token_id=pad, max_new_tokens=64, do_sample=False).save_pretrained(draft)
     save_file(_vllm_names(model), draft / "model.safetensors", metadata={"format": "pt"})
+    (draft / "model.safetensors").chmod(0o644)  # it is written readable by its owner only
     if folder.exists():
         folder.rename(old)
     draft.rename(folder)

@@ -28,15 +28,17 @@ class AlignTask(nn.Module):
         self.weight = weight
         self.label_smoothing = label_smoothing
         self.head: ProjectionHead | None = None
-        self.log_temperature: Tensor | None = None
+        self.log_temperature: Tensor | None
+        self.register_buffer("log_temperature", None, persistent=False)
         if weight > 0:
             width = backbones.num_features(backbone)
             self.head = ProjectionHead(width, dim, head, batch_norm=backbones.uses_batch_norm(backbone))
             start = torch.tensor(math.log(temperature))
             if learn_temperature:
+                del self.log_temperature  # a buffer's name cannot become a parameter's
                 self.log_temperature = nn.Parameter(start)
             else:
-                self.register_buffer("log_temperature", start, persistent=False)
+                self.log_temperature = start
 
     def forward(self, images: Tensor, labels: Tensor, texts_bd: Tensor | None, groups_b: Tensor | None) -> dict[str, Tensor]:
         """One step's losses.

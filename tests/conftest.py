@@ -1,0 +1,124 @@
+"""Shared fixtures: one Ray and one described store for the whole run; everything is written below pytest's temporary folders."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: a test that needs the hub is a test that is wrong
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests that need it; verbs called in this process join it."""
+    from pipeline.session import start_ray
+
+    start_ray()
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rendered image folder: 12 classes, 16 training and 8 validation pictures of each."""
+    folder = tmp_path_factory.mktemp("scenes")
+    script = ROOT / "examples" / "scenes" / "render.py"
+    counts = ["--train-per-class", "16", "--val-per-class", "8", "--workers", "1"]
+    subprocess.run([sys.executable, str(script), "--to", str(folder), *counts], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def described(ray_session: None, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that the real engine captioned and the real encoder embedded, in shards of 64."""
+    from cluster import cli
+
+    store = tmp_path_factory.mktemp("described") / "store"
+    assert cli.main(["describe", "--images", str(scenes), "--store", str(store), "--shard-rows", "64"]) == 0
+    return store
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes an image folder of noise: picture_folder({"train/a": 3, "train/b": 2})."""
+
+    def make(counts: dict[str, int], name: str = "pictures") -> Path:
+        rng = np.random.default_rng(0)
+        for folder, count in counts.items():
+            target = tmp_path / name / folder
+            target.mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                (target / f"{number:03}.jpg").write_bytes(jpeg(rng, 20 + number, 30))
+        return tmp_path / name
+
+    return make
+
+
+def jpeg(rng: np.random.Generator, width: int, height: int) -> bytes:
+    """An encoded picture of noise."""
+    sink = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+@pytest.fixture(scope="session")
+def make_store() -> Callable[..., Path]:
+    """Builds a small complete store by hand, without Ray or models: images, captions and random embeddings."""
+    return build_store
+
+
+def build_store(
+    folder: Path, *, classes: int = 3, train: int = 24, val: int = 9, dim: int = 8, shard_rows: int = 10, size: int = 40,
+    missing_captions: int = 0,
+) -> Path:  # fmt: skip
+    """Pictures whose colour is their class; captions repeat, so that some are equal; the first training rows may lack one."""
+    import pyarrow as pa
+
+    from pipeline.store import CAPTIONS, IMAGES, Dataset, Split, Store, embeddings_table
+
+    rng = np.random.default_rng(1)
+    splits, shards, first = {}, [], 0
+    for split, count in (("train", train), ("val", val)):
+        sizes = [min(shard_rows, count - start) for start in range(0, count, shard_rows)]
+        splits[split] = Split(rows=count, first_shard=first, num_shards=len(sizes))
+        shards += [(split, rows) for rows in sizes]
+        first += len(sizes)
+    names = [f"class {n}" for n in range(classes)]
+    source = {"kind": "test", "max_pixels": 10**6}
+    dataset = Dataset(schema_version=1, classes=names, splits=splits, rows=train + val, shards=len(shards), source=source)
+    store = Store.create(str(folder), dataset)
+    settings = {"engine": "imported", "versions": {}}
+    store.write_variant("captions", "test", settings)
+    store.write_variant("embeddings", "test", {"captions": "test", "encoder": "none", "pooling": "mean", "versions": {}})
+    vectors = rng.normal(size=(classes * 2, dim))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for shard, (split, rows) in enumerate(shards):
+        images, captions, embeddings = [], [], []
+        for row in range(rows):
+            label = int(rng.integers(classes))
+            kind = label * 2 + int(rng.integers(2))
+            pixels = np.clip(rng.normal(80 * label, 30, (size, size + row, 3)), 0, 255).astype(np.uint8)
+            sink = io.BytesIO()
+            Image.fromarray(pixels).save(sink, "JPEG")
+            key = f"{split}/{label}/{shard}-{row}.jpg"
+            error = "no caption" if split == "train" and shard == 0 and row < missing_captions else None
+            images.append(
+                {"id": key, "image": sink.getvalue(), "label": label, "split": split, "width": size + row, "height": size}
+            )
+            captions.append({"id": key, "caption": None if error else f"caption {kind}", "error": error})
+            embeddings.append({"id": key, "error": error} | {"embedding": vectors[kind], "tokens": 3, "truncated": False})
+        store.write_shard("images", "", shard, pa.Table.from_pylist(images, schema=IMAGES), seconds=0)
+        store.write_shard("captions", "test", shard, pa.Table.from_pylist(captions, schema=CAPTIONS), seconds=0)
+        store.write_shard("embeddings", "test", shard, embeddings_table(embeddings, dim), seconds=0)
+    return folder

@@ -1,0 +1,69 @@
+"""The shipped model through both engines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.captioners.protocol import Caption
+from pipeline.captioners.transformers import TransformersCaptioner
+from pipeline.config import CaptionConfig
+from pipeline.models import resolve
+from pipeline.prompts import fill
+from pipeline.store import Store
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def captioner() -> TransformersCaptioner:
+    config = CaptionConfig(store="unused")
+    return TransformersCaptioner(config, resolve(config.model))
+
+
+def truth(scenes: Path) -> dict[str, str]:
+    rows = [json.loads(line) for line in (scenes / "truth.jsonl").read_text().splitlines()]
+    return {row["path"]: row["caption"] for row in rows}
+
+
+def test_vllm_and_transformers_say_the_same(described: Path, scenes: Path, captioner: TransformersCaptioner) -> None:
+    store = Store(str(described))
+    variant = store.only_variant("captions")
+    rows = store.read_shard("captions", variant, 0).to_pylist()[:32]
+    pictures = [Image.open(scenes / row["id"]).convert("RGB") for row in rows]
+    found = captioner(pictures, [fill("Describe this image in detail.", "x")] * len(rows), [row["id"] for row in rows])
+    same = sum(mine.text == row["caption"] for mine, row in zip(found, rows, strict=True))
+    assert same >= 0.9 * len(rows), [(mine.text, row["caption"]) for mine, row in zip(found, rows, strict=True)]
+    agreed = [(m, r) for m, r in zip(found, rows, strict=True) if m.text == r["caption"]]
+    for mine, row in agreed:
+        assert (mine.prompt_tokens, mine.output_tokens) == (row["prompt_tokens"], row["output_tokens"])
+        assert mine.finish_reason == row["finish_reason"] == "stop"
+
+
+def test_captions_name_what_is_in_the_picture(described: Path, scenes: Path) -> None:
+    store = Store(str(described))
+    variant = store.only_variant("captions")
+    right = wrong = 0
+    for shard in store.split_shards("val"):
+        for row in store.read_shard("captions", variant, shard, ["id", "caption"]).to_pylist():
+            words = set(truth(scenes)[row["id"]].replace(",", "").replace(".", "").split())
+            said = set(row["caption"].replace(",", "").replace(".", "").split())
+            right += len(words & said)
+            wrong += len(words - said)
+    assert right / (right + wrong) > 0.8
+
+
+def test_the_picture_reaches_the_model(captioner: TransformersCaptioner) -> None:
+    prompt = ["Describe this image in detail."]
+    red, blue = (captioner([Image.new("RGB", (90, 70), colour)], prompt, ["a"])[0] for colour in ("red", "blue"))
+    assert red.prompt_tokens == blue.prompt_tokens and red.prompt_tokens > 60, "64 picture patches and the words"
+
+
+def test_a_caption_cut_at_the_limit_says_so(captioner: TransformersCaptioner) -> None:
+    config = CaptionConfig(store="unused", max_tokens=5)
+    short = TransformersCaptioner(config, resolve(config.model))
+    found: Caption = short([Image.new("RGB", (64, 64))], ["Describe the image."], ["a"])[0]
+    assert (found.output_tokens, found.finish_reason) == (5, "length")

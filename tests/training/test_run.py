@@ -1,0 +1,153 @@
+"""`train`, `evaluate` and `export` through Ray Train with two workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from pipeline.store import Store
+from training import checkpoint, loop
+from training.__main__ import main
+from training.evaluate import read_config
+
+pytestmark = pytest.mark.slow
+SMALL = ["--preset", "smoke", "--projection-dim", "4", "--batch-size", "12", "--workers", "2"]
+
+
+@pytest.fixture(scope="module")
+def trained(ray_session: None, tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Path]) -> Path:
+    """Two epochs of an aligned run by two workers; the folder of the run."""
+    root = tmp_path_factory.mktemp("trained")
+    make_store(root / "store", train=60, val=30)
+    run = root / "runs" / "aligned"
+    assert main(["train", "--store", str(root / "store"), *SMALL, "--epochs", "2", "--run", str(run)]) == 0
+    return run
+
+
+def test_a_run_leaves_settings_metrics_and_checkpoints_without_pickles(trained: Path) -> None:
+    result = json.loads((trained / "result.json").read_text())
+    assert result["epochs"] == 2
+    assert {"loss", "cross_entropy", "alignment", "top1", "top5", "images_per_s", "lr", "seconds"} <= result["last"].keys()
+    assert len((trained / "metrics.jsonl").read_text().splitlines()) == 2
+    assert read_config(str(trained)).workers == 2
+    folder = Path(checkpoint.find(str(trained)))
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+
+
+def test_two_workers_end_where_one_process_ends(trained: Path, tmp_path: Path) -> None:
+    """Same order, same augmentation, exact loss: what differs is batch norm, whose statistics are each worker's own."""
+    config = read_config(str(trained))
+    saved: list[Path] = []
+
+    def report(metrics: dict[str, float], save: Callable[[str], None]) -> None:
+        folder = tmp_path / str(metrics["epoch"])
+        folder.mkdir()
+        save(str(folder))
+        saved.append(folder)
+
+    history = loop.fit(config, torch.device("cpu"), 0, None, report)
+    two = json.loads((trained / "result.json").read_text())["history"]
+    assert history[0]["alignment"] == pytest.approx(two[0]["alignment"], rel=0.05)
+    assert history[0]["cross_entropy"] == pytest.approx(two[0]["cross_entropy"], rel=0.15)
+
+
+def test_the_same_command_again_finds_the_run_complete(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read_config(str(trained))
+    command = ["train", "--store", config.store, *SMALL, "--epochs", "2", "--run", str(trained)]
+    assert main(command) == 0
+    assert "complete; nothing to do" in capsys.readouterr().err
+    assert main([*command, "--lr", "0.5"]) == 2
+    assert "begun with other settings" in capsys.readouterr().err
+
+
+def test_mlflow_has_the_parameters_and_the_metrics_of_every_epoch(trained: Path) -> None:
+    from mlflow import MlflowClient
+
+    recorded = json.loads((trained / "mlflow.json").read_text())
+    client = MlflowClient(tracking_uri=recorded["tracking_uri"])
+    run = client.get_run(recorded["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["backbone"] == "test_resnet"
+    assert run.data.tags["embeddings"] == "test" and run.data.tags["captions"] == "test"
+    assert [m.step for m in client.get_metric_history(recorded["run_id"], "top1")] == [1, 2]
+
+
+def test_evaluate_gives_what_training_measured(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(trained), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    last = json.loads((trained / "result.json").read_text())["last"]
+    assert (found["top1"], found["top5"]) == (pytest.approx(last["top1"], abs=1e-3), pytest.approx(last["top5"], abs=1e-3))
+    assert found["images"] == 30 and found["epoch"] == 2
+
+
+def test_export_is_a_plain_timm_model_with_the_same_logits(trained: Path, tmp_path: Path) -> None:
+    assert main(["export", str(trained), "--to", str(tmp_path / "model")]) == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    config = read_config(str(trained))
+    classes = Store(config.store).dataset.classes
+    task = loop.build_task(config, len(classes), 4)
+    checkpoint.load(checkpoint.find(str(trained)), task)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), task.eval().backbone(images), rtol=0, atol=0)
+    plain = timm.create_model("test_resnet", num_classes=len(classes))
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters())
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert written["label_names"] == classes and written["num_classes"] == len(classes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--backbone", "resnet81"], "did you mean"),
+        (["--embeddings", "nope"], "no embeddings variant 'nope'"),
+        (["--projection-dim", "4096"], "pass --projection-dim 8 or less"),
+        (["--eval-split", "test"], "the store has train, val"),
+        (["--batch-size", "1000"], "has 60 usable images"),
+        (["--preset", "nope"], "choose one of"),
+    ],
+)
+def test_wrong_settings_end_with_2_before_anything_starts(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], complaint: str
+) -> None:
+    command = ["train", "--store", read_config(str(trained)).store, *SMALL, "--run", str(tmp_path / "run"), *flags]
+    assert main(command) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    tmp_path: Path, make_store: Callable[..., Path], ray_session: None
+) -> None:
+    make_store(tmp_path / "store", train=60, val=30)
+    run = tmp_path / "run"
+    command = ["train", "--store", str(tmp_path / "store"), *SMALL, "--epochs", "40", "--run", str(run), "--tracking-uri", "none"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "training", *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while child.poll() is None and time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 2:
+            break
+        time.sleep(0.05)
+    assert child.poll() is None, "killed while it trains"
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    before = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert 2 <= len(before) < 40
+    assert main(command) == 0
+    after = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["epoch"] for m in after] == list(range(1, 41))
+    assert after[0]["seconds"] == before[0]["seconds"], "the first epoch was not trained again"
