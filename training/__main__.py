@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(rest)
         return _evaluate(rest) if verb == "evaluate" else _export(rest)
     except (ValueError, FileNotFoundError) as error:
+        if type(error).__name__.startswith("RayTaskError"):
+            raise  # a worker's own failure, long after the settings were accepted
         print(f"gpt4image {verb}: {error}", file=sys.stderr)
         return 2
 

@@ -141,6 +141,7 @@ class Augment:
     crop_scale: float
     flip: float
     crop_pct: float
+    interpolation: str
     seed: int
 
     def train(self, data: bytes, epoch: int, shard: int, row: int) -> ImageArray:
@@ -159,7 +160,7 @@ class Augment:
 
         image = images.decode(data, max_pixels=2**62)
         edge = math.floor(self.size / self.crop_pct)
-        image = functional.resize(image, [edge], interpolation=functional.InterpolationMode.BICUBIC)
+        image = functional.resize(image, [edge], interpolation=functional.InterpolationMode(self.interpolation))
         return np.asarray(functional.center_crop(image, [self.size, self.size]))
 
 

@@ -24,7 +24,7 @@ def export(settings: ExportConfig) -> dict[str, Any]:
     pretrained = {**model.pretrained_cfg, "input_size": (3, size, size), "num_classes": len(classes)}
     pretrained["label_names"] = [class_name(name) for name in classes]
     # Addresses of weights that these are not.
-    for name in ("url", "hf_hub_id", "file", "source", "tag", "architecture", "origin_url", "paper_ids", "paper_name", "notes"):
+    for name in ("url", "hf_hub_id", "file", "source", "tag", "origin_url", "paper_ids", "paper_name", "notes", "license"):
         pretrained.pop(name, None)
     model.pretrained_cfg = pretrained
     save_for_hf(

@@ -77,7 +77,7 @@ def make_loader(config: TrainConfig, store: Store, found: targets.Targets | None
     """A loader whose evaluation crops as timm's for this backbone."""
     augment = Augment(
         size=config.image_size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed,
-        crop_pct=float(data_config(model)["crop_pct"]),
+        crop_pct=float(data_config(model)["crop_pct"]), interpolation=str(data_config(model)["interpolation"]),
     )  # fmt: skip
     return Loader(store, found, augment, threads=config.loader_threads, window=config.shuffle_shards)
 

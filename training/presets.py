@@ -72,10 +72,11 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def preset_name(arguments: Sequence[str]) -> str:
-    """The value of --preset on a command line, which must be known before the other flags are read."""
+    """The value of --preset on a command line (the last one counts), which must be known before the other flags are read."""
+    name = "small-64"
     for place, argument in enumerate(arguments):
         if argument == "--preset" and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith("--preset="):
-            return argument.split("=", 1)[1]
-    return "small-64"
+            name = arguments[place + 1]
+        elif argument.startswith("--preset="):
+            name = argument.split("=", 1)[1]
+    return name

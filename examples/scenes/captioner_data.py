@@ -130,6 +130,11 @@ def _any_word(chance: random.Random) -> str:
     return "".join(chance.choice(alphabet) for _ in range(chance.randint(2, 12))).strip() or "thing"
 
 
+def pixels_of(images: NDArray[np.uint8]) -> torch.Tensor:
+    """What the exported image processor makes of thumbnails: mean 0.5, deviation 0.25, channels first."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 63.75 - 2
+
+
 class Batches:
     """Cuts lessons into batches; prompts are drawn anew each time a lesson comes round."""
 
@@ -157,9 +162,9 @@ class Batches:
         for row, (front, caption) in enumerate(zip(fronts, captions, strict=True)):
             tokens[row, : len(front) + len(caption)] = torch.tensor(front + caption)
             asked[row, len(front) - 1 : len(front) + len(caption) - 1] = True
-        pixels = torch.from_numpy(self.lessons.images[list(numbers)]).permute(0, 3, 1, 2).float()
         patches = torch.from_numpy(self.lessons.patches[list(numbers)]).long()
-        return {"tokens": tokens, "asked": asked, "pixels": pixels / 63.75 - 2, "patches": patches}
+        pixels = pixels_of(self.lessons.images[list(numbers)])
+        return {"tokens": tokens, "asked": asked, "pixels": pixels, "patches": patches}
 
     def _encode(self, text: str) -> list[int]:
         if text not in self.known:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+from torch import distributed
 
 
 class Muon(torch.optim.Optimizer):
@@ -24,9 +25,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
-                shapes[parameter.shape].append(parameter)
+                if parameter.grad is not None:
+                    shapes[parameter.shape].append(parameter)
             for (rows, columns), parameters in shapes.items():
-                updates = orthogonal(torch.stack([self._direction(p, group["momentum"]) for p in parameters]))
+                updates = shared_orthogonal(torch.stack([self._direction(p, group["momentum"]) for p in parameters]))
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - 0.01 * group["lr"]).add_(update, alpha=-rate)
@@ -37,6 +39,18 @@ class Muon(torch.optim.Optimizer):
             state["average"] = torch.zeros_like(parameter)
         state["average"].lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(state["average"], momentum)
+
+
+def shared_orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """All matrices made orthogonal; where several processes train in step, each does its share of them."""
+    if not distributed.is_initialized():
+        return orthogonal(matrices)
+    mine = slice(distributed.get_rank(), None, distributed.get_world_size())
+    result = torch.zeros_like(matrices)
+    if len(matrices[mine]):
+        result[mine] = orthogonal(matrices[mine])
+    distributed.all_reduce(result)
+    return result
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the sibling modules, however this file is loaded
 
 import torch
-from captioner_data import PATCH_FIELDS, PROMPTS, Batch, Batches, draw_lessons, sample_captions
-from captioner_model import build_model, build_processor, build_tokenizer, export
+from captioner_data import PATCH_FIELDS, PROMPTS, Batch, Batches, draw_lessons, pixels_of, sample_captions
+from captioner_model import build_model, build_processor, build_tokenizer, export, start_well
 from muon import Muon
 from scene import CLASSES
 from torch import distributed, multiprocessing
@@ -35,24 +35,26 @@ class Trainee(torch.nn.Module):
         self.parts = [len(options) for options in PATCH_FIELDS.values()]
         self.namer = torch.nn.Linear(model.config.vision_config.hidden_size, sum(self.parts))
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits at the positions that predict a caption token, and the patches' logits."""
+    def look(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tower's view of the patches, and how badly it names them: the mean over the fields."""
+        features = self.captioner.model.vision_tower(batch["pixels"]).last_hidden_state[:, 1:]
+        losses = []
+        for i, part in enumerate(self.namer(features).split(self.parts, dim=-1)):
+            weight = torch.ones(self.parts[i])
+            if i < 4:
+                weight[0] = 0.15  # most patches hold no object, and would drown those that do
+            answers = batch["patches"][..., i].flatten()
+            losses.append(F.cross_entropy(part.flatten(0, 1), answers, weight=weight, ignore_index=-1))
+        return features, torch.stack(losses).mean()
+
+    def say(self, batch: Batch, features: torch.Tensor) -> torch.Tensor:
+        """Logits at the positions that predict a caption token."""
         inner = self.captioner.model
-        features = inner.vision_tower(batch["pixels"]).last_hidden_state[:, 1:]
         words = inner.get_input_embeddings()(batch["tokens"])
         # Every sequence is <|user|>, the image, the rest; padding at the end needs no mask under causal attention.
         joined = torch.cat([words[:, :1], inner.multi_modal_projector(features), words[:, 1:]], dim=1)
         hidden = inner.language_model(inputs_embeds=joined, use_cache=False).last_hidden_state
-        hidden = hidden[:, features.shape[1] :]
-        return self.captioner.lm_head(hidden[:, :-1][batch["asked"]]), self.namer(features)
-
-    def patch_loss(self, logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-        """The mean over the fields of how badly the patches are named."""
-        losses = [
-            F.cross_entropy(part.flatten(0, 1), answers[..., i].flatten(), ignore_index=-1)
-            for i, part in enumerate(logits.split(self.parts, dim=-1))
-        ]
-        return torch.stack(losses).mean()
+        return self.captioner.lm_head(hidden[:, features.shape[1] : -1][batch["asked"]])
 
 
 def optimisers_for(trainee: Trainee, rate: float) -> list[torch.optim.Optimizer]:
@@ -75,7 +77,8 @@ def exam(trainee: Trainee, batches: Batches, count: int) -> tuple[float, float]:
     right, tokens, exact = 0, 0, 0
     for start in range(0, count, 64):
         batch = batches.batch(range(start, start + 64), [PROMPTS[0]] * 64)
-        hits = trainee(batch)[0].argmax(-1) == batch["tokens"][:, 1:][batch["asked"]]
+        words = trainee.say(batch, trainee.look(batch)[0])
+        hits = words.argmax(-1) == batch["tokens"][:, 1:][batch["asked"]]
         right, tokens = right + int(hits.sum()), tokens + hits.numel()
         # With the true beginning given, all tokens right is the same as greedy decoding being right.
         exact += sum(bool(part.all()) for part in hits.split(batch["asked"].sum(1).tolist()))
@@ -96,39 +99,40 @@ def share_gradients(trainee: Trainee, processes: int) -> None:
 def learning_rate(step: int, steps: int, warm_up: int = 60) -> float:
     """The share of the peak rate: a linear rise, then half a cosine down to nothing."""
     if step < warm_up:
-        return (step + 1) / warm_up
+        return step / warm_up
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def one_step(trainee: Trainee, batch: Batch, options: argparse.Namespace) -> tuple[float, float]:
-    """Forward and backward; returns the caption loss and the patch loss."""
-    words, patches = trainee(batch)
-    caption_loss = F.cross_entropy(words, batch["tokens"][:, 1:][batch["asked"]])
-    patch_loss = trainee.patch_loss(patches, batch["patches"])
-    (caption_loss + options.patch_weight * patch_loss).backward()
+def one_step(trainee: Trainee, batch: Batch, talking: bool, options: argparse.Namespace) -> str:
+    """Forward and backward; returns the losses in words."""
+    features, patch_loss = trainee.look(batch)
+    loss, text = options.patch_weight * patch_loss, f"patch loss {patch_loss:.4f}"
+    if talking:
+        caption_loss = F.cross_entropy(trainee.say(batch, features), batch["tokens"][:, 1:][batch["asked"]])
+        loss, text = loss + caption_loss, f"{text}  caption loss {caption_loss:.4f}"
+    loss.backward()
     share_gradients(trainee, options.processes)
     torch.nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-    return caption_loss.item(), patch_loss.item()
+    return text
 
 
 def train(trainee: Trainee, batches: Batches, held_out: Batches | None, options: argparse.Namespace) -> None:
-    """The loop, at a rate that rises and then falls to nothing; whoever holds the exam also prints and exports."""
+    """First looking alone, then looking and talking; whoever holds the exam also prints and exports."""
     optimisers, supply = optimisers_for(trainee, options.rate), batches.forever(options.batch // options.processes)
-    started = time.perf_counter()
-    for step in range(options.steps):
-        losses = one_step(trainee, next(supply), options)
+    started, total = time.perf_counter(), options.look_steps + options.steps
+    for step in range(1, total + 1):
+        talking = step > options.look_steps
+        losses = one_step(trainee, next(supply), talking, options)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * learning_rate(step, options.steps)
+                group["lr"] = group["peak"] * learning_rate(step, total)
             optimiser.step()
             optimiser.zero_grad()
-        if held_out and step % 50 == 49:
-            pace = (time.perf_counter() - started) / (step + 1)
-            text = f"caption loss {losses[0]:.4f}  patch loss {losses[1]:.4f}  {pace:.2f} s a step"
-            print(f"step {step + 1}/{options.steps}  {text}", flush=True)
-        if held_out and (step % 250 == 249 or step + 1 == options.steps):
-            tokens, exact = exam(trainee, held_out, 512 if step + 1 == options.steps else 128)
-            print(f"step {step + 1}  held out: tokens {tokens:.2%}  whole captions {exact:.2%}", flush=True)
+        if held_out and step % 50 == 0:
+            print(f"step {step}/{total}  {losses}  {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+        if held_out and ((talking and step % 250 == 0) or step == total):
+            tokens, exact = exam(trainee, held_out, 512 if step == total else 128)
+            print(f"step {step}  held out: tokens {tokens:.2%}  whole captions {exact:.2%}", flush=True)
             export(trainee.captioner, build_processor(batches.tokenizer), options.to)
 
 
@@ -144,6 +148,7 @@ def learn(rank: int, options: argparse.Namespace, meeting: str) -> None:
     tokenizer = build_tokenizer(sample_captions(6000, options.seed), CLASSES)
     torch.manual_seed(options.seed)  # every process starts from the same weights
     trainee = Trainee(build_model(tokenizer))
+    start_well(trainee.captioner, pixels_of(draw_lessons(0, 512, options.seed, "captioner-words").images))
     batches = Batches(lessons, tokenizer, options.seed * 100 + rank)
     if rank == 0:
         count = sum(p.numel() for p in trainee.captioner.parameters())
@@ -155,11 +160,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     result.add_argument("--to", type=Path, required=True, help="folder of the model; replaced in one move every 250 steps")
-    result.add_argument("--steps", type=int, default=2400, help="batches to learn from; 700 give a first usable model")
-    result.add_argument("--batch", type=int, default=32, help="pictures a step, over all processes")
-    result.add_argument("--pool", type=int, default=36_000, help="different pictures to draw; passed over repeatedly")
-    result.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of AdamW; Muon's is ten times it")
-    result.add_argument("--patch-weight", type=float, default=0.5, help="weight of the patch-naming lesson; 0 is none")
+    result.add_argument("--look-steps", type=int, default=1400, help="batches for the vision tower alone, at first")
+    result.add_argument("--steps", type=int, default=800, help="batches for the whole model, after that")
+    result.add_argument("--batch", type=int, default=64, help="pictures a step, over all processes")
+    result.add_argument("--pool", type=int, default=48_000, help="different pictures to draw; passed over repeatedly")
+    result.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of AdamW; Muon's is ten times it")
+    result.add_argument("--patch-weight", type=float, default=3.0, help="weight of the patch-naming lesson")
     result.add_argument("--seed", type=int, default=0, help="of weights, pictures and prompts")
     result.add_argument("--processes", type=int, default=2, help="each learns from its share of a batch on one core")
     result.add_argument("--threads", type=int, default=2, help="cores to use where --processes is 1")

@@ -18,7 +18,7 @@ MakeStore = Callable[..., Path]
 
 
 def loader(store: Store, found: targets.Targets | None, seed: int = 0) -> Loader:
-    augment = Augment(size=16, crop_scale=0.5, flip=0.5, crop_pct=0.875, seed=seed)
+    augment = Augment(size=16, crop_scale=0.5, flip=0.5, crop_pct=0.875, interpolation="bicubic", seed=seed)
     return Loader(store, found, augment, threads=2, window=2)
 
 
@@ -113,10 +113,11 @@ def test_evaluation_crops_as_timm_validates(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 255, (90, 130, 3), dtype=np.uint8))
     picture.save(tmp_path / "p.png")
-    augment = Augment(size=64, crop_scale=1, flip=0, crop_pct=0.875, seed=0)
-    found = augment.evaluate((tmp_path / "p.png").read_bytes())
-    reference = create_transform(64, is_training=False, interpolation="bicubic", crop_pct=0.875, use_prefetcher=True)
-    np.testing.assert_array_equal(found, np.asarray(reference(picture)).transpose(1, 2, 0))
+    for kind in ("bicubic", "bilinear"):
+        augment = Augment(size=64, crop_scale=1, flip=0, crop_pct=0.875, interpolation=kind, seed=0)
+        found = augment.evaluate((tmp_path / "p.png").read_bytes())
+        reference = create_transform(64, is_training=False, interpolation=kind, crop_pct=0.875, use_prefetcher=True)
+        np.testing.assert_array_equal(found, np.asarray(reference(picture)).transpose(1, 2, 0))
 
 
 def test_pca_is_fitted_once_kept_in_the_store_and_keeps_what_varies(tmp_path: Path, make_store: MakeStore) -> None:

@@ -70,7 +70,7 @@ def test_the_baseline_has_no_head_and_starts_from_the_same_weights() -> None:
 
 
 def test_the_papers_head() -> None:
-    """Linear without bias, BatchNorm, ReLU, Linear for ResNets (papers: 6,296,576 parameters for 2048 to 1024); without BatchNorm for ViTs (3,673,088)."""
+    """Linear, BatchNorm, ReLU, Linear for ResNets (6,296,576 parameters for 2048 to 1024); without BatchNorm for ViTs."""
     from training.heads import ProjectionHead
 
     head = ProjectionHead(2048, 1024, "mlp", batch_norm=True)
