@@ -23,7 +23,7 @@ class DemoConfig:
     """Folder of everything that the demo makes; the same folder again goes on where it stopped."""
     train_per_class: int = 60
     """Training pictures of each of the 12 classes."""
-    val_per_class: int = 50
+    val_per_class: int = 40
     """Validation pictures of each class."""
     epochs: int = 0
     """Epochs of each training; 0: the recipe's."""

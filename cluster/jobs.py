@@ -26,10 +26,8 @@ def submit(config: SubmitConfig, verb: list[str]) -> int:
         ConnectionError: no job server answers, or it refuses the token.
     """
     entrypoint = entrypoint_of(verb)
-    client = _client(os.environ.get("RAY_API_SERVER_ADDRESS", config.address))
-    job = client.submit_job(
-        entrypoint=entrypoint, runtime_env={"working_dir": os.path.abspath(config.working_dir), "excludes": EXCLUDES}
-    )
+    folder = os.path.abspath(config.working_dir)
+    client, job = _start(os.environ.get("RAY_API_SERVER_ADDRESS", config.address), entrypoint, folder)
     print(f"submit: {job} runs: {entrypoint}", file=sys.stderr)
     if not config.wait:
         print(job)
@@ -64,18 +62,21 @@ def entrypoint_of(verb: list[str]) -> str:
     return shlex.join(["python", "-m", VERBS[verb[0]][0], *verb])
 
 
-def _client(address: str) -> Any:
+def _start(address: str, entrypoint: str, folder: str) -> tuple[Any, str]:
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder, "excludes": EXCLUDES})
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        reason = str(error).splitlines()[0]
         message = (
-            f"address={address}: no job server answers ({str(error).splitlines()[0]}). Start one with `ray start --head`, or "
-            "forward the cluster's port 8265. With token authentication set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
-            "~/.ray/auth_token."
+            f"address={address}: the job server does not answer or refuses ({reason}). Start one with `ray start --head`, or forward "
+            "the cluster's port 8265. With token authentication set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
         )
         raise ConnectionError(message) from None
+    return client, str(job)
 
 
 async def _follow(client: Any, job: str) -> None:

@@ -70,7 +70,7 @@ def _handlers() -> dict[str, Callable[[Any], int]]:
 
 
 def _status(settings: config.StatusConfig) -> int:
-    from pipeline import run
+    from pipeline.failures import commonest_errors
     from pipeline.store import Store, summary
 
     store = Store(settings.store)
@@ -83,7 +83,7 @@ def _status(settings: config.StatusConfig) -> int:
         name = f"{stage['stage']} {stage['variant']}".strip()
         todo = f", {stage['remaining_shards']} shards to do" if stage["remaining_shards"] else ""
         print(f"  {name}: {stage['done_shards']} shards, {stage['rows']} rows, {stage['failed']} failed{todo}")
-        for reason, count in run.commonest_errors(store, stage["stage"], stage["variant"]) if stage["failed"] else []:
+        for reason, count in commonest_errors(store, stage["stage"], stage["variant"]) if stage["failed"] else []:
             print(f"      {count} x {reason}")
     return 0
 

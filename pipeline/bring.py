@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline.captioners import imported
 from pipeline.config import ImportConfig
+from pipeline.failures import check_failures
 from pipeline.store import CAPTIONS, Store, variant_name
 
 
@@ -19,6 +20,7 @@ def import_captions(config: ImportConfig) -> str:
 
     Raises:
         ValueError: the file is malformed, names images that the store lacks, or has the wrong length.
+        TooManyFailuresError: more rows lack a caption than `max_failure_rate` allows; the rows are written all the same.
     """
     store = Store(config.store)
     store.require_complete("images")
@@ -40,6 +42,7 @@ def import_captions(config: ImportConfig) -> str:
         f"import-captions: {store.dataset.rows - failed} captions into {variant}, {failed} rows without",
         file=sys.stderr,
     )
+    check_failures(store, "captions", variant, failed, config.max_failure_rate)
     return variant
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pipeline import models, shards, sources
 from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
+from pipeline.failures import check_failures
 from pipeline.session import spare_cores, start_ray
 from pipeline.store import Stage, Store, variant_name
 
@@ -24,10 +23,6 @@ if TYPE_CHECKING:
     import ray.data
 
 Chain = Callable[["ray.data.Dataset"], "ray.data.Dataset"]
-
-
-class TooManyFailuresError(RuntimeError):
-    """More rows failed than `max_failure_rate` allows; what is done stays done. Exit code 3."""
 
 
 def ingest(config: SourceConfig) -> None:
@@ -213,30 +208,8 @@ def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[s
                 seconds = bar.format_dict["elapsed"] or 1e-9
                 bar.set_postfix_str(f"failed {failed}" + (f", {tokens / seconds:.0f} tok/s" if tokens else ""))
                 bar.update(row["rows"])
-                _check_failures(store, stage, variant, failed, max_rate)
-    _check_failures(store, stage, variant, failed, max_rate)
-
-
-def _check_failures(store: Store, stage: Stage, variant: str, failed: int, max_rate: float) -> None:
-    if failed <= max_rate * store.dataset.rows:
-        return
-    reasons = "\n".join(f"  {count} x {reason}" for reason, count in commonest_errors(store, stage, variant))
-    message = (
-        f"{stage}: {failed} of {store.dataset.rows} rows failed, more than --max-failure-rate {max_rate} allows.\n{reasons}\n"
-        f"What is done is kept. Mend the causes and run `gpt4image retry --store {store.uri}`, or raise --max-failure-rate."
-    )
-    raise TooManyFailuresError(message)
-
-
-def commonest_errors(store: Store, stage: Stage, variant: str, limit: int = 5) -> list[tuple[str, int]]:
-    """Reasons of failure with their counts; numbers and names in them are folded, one example id is shown."""
-    counts: Counter[str] = Counter()
-    example: dict[str, tuple[str, str]] = {}
-    for key, error in store.errors(stage, variant):
-        kind = re.sub(r"\d+|'[^']*'", "#", error)
-        counts[kind] += 1
-        example.setdefault(kind, (error, key))
-    return [(f"{example[kind][0]} (such as {example[kind][1]})", count) for kind, count in counts.most_common(limit)]
+                check_failures(store, stage, variant, failed, max_rate)
+    check_failures(store, stage, variant, failed, max_rate)
 
 
 # What is to do, and the settings on record.

@@ -61,15 +61,16 @@ def test_only_the_named_files_build_ray_objects() -> None:
 
 
 def test_nothing_happens_on_import() -> None:
+    """Libraries may set variables of their own when they are imported; our modules do not."""
     code = (
-        "import os, sys, pathlib, logging\nbefore = dict(os.environ), logging.getLogger().handlers[:]\n"
+        "import logging, os, torch, timm, numpy, pyarrow, torchvision\nbefore = dict(os.environ), logging.getLogger().handlers[:]\n"
         "import pipeline.run, pipeline.shards, training.run, training.loop, tuning.run, tuning.page, cluster.demo, cluster.jobs\n"
-        "assert (dict(os.environ), logging.getLogger().handlers) == before, 'environment or logging changed'\n"
-        "import ray; assert not ray.is_initialized()"
+        "changed = set(os.environ.items()) ^ set(before[0].items())\n"
+        "assert not changed and logging.getLogger().handlers == before[1], changed\n"
+        "import sys; assert 'ray' not in sys.modules and 'mlflow' not in sys.modules and 'vllm' not in sys.modules"
     )
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "KMP_DUPLICATE_LIB_OK": "True", "KMP_INIT_AT_FORK": "FALSE"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0 or "TORCHINDUCTOR" in done.stderr, done.stderr[-2000:]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_the_four_names_come_from_this_project_and_this_checkout() -> None:
@@ -110,9 +111,9 @@ def test_this_environment_has_the_pinned_versions() -> None:
 def readme_commands() -> list[list[str]]:
     text = (ROOT / "README.md").read_text()
     commands = []
-    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL):
+    for language, block in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            words = shlex.split(line, comments=True) if language == "bash" else []
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words = words[1:]
             if words and words[0] == "gpt4image":

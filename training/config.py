@@ -66,6 +66,8 @@ class TrainConfig:
     """Probability of a horizontal flip; 0 where left and right carry meaning."""
     workers: int = 0
     """Data-parallel processes; 0: one for each GPU of the cluster, or two on a cluster without GPUs."""
+    threads: int = 0
+    """CPU threads of a worker that has no GPU; 0: this machine's cores, shared out. More threads than cores are far slower."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast on CUDA, float32 elsewhere; the losses are float32 always."""
     loader_threads: int = 2
@@ -92,7 +94,7 @@ class TrainConfig:
         for name in ("image_size", "epochs", "batch_size", "loader_threads", "shuffle_shards"):
             if getattr(self, name) < 1:
                 faults.append(f"{name}={getattr(self, name)}: must be at least 1.")
-        for name in ("workers", "projection_dim", "warmup_epochs", "max_failures", "weight_decay", "min_lr"):
+        for name in ("workers", "threads", "projection_dim", "warmup_epochs", "max_failures", "weight_decay", "min_lr"):
             if getattr(self, name) < 0:
                 faults.append(f"{name}={getattr(self, name)}: must be 0 or more.")
         if self.workers and self.batch_size % self.workers:

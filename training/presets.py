@@ -13,9 +13,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"backbone": "test_resnet", "image_size": 32, "epochs": 1, "batch_size": 32, "warmup_epochs": 0.0},
     # The embedded default. No flips and mild crops: "left of" must stay true.
     "scenes": {
-        "backbone": "resnet10t",
+        "backbone": "test_resnet",
         "image_size": 64,
-        "epochs": 24,
+        "epochs": 16,
         "batch_size": 64,
         "lr": 2e-3,
         "weight_decay": 0.05,

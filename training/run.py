@@ -24,7 +24,7 @@ from training.config import TrainConfig
 Result = dict[str, Any]
 
 # What may differ between a run and its resumption: where it runs and how it is watched, not what is computed.
-_FREE = ("run", "workers", "loader_threads", "max_failures", "tracking_uri", "experiment", "parent_run")
+_FREE = ("run", "workers", "threads", "loader_threads", "max_failures", "tracking_uri", "experiment", "parent_run")
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool = True) -> Result:
@@ -168,7 +168,7 @@ def _workers(config: TrainConfig) -> tuple[int, bool, int]:
         message = f"workers={workers}: the cluster has {gpus} GPUs; pass --workers {gpus} or fewer."
         raise ValueError(message)
     # Ray gives a worker as many OpenMP threads as CPUs; decoding threads come on top.
-    return workers, gpus > 0, max(1, (os.cpu_count() or 1) // workers) if not gpus else 2
+    return workers, gpus > 0, 2 if gpus else config.threads or max(1, (os.cpu_count() or 1) // workers)
 
 
 def _tracking_run(config: TrainConfig, variants: dict[str, str]) -> str:

@@ -61,15 +61,18 @@ def run_trial(trial: Trial) -> None:
 
 def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None:
     start_ray()
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # with verbose=0 the old reporter is silent, the new one is not
     from ray import tune as ray_tune
 
+    concurrent, threads = _concurrent(config)
+    todo = [replace(trial, threads=trial.threads or threads) for trial in todo]
     # The trial's own process only waits for its workers, whose CPUs and GPUs Ray Train asks for itself.
     trainable = ray_tune.with_resources(run_trial, {"CPU": 0.1})
     tuner = ray_tune.Tuner(
         trainable,
         param_space={"config": ray_tune.grid_search([asdict(trial) for trial in todo])},
         tune_config=ray_tune.TuneConfig(
-            metric="top1", mode="max", max_concurrent_trials=_concurrent(config), reuse_actors=False,
+            metric="top1", mode="max", max_concurrent_trials=concurrent, reuse_actors=False,
             trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,
         ),
         run_config=ray_tune.RunConfig(
@@ -84,12 +87,14 @@ def _trial_name(trial: Any) -> str:
     return space.trial_name(TrainConfig(**trial.config["config"]))
 
 
-def _concurrent(config: TuneConfig) -> int:
-    """A gang of workers must fit whole, or trials wait for each other's GPUs."""
+def _concurrent(config: TuneConfig) -> tuple[int, int]:
+    """(trials at a time, threads of a worker without a GPU): a gang of workers must fit whole, or trials wait for each other."""
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    return config.concurrent or max(1, gpus // (config.train.workers or gpus or 1))
+    workers = config.train.workers or gpus or 2
+    concurrent = config.concurrent or max(1, gpus // workers)
+    return concurrent, max(1, (os.cpu_count() or 1) // (workers * concurrent))
 
 
 def _progress(count: int) -> Any:

@@ -118,11 +118,13 @@ def one_step(trainee: Trainee, batch: Batch, talking: bool, options: argparse.Na
 
 def train(trainee: Trainee, batches: Batches, held_out: Batches | None, options: argparse.Namespace) -> None:
     """First looking alone, then looking and talking; whoever holds the exam also prints and exports."""
-    optimisers, supply = optimisers_for(trainee, options.rate), batches.forever(options.batch // options.processes)
+    optimisers = optimisers_for(trainee, options.rate)
+    sizes = (options.look_batch // options.processes, options.batch // options.processes)
+    looks, talks = (batches.forever(size) for size in sizes)
     started, total = time.perf_counter(), options.look_steps + options.steps
     for step in range(1, total + 1):
         talking = step > options.look_steps
-        losses = one_step(trainee, next(supply), talking, options)
+        losses = one_step(trainee, next(talks if talking else looks), talking, options)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, total)
@@ -161,8 +163,9 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     result.add_argument("--to", type=Path, required=True, help="folder of the model; replaced in one move every 250 steps")
     result.add_argument("--look-steps", type=int, default=1400, help="batches for the vision tower alone, at first")
-    result.add_argument("--steps", type=int, default=800, help="batches for the whole model, after that")
-    result.add_argument("--batch", type=int, default=64, help="pictures a step, over all processes")
+    result.add_argument("--look-batch", type=int, default=64, help="pictures in each of these, over all processes")
+    result.add_argument("--steps", type=int, default=1000, help="batches for the whole model, after that")
+    result.add_argument("--batch", type=int, default=32, help="pictures in each of these, over all processes")
     result.add_argument("--pool", type=int, default=48_000, help="different pictures to draw; passed over repeatedly")
     result.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of AdamW; Muon's is ten times it")
     result.add_argument("--patch-weight", type=float, default=3.0, help="weight of the patch-naming lesson")
