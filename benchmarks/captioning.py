@@ -57,9 +57,7 @@ def main() -> int:
     print(f"{'':12}{'images/s':>10}{'tokens/s':>10}")
     for name, found in (("bare engine", bare), ("pipeline", piped)):
         print(f"{name:12}{found['rows_per_s']:>10.1f}{found['tokens_per_s']:>10.0f}")
-    print(
-        f"share kept {share:.3f} (goal {GOAL}), {options.rows} pictures, steady state: from the first shard's receipt to the last's"
-    )
+    print(f"share kept {share:.3f} (goal {GOAL}), {options.rows} pictures, from the first shard's receipt to the last's")
     line = {
         "benchmark": "captioning", "value": round(share, 3), "unit": "share of the bare engine", "goal": GOAL,
         "holds": share >= GOAL,

@@ -72,8 +72,9 @@ def _start(address: str, entrypoint: str, folder: str) -> tuple[Any, str]:
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         reason = str(error).splitlines()[0]
         message = (
-            f"address={address}: the job server does not answer or refuses ({reason}). Start one with `ray start --head`, or forward "
-            "the cluster's port 8265. With token authentication set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
+            f"address={address}: the job server does not answer or refuses ({reason}). Start one with `ray start --head`, "
+            "or forward the cluster's port 8265. With token authentication set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token."
         )
         raise ConnectionError(message) from None
     return client, str(job)

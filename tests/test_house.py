@@ -63,8 +63,10 @@ def test_only_the_named_files_build_ray_objects() -> None:
 def test_nothing_happens_on_import() -> None:
     """Libraries may set variables of their own when they are imported; our modules do not."""
     code = (
-        "import logging, os, torch, timm, numpy, pyarrow, torchvision\nbefore = dict(os.environ), logging.getLogger().handlers[:]\n"
-        "import pipeline.run, pipeline.shards, training.run, training.loop, tuning.run, tuning.page, cluster.demo, cluster.jobs\n"
+        "import logging, os, torch, timm, numpy, pyarrow, torchvision\n"
+        "before = dict(os.environ), logging.getLogger().handlers[:]\n"
+        "import pipeline.run, pipeline.shards, training.run, training.loop\n"
+        "import tuning.run, tuning.page, cluster.demo, cluster.jobs\n"
         "changed = set(os.environ.items()) ^ set(before[0].items())\n"
         "assert not changed and logging.getLogger().handlers == before[1], changed\n"
         "import sys; assert 'ray' not in sys.modules and 'mlflow' not in sys.modules and 'vllm' not in sys.modules"

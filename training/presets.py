@@ -15,7 +15,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {
         "backbone": "test_resnet",
         "image_size": 64,
-        "epochs": 16,
+        "epochs": 12,
         "batch_size": 64,
         "lr": 2e-3,
         "weight_decay": 0.05,
