@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the sibling modules, however this file is loaded
@@ -132,7 +133,7 @@ def train(trainee: Trainee, batches: Batches, held_out: Batches | None, options:
             optimiser.zero_grad()
         if held_out and step % 50 == 0:
             print(f"step {step}/{total}  {losses}  {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
-        if held_out and ((talking and step % 250 == 0) or step == total):
+        if held_out and (step % 250 == 0 or step == total):
             tokens, exact = exam(trainee, held_out, 512 if step == total else 128)
             print(f"step {step}  held out: tokens {tokens:.2%}  whole captions {exact:.2%}", flush=True)
             export(trainee.captioner, build_processor(batches.tokenizer), options.to)
@@ -142,7 +143,9 @@ def learn(rank: int, options: argparse.Namespace, meeting: str) -> None:
     """One process: draw a share of the lessons, learn in step with the others; the first one exports."""
     torch.set_num_threads(1 if options.processes > 1 else options.threads)
     if options.processes > 1:
-        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
+        # A patient limit: a machine that pauses a long training should not end it.
+        patience, count = timedelta(hours=12), options.processes
+        distributed.init_process_group("gloo", timeout=patience, init_method=meeting, rank=rank, world_size=count)
     share = options.pool // options.processes
     # Splits of their own: no picture that `render.py` ever writes is among the lessons.
     lessons = draw_lessons(rank * share, share, options.seed, "captioner-train")
