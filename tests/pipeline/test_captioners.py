@@ -63,7 +63,6 @@ def test_captions_describe_their_own_pictures_and_not_others(described: Path, sc
     assert own > other + 0.15, (own, other)
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped captioner does not tell shapes apart yet: examples/scenes/README.md")
 def test_captions_name_what_is_in_the_picture(described: Path, scenes: Path) -> None:
     assert words_right(described, scenes, 0) > 0.8
 
