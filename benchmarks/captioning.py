@@ -23,7 +23,7 @@ GOAL = 0.8
 CLASSES = 12
 
 BARE = """
-import json, sys, time
+import json, os, sys, time
 from PIL import Image
 from pipeline import images
 from pipeline.captioners.vllm import VLLMCaptioner
@@ -34,12 +34,13 @@ store, config = Store(sys.argv[1]), CaptionConfig(store=sys.argv[1])
 captioner = VLLMCaptioner(config, resolve(config.model))
 shards = [store.read_shard("images", "", shard, ["id", "image"]) for shard in range(store.dataset.shards)]
 rows = [row for shard in shards for row in shard.to_pylist()]
-pictures = [images.fit(images.decode(row["image"]), config.max_edge) for row in rows]
+pictures = [images.decode_to_fit(row["image"], config.max_edge) for row in rows]
 captioner(pictures[:64], [config.prompt] * 64, ["warm"] * 64)
 start = time.monotonic()
 found = captioner(pictures, [config.prompt] * len(rows), [row["id"] for row in rows])
 seconds = time.monotonic() - start
-print(json.dumps({"rows": len(rows), "tokens": sum(c.output_tokens for c in found), "seconds": seconds}))
+print(json.dumps({"rows": len(rows), "tokens": sum(c.output_tokens for c in found), "seconds": seconds}), flush=True)
+os._exit(0)  # the engine's own libraries print hundreds of lines when they are torn down in order
 """
 
 
@@ -48,23 +49,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2048, help="pictures (default 2048)")
     parser.add_argument("--shard-rows", type=int, default=512, help="pictures a shard (default 512, the product's own)")
+    parser.add_argument("--save", action="store_true", help="also write benchmarks/results/captioning.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = _ingested(Path(folder), options)
         bare = _bare(store)
         piped = _pipeline(store)
     share = piped["rows_per_s"] / bare["rows_per_s"]
-    print(f"{'':12}{'images/s':>10}{'tokens/s':>10}")
+    table = [f"{'':12}{'images/s':>10}{'tokens/s':>10}"]
     for name, found in (("bare engine", bare), ("pipeline", piped)):
-        print(f"{name:12}{found['rows_per_s']:>10.1f}{found['tokens_per_s']:>10.0f}")
-    print(f"share kept {share:.3f} (goal {GOAL}), {options.rows} pictures, from the first shard's receipt to the last's")
+        table.append(f"{name:12}{found['rows_per_s']:>10.1f}{found['tokens_per_s']:>10.0f}")
+    table.append(f"share kept {share:.3f} (goal {GOAL}), {options.rows} pictures, from the first shard's receipt to the last's")
+    print("\n".join(table))
     line = {
         "benchmark": "captioning", "value": round(share, 3), "unit": "share of the bare engine", "goal": GOAL,
         "holds": share >= GOAL,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": _machine(),
         "versions": {name: metadata.version(name) for name in ("ray", "torch", "transformers")} | {"vllm": _vllm()},
     }  # fmt: skip
     print(json.dumps(line))
+    if options.save:
+        text = ["# Captioning: share of the bare engine's speed", "", f"`python benchmarks/captioning.py --rows {options.rows}`"]
+        text += ["", "```", *table, "", json.dumps(line, indent=1), "```", ""]
+        (ROOT / "benchmarks" / "results" / "captioning.md").write_text("\n".join(text))
     return 0
 
 
@@ -103,6 +110,15 @@ def _pipeline(store: str) -> dict[str, float]:
         counts = opened.read_shard("captions", variant, shard, ["output_tokens"])["output_tokens"].to_pylist()
         rows, tokens = rows + len(counts), tokens + sum(counts)
     return {"rows_per_s": rows / seconds, "tokens_per_s": tokens / seconds}
+
+
+def _machine() -> str:
+    """Processor, cores and GPUs, as the figures depend on them."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return ", ".join([names[0] if names else platform.machine(), f"{os.cpu_count()} cores", *gpus])
 
 
 def _vllm() -> str:

@@ -115,9 +115,8 @@ class PreparePictures:
     def _picture(self, row: int, record: dict[str, Any]) -> dict[str, Any]:
         found = {"row": row, "id": record["id"], "error": record["error"] and f"no picture: {record['error']}"}
         if record["error"] is None:
-            edge = self._config.max_edge
             limit = self._store.dataset.source["max_pixels"]
-            picture = images.fit(images.decode(record["image"], max_pixels=limit, shrink_to=edge), edge)
+            picture = images.decode_to_fit(record["image"], self._config.max_edge, max_pixels=limit)
             found["prompt"] = prompts.fill(self._config.prompt, self._store.dataset.classes[record["label"]])
             found |= {"width": picture.width, "height": picture.height, "pixels": picture.tobytes()}
         return found
