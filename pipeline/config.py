@@ -83,7 +83,7 @@ class CaptionConfig:
     store: str
     """Folder of a store that `ingest` filled."""
     captioner: Literal["vllm", "transformers"] = "vllm"
-    """Engine; both take the same model, prompt and processor (vllm is several times faster)."""
+    """Engine; both take the same model, prompt and processor (vllm batches continuously over a shard)."""
     caption_preset: str = "scenes"
     """Model, picture size and length in one word: scenes (shipped); qwen2.5-vl-3b, smolvlm2-2.2b, llava-1.5-7b (GPU, network)."""
     model: str = ""

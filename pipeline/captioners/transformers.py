@@ -1,7 +1,7 @@
-"""Captions by transformers' own `generate`: the slower twin of the vLLM captioner, for models that vLLM cannot run.
+"""Captions by transformers' own `generate`: the twin of the vLLM captioner, for models that vLLM cannot run.
 
-Same model, prompts and processor, interchangeable by `--captioner`; batches of 16 padded on the left. On two CPU cores the
-shipped model makes some tens of captions a second.
+Same model, prompts and processor, interchangeable by `--captioner`; batches of 16, padded on the left. A batch takes as long as
+its longest caption.
 """
 
 from __future__ import annotations
