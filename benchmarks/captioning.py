@@ -34,7 +34,7 @@ store, config = Store(sys.argv[1]), CaptionConfig(store=sys.argv[1])
 captioner = VLLMCaptioner(config, resolve(config.model))
 shards = [store.read_shard("images", "", shard, ["id", "image"]) for shard in range(store.dataset.shards)]
 rows = [row for shard in shards for row in shard.to_pylist()]
-pictures = [images.decode_to_fit(row["image"], config.max_edge) for row in rows]
+pictures = [images.decode_to_fit(row["image"], config.caption_edge) for row in rows]
 captioner(pictures[:64], [config.prompt] * 64, ["warm"] * 64)
 start = time.monotonic()
 found = captioner(pictures, [config.prompt] * len(rows), [row["id"] for row in rows])

