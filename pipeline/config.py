@@ -72,7 +72,7 @@ class SourceConfig:
     source_kind: Literal["auto", "folder", "webdataset", "parquet", "jsonl"] = "auto"
     """What `images` is; auto: by its ending, or by what the folder holds."""
     class_names: str = ""
-    """File of class names: line k names class k, or `key<TAB>name` lines, or a JSON object of keys and names. {label} says these."""
+    """File of class names, as {label} says them: line k names class k, or `key<TAB>name` lines, or a JSON object."""
     pack: bool = True
     """Pictures' bytes go into the store; --no-pack stores where they are and fetches them at each use (folder, tar, JSONL)."""
     max_edge: int = 0
@@ -195,7 +195,7 @@ class EmbedConfig:
     captions: str = ""
     """Caption variant to embed; empty: the only one of the store."""
     encoder_preset: str = "minilm"
-    """Encoder and pooling in one word: minilm (CPU default); with a network clip-vit-l14, siglip-b16, siglip2-b16, gte-modernbert."""
+    """Encoder and pooling in one word: minilm (CPU), or from the hub clip-vit-l14, siglip-b16, siglip2-b16, gte-modernbert."""
     encoder: str = ""
     """Hub name or folder of a text encoder in safetensors; empty: the preset's."""
     encoder_revision: str = ""

@@ -1,12 +1,13 @@
 """Frozen text encoders: descriptions to unit-length vectors, by transformers, on a GPU or on CPU cores.
 
-Sentence encoders pool the last layer (mean, or first token); CLIP text towers give their projected end-of-text feature.
-Captions are encoded in order of length, so little is padding; tokens are counted before the cut, so truncation is known.
+Sentence encoders pool the last layer (mean, or first token); CLIP and SigLIP text towers give their own text feature. Captions
+are tokenised once and encoded in order of length, so little is padding; tokens are counted before any cut.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,12 +16,14 @@ import numpy.typing as npt
 
 from pipeline.models import ModelRef
 
-Pooling = Literal["mean", "cls", "clip"]
+Pooling = Literal["mean", "cls", "clip", "siglip"]
+LongTexts = Literal["cut", "split"]
+SENTENCE_END = re.compile(r"(?<=[.!?;])\s+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """vectors: [N, D] float16 of unit length; tokens: [N] before the cut; truncated: [N]."""
+    """vectors: [N, D] float16 of unit length; tokens: [N] before any cut; truncated: [N], whether some of it was left out."""
 
     vectors: npt.NDArray[np.float16]
     tokens: list[int]
@@ -30,52 +33,104 @@ class Encoded:
 class TextEncoder:
     """A text encoder; `dim` is D, `max_tokens` the longest input that it reads whole."""
 
-    def __init__(self, model: ModelRef, pooling: Pooling, *, batch: int = 256) -> None:
+    def __init__(self, model: ModelRef, pooling: Pooling, *, batch: int = 256, long_texts: LongTexts = "cut") -> None:
         import torch
-        from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
+        from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection, SiglipTextModel
 
         location = model.here()
         self._pooling = pooling
         self._batch = batch
+        self._long_texts = long_texts
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        loader: Any = CLIPTextModelWithProjection if pooling == "clip" else AutoModel
+        towers: dict[str, Any] = {"clip": CLIPTextModelWithProjection, "siglip": SiglipTextModel}
+        loader: Any = towers.get(pooling, AutoModel)
         self._model: Any = loader.from_pretrained(location, revision=model.hub_revision, use_safetensors=True)
         self._model.to(self._device).eval()
         self._tokenizer: Any = AutoTokenizer.from_pretrained(location, revision=model.hub_revision)
         config = self._model.config
-        self.dim = int(config.projection_dim if pooling == "clip" else config.hidden_size)
+        width = {"clip": "projection_dim", "siglip": "projection_size"}.get(pooling, "hidden_size")
+        self.dim = int(getattr(config, width))
         self.max_tokens = _max_tokens(model, location, config, self._tokenizer)
 
     def __call__(self, texts: list[str]) -> Encoded:
         """Encodes any number of texts; the order of the results is the order of the texts."""
+        return self.averaged([[text] for text in texts])
+
+    def averaged(self, groups: list[list[str]]) -> Encoded:
+        """One vector for each group of texts, the normalised mean of the texts' unit vectors; tokens are the group's sum.
+
+        With `long_texts="split"` a text beyond the limit becomes several: sentences, packed into parts that fit.
+        """
+        parts: list[list[int]] = []
+        owners: list[int] = []
+        tokens, truncated = [0] * len(groups), [False] * len(groups)
+        texts = [text for group in groups for text in group]
+        owner_of = [owner for owner, group in enumerate(groups) for _ in group]
+        for owner, text, ids in zip(owner_of, texts, self._ids(texts), strict=True):
+            tokens[owner] += len(ids)
+            fitting = [ids]
+            if len(ids) > self.max_tokens:
+                pieces = self._pieces(text) if self._long_texts == "split" else [text]
+                lengths = [len(piece) for piece in self._ids(pieces)]
+                truncated[owner] |= max(lengths) > self.max_tokens
+                fitting = self._ids(pieces, cut=True)
+            parts += fitting
+            owners += [owner] * len(fitting)
+        sums = np.zeros((len(groups), self.dim), dtype=np.float32)
+        np.add.at(sums, owners, self._vectors(parts))
+        norms = np.linalg.norm(sums, axis=1, keepdims=True)
+        vectors = (sums / np.maximum(norms, 1e-12)).astype(np.float16)
+        return Encoded(vectors=vectors, tokens=tokens, truncated=truncated)
+
+    def _ids(self, texts: list[str], *, cut: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        limit = {"truncation": True, "max_length": self.max_tokens} if cut else {"truncation": False}
+        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=True, verbose=False, **limit)["input_ids"]
+        return found
+
+    def _pieces(self, text: str) -> list[str]:
+        """Sentences, packed in order into as few parts as fit; a sentence that is too long by itself stays one part."""
+        pieces: list[str] = []
+        for sentence in SENTENCE_END.split(text.strip()):
+            joined = f"{pieces[-1]} {sentence}" if pieces else sentence
+            if pieces and len(self._ids([joined])[0]) <= self.max_tokens:
+                pieces[-1] = joined
+            else:
+                pieces.append(sentence)
+        return pieces
+
+    def _vectors(self, ids: list[list[int]]) -> npt.NDArray[np.float32]:
         import torch
 
-        ids = self._tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"] if texts else []
-        tokens = [len(row) for row in ids]
-        vectors = np.zeros((len(texts), self.dim), dtype=np.float16)
-        order = sorted(range(len(texts)), key=tokens.__getitem__, reverse=True)  # the largest batch first: fails early if at all
+        vectors = np.zeros((len(ids), self.dim), dtype=np.float32)
+        # The largest batch first: what does not fit into memory fails at once and not in the end.
+        order = sorted(range(len(ids)), key=lambda place: len(ids[place]), reverse=True)
         with torch.inference_mode():
             for start in range(0, len(order), self._batch):
-                part = order[start : start + self._batch]
-                vectors[part] = self._encode([texts[place] for place in part])
-        return Encoded(vectors=vectors, tokens=tokens, truncated=[count > self.max_tokens for count in tokens])
+                places = order[start : start + self._batch]
+                vectors[places] = self._encode([ids[place] for place in places])
+        return vectors
 
-    def _encode(self, texts: list[str]) -> npt.NDArray[np.float16]:
+    def _encode(self, ids: list[list[int]]) -> npt.NDArray[np.float32]:
         import torch
 
-        batch = self._tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-        batch = batch.to(self._device)
+        # SigLIP was trained on texts padded to its full length, without a mask: its feature is that of the last position.
+        filled = {"padding": "max_length", "max_length": self.max_tokens} if self._pooling == "siglip" else {"padding": True}
+        batch = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt", verbose=False, **filled).to(self._device)
+        inputs = {"input_ids": batch["input_ids"]} if self._pooling == "siglip" else dict(batch)
         with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._device == "cuda"):
-            output = self._model(**batch)
+            output = self._model(**inputs)
         if self._pooling == "clip":
             pooled = output.text_embeds.float()
+        elif self._pooling == "siglip":
+            pooled = output.pooler_output.float()
         elif self._pooling == "cls":
             pooled = output.last_hidden_state[:, 0].float()
         else:
             mask = batch["attention_mask"].unsqueeze(-1).float()
             pooled = (output.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
-        unit = torch.nn.functional.normalize(pooled, dim=-1)
-        array: npt.NDArray[np.float16] = unit.to(torch.float16).cpu().numpy()
+        array: npt.NDArray[np.float32] = torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
         return array
 
 

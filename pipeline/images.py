@@ -70,6 +70,13 @@ def decode_to_fit(data: bytes, max_edge: int, *, max_pixels: int = DEFAULT_MAX_P
     return fit(decode(data, max_pixels=max_pixels, shrink_to=2 * max_edge), max_edge)
 
 
+def jpeg(image: Image.Image) -> bytes:
+    """An RGB picture as a JPEG of quality 95, without further loss of colour resolution: what `--max-edge` packs."""
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=95, subsampling=0)
+    return sink.getvalue()
+
+
 def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pipeline import models, shards, sources
@@ -26,7 +27,7 @@ Chain = Callable[["ray.data.Dataset"], "ray.data.Dataset"]
 
 
 def ingest(config: SourceConfig) -> None:
-    """Image folder -> images stage."""
+    """Source -> images stage."""
     plan = sources.plan(config)
     if Store.exists(config.store):
         store = Store(config.store)
@@ -221,8 +222,7 @@ def _shard_items(todo: list[int], *, redo: bool) -> list[dict[str, Any]]:
 
 
 def _ingest_item(plan: sources.Plan, shard: int, *, redo: bool) -> dict[str, Any]:
-    entries = [{"id": entry.id, "label": entry.label, "split": entry.split} for entry in plan.shards[shard]]
-    return {"shard": shard, "redo": redo, "entries": entries}
+    return {"shard": shard, "redo": redo, "rows": [asdict(row) for row in plan.shards[shard]]}
 
 
 def _failed_shards(store: Store, stage: Stage, variant: str) -> list[int]:
@@ -241,12 +241,10 @@ def _check_same_source(store: Store, plan: sources.Plan) -> None:
 
 def _recorded_plan(store: Store) -> sources.Plan:
     """The shards as they were cut, from the ids on record, since a mended file may have another size."""
-    rows = [store.read_shard("images", "", shard, ["id", "label", "split"]).to_pylist() for shard in range(store.dataset.shards)]
-    classes = store.dataset.classes
-    cut = [
-        [sources.Entry(id=row["id"], label=classes[row["label"]], split=row["split"], size=0) for row in shard] for shard in rows
-    ]
-    return sources.Plan(dataset=store.dataset, shards=cut)
+    columns = ["id", "label", "split", "uri"]
+    shards = [store.read_shard("images", "", shard, columns).to_pylist() for shard in range(store.dataset.shards)]
+    rows = [[sources.Row(id=r["id"], label=r["label"], split=r["split"], place=r["uri"]) for r in shard] for shard in shards]
+    return sources.Plan(dataset=store.dataset, shards=rows)
 
 
 def _caption_settings(config: CaptionConfig, model: models.ModelRef) -> dict[str, Any]:

@@ -28,7 +28,14 @@ _PICTURES = pa.large_list(
         ]
     )
 )  # fmt: skip
-_TEXTS = pa.large_list(pa.struct([("row", pa.int32()), ("id", pa.string()), ("caption", pa.string()), ("error", pa.string())]))
+_TEXTS = pa.large_list(
+    pa.struct(
+        [
+            ("row", pa.int32()), ("id", pa.string()), ("caption", pa.string()), ("others", pa.list_(pa.string())),
+            ("error", pa.string()),
+        ]
+    )
+)  # fmt: skip
 _CAPTIONED = pa.large_list(pa.struct([("row", pa.int32()), *[(field.name, field.type) for field in CAPTIONS]]))
 
 
@@ -52,48 +59,44 @@ def _done_table(done: Done) -> pa.Table:
 
 
 class IngestShard:
-    """Reads a shard's files, checks that each decodes, writes bytes and size, or the reason why not."""
+    """Reads a shard's pictures, checks that each decodes, writes bytes (or their place) and size, or the reason why not."""
 
     def __init__(self, store: str) -> None:
         self._store = Store(store)
+        self._source = self._store.dataset.source
+        self._read = sources.Reader(self._source["uri"])
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Columns in: shard, redo, entries (id, label). Out: those of `Done`."""
+        """Columns in: shard, redo, rows (id, label, split, place). Out: those of `Done`."""
         start = time.monotonic()
         item = table.to_pylist()[0]
         shard, old = item["shard"], None
         if item["redo"]:
             old = self._store.read_shard("images", "", shard).to_pylist()
-        rows = [
-            old[place] if old and old[place]["error"] is None else self._row(entry) for place, entry in enumerate(item["entries"])
-        ]
+        rows = [old[n] if old and old[n]["error"] is None else self._row(row) for n, row in enumerate(item["rows"])]
         receipt = self._store.write_shard(
             "images", "", shard, pa.Table.from_pylist(rows, schema=IMAGES), seconds=time.monotonic() - start,
             attempt=_attempt(self._store, "images", "", shard, item["redo"]),
         )  # fmt: skip
         return _done_table(Done(shard=shard, rows=receipt.rows, failed=receipt.failed, tokens=0))
 
-    def _row(self, entry: dict[str, Any]) -> dict[str, Any]:
-        dataset = self._store.dataset
-        row = {
-            "id": entry["id"],
-            "label": dataset.classes.index(entry["label"]),
-            "split": entry["split"],
-            "uri": entry["id"],
-        }
-        limit = dataset.source["max_bytes"]
+    def _row(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        row = {"id": wanted["id"], "label": wanted["label"], "split": wanted["split"], "uri": wanted["place"]}
+        limit = self._source["max_bytes"]
         try:
-            data = sources.read(dataset.source["uri"], entry["id"], limit)
+            data = self._read(wanted["place"], limit)
             if len(data) > limit:
                 return row | {"error": f"file of more than {limit} bytes: shrink it or raise --max-bytes"}
-            picture = images.decode(data, max_pixels=dataset.source["max_pixels"])
+            picture = images.decode(data, max_pixels=self._source["max_pixels"])
         except images.ImageError as error:
             return row | {"error": str(error)}
         except OSError as error:
             return row | {"error": f"cannot be read ({error.strerror or error}): mend it, then run retry"}
-        return row | {
-            "content_hash": hashlib.sha256(data).hexdigest(), "image": data, "width": picture.width, "height": picture.height,
-        }  # fmt: skip
+        row["content_hash"] = hashlib.sha256(data).hexdigest()
+        if (edge := self._source["max_edge"]) and max(picture.size) > edge:
+            picture = images.fit(picture, edge)
+            data = images.jpeg(picture)
+        return row | {"image": data if self._source["pack"] else None, "width": picture.width, "height": picture.height}
 
 
 class PreparePictures:
@@ -107,19 +110,24 @@ class PreparePictures:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo. Out: shard, redo, pictures (raw RGB)."""
         shard, redo = table["shard"][0].as_py(), table["redo"][0].as_py()
-        source = self._store.read_shard("images", "", shard, ["id", "image", "label", "error"])
+        source = self._store.read_shard("images", "", shard, ["id", "image", "uri", "label", "error"])
         wanted = _rows_to_do(self._store, "captions", self._variant, shard, redo, len(source))
         rows = [self._picture(row, record) for row, record in zip(wanted, source.take(wanted).to_pylist(), strict=True)]
         return _shard_table(shard, redo, "pictures", rows, _PICTURES)
 
     def _picture(self, row: int, record: dict[str, Any]) -> dict[str, Any]:
         found = {"row": row, "id": record["id"], "error": record["error"] and f"no picture: {record['error']}"}
-        if record["error"] is None:
+        if record["error"] is not None:
+            return found
+        try:
+            data = self._store.picture(record["image"], record["uri"])
             limit = self._store.dataset.source["max_pixels"]
-            picture = images.decode_to_fit(record["image"], self._config.caption_edge, max_pixels=limit)
-            found["prompt"] = prompts.fill(self._config.prompt, self._store.dataset.classes[record["label"]])
-            found |= {"width": picture.width, "height": picture.height, "pixels": picture.tobytes()}
-        return found
+            picture = images.decode_to_fit(data, self._config.caption_edge, max_pixels=limit)
+        except (OSError, images.ImageError) as error:
+            # Only of pictures stored by reference: packed ones were decoded when they were ingested.
+            return found | {"error": f"no picture any more: {error}"}
+        found["prompt"] = prompts.fill(self._config.prompt, self._store.dataset.classes[record["label"]])
+        return found | {"width": picture.width, "height": picture.height, "pixels": picture.tobytes()}
 
 
 class CaptionPictures:
@@ -196,12 +204,11 @@ class ReadCaptions:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo. Out: shard, redo, texts."""
         shard, redo = table["shard"][0].as_py(), table["redo"][0].as_py()
-        source = self._store.read_shard("captions", self._captions, shard, ["id", "caption", "error"])
+        source = self._store.read_shard("captions", self._captions, shard, ["id", "caption", "others", "error"])
         wanted = _rows_to_do(self._store, "embeddings", self._variant, shard, redo, len(source))
         records = source.take(wanted).to_pylist()
         rows = [
-            {"row": row, "id": r["id"], "caption": r["caption"], "error": r["error"] and f"no caption: {r['error']}"}
-            for row, r in zip(wanted, records, strict=True)
+            {**r, "row": row, "error": r["error"] and f"no caption: {r['error']}"} for row, r in zip(wanted, records, strict=True)
         ]
         return _shard_table(shard, redo, "texts", rows, _TEXTS)
 
@@ -210,7 +217,7 @@ class EmbedCaptions:
     """Holds the encoder; one call encodes and writes one shard (vectors are small, so they need not travel)."""
 
     def __init__(self, config: EmbedConfig, model: ModelRef, variant: str) -> None:
-        self._encoder = TextEncoder(model, config.pooling or "mean", batch=config.encoder_batch)
+        self._encoder = TextEncoder(model, config.pooling or "mean", batch=config.encoder_batch, long_texts=config.long_captions)
         self._store = Store(config.store)
         self._variant = variant
 
@@ -219,7 +226,7 @@ class EmbedCaptions:
         start = time.monotonic()
         item = table.to_pylist()[0]
         good = [row for row in item["texts"] if row["error"] is None]
-        encoded = self._encoder([row["caption"] for row in good])
+        encoded = self._encoder.averaged([[row["caption"], *(row["others"] or [])] for row in good])
         made = {
             row["row"]: {
                 "embedding": encoded.vectors[n],

@@ -26,6 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from pipeline import locations
+
 SCHEMA_VERSION = 1
 Stage = Literal["images", "captions", "embeddings"]
 STAGES: tuple[Stage, ...] = ("images", "captions", "embeddings")
@@ -138,7 +140,7 @@ class Store:
             ValueError: the store was written with a newer schema.
         """
         self.uri = uri
-        self._fs, self._root = _resolve(uri)
+        self._fs, self._root = locations.resolve(uri)
         try:
             raw = json.loads(self._read("dataset.json"))
         except FileNotFoundError:
@@ -157,13 +159,13 @@ class Store:
     @staticmethod
     def exists(uri: str) -> bool:
         """Whether a store was begun at `uri`."""
-        filesystem, root = _resolve(uri)
+        filesystem, root = locations.resolve(uri)
         return bool(filesystem.get_file_info(f"{root}/dataset.json").type == fs.FileType.File)
 
     @staticmethod
     def create(uri: str, dataset: Dataset) -> Store:
         """Writes dataset.json and opens the store."""
-        filesystem, root = _resolve(uri)
+        filesystem, root = locations.resolve(uri)
         _write_whole(filesystem, f"{root}/dataset.json", _json_bytes(asdict(dataset)))
         return Store(uri)
 
@@ -284,6 +286,16 @@ class Store:
         found = self.dataset.splits[split]
         return range(found.first_shard, found.first_shard + found.num_shards)
 
+    def picture(self, image: bytes | None, uri: str | None) -> bytes:
+        """The encoded bytes of a picture that has no error: those in the shard, or, stored with --no-pack, those at its place.
+
+        Raises:
+            OSError: the place cannot be read.
+        """
+        if image is not None:
+            return image
+        return locations.fetch(self.dataset.source["uri"], uri or "", self.dataset.source["max_bytes"])
+
     def errors(self, stage: Stage, variant: str = "") -> Iterator[tuple[str, str]]:
         """(id, error) of every failed row of the finished shards."""
         for shard, receipt in self.receipts(stage, variant).items():
@@ -314,13 +326,6 @@ class Store:
     def _read(self, path: str) -> bytes:
         with self._fs.open_input_stream(f"{self._root}/{path}") as stream:
             return bytes(stream.read())
-
-
-def _resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    if "://" in uri:
-        filesystem, root = fs.FileSystem.from_uri(uri)
-        return filesystem, root.rstrip("/")
-    return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
 
 
 def _write_whole(filesystem: fs.FileSystem, path: str, data: bytes) -> None:

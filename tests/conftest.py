@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -18,8 +19,31 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: a test that 
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """One local Ray for all tests that need it; verbs called in this process join it."""
+def bucket() -> Iterator[str]:
+    """A bucket of a real S3 protocol server on loopback; every process started from here finds it through the environment."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request, otherwise
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    boto3.client("s3").create_bucket(Bucket="pictures")
+    yield "s3://pictures"
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="session")
+def ray_session(bucket: str) -> Iterator[None]:
+    """One local Ray for all tests that need it; verbs called in this process join it. Its workers know the bucket."""
     from pipeline.session import start_ray
 
     start_ray()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,7 @@ from training.targets import Targets, vectors_of
 
 Array = npt.NDArray[Any]
 ImageArray = npt.NDArray[np.uint8]
+Decode = Callable[[bytes, Array], ImageArray]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Batch:
 @dataclass(frozen=True)
 class _Shard:
     pictures: list[bytes | None]
+    uris: list[str | None]
     labels: Array
     texts: Array | None
     groups: Array | None
@@ -76,10 +78,11 @@ class ShardReader:
         return self._cache[shard]
 
     def _read(self, shard: int) -> _Shard:
-        table = self._store.read_shard("images", "", shard, ["id", "image", "label"])
-        pictures, labels = table["image"].to_pylist(), table["label"].to_numpy().astype(np.int64)
+        table = self._store.read_shard("images", "", shard, ["id", "image", "uri", "label"])
+        pictures, uris = table["image"].to_pylist(), table["uri"].to_pylist()
+        labels = table["label"].to_numpy().astype(np.int64)
         if self._targets is None:
-            return _Shard(pictures, labels, None, None)
+            return _Shard(pictures, uris, labels, None, None)
         captions = self._store.read_shard("captions", self._targets.captions, shard, ["id", "caption"])
         vectors = self._store.read_shard("embeddings", self._targets.embeddings, shard, ["id", "embedding"])
         if not table["id"].equals(captions["id"]) or not table["id"].equals(vectors["id"]):
@@ -89,7 +92,7 @@ class ShardReader:
         present = np.abs(wide).sum(1) > 0
         texts = np.where(present[:, None], self._targets.project(wide), 0).astype(np.float32)
         groups = np.array([_group(text) for text in captions["caption"].to_pylist()], dtype=np.int64)
-        return _Shard(pictures, labels, texts, np.where(present, groups, -1))
+        return _Shard(pictures, uris, labels, texts, np.where(present, groups, -1))
 
 
 def _group(caption: str | None) -> int:
@@ -182,6 +185,7 @@ class Loader:
     def __init__(self, store: Store, targets: Targets | None, augment: Augment, *, threads: int, window: int) -> None:
         # One shard more than a window: the last batches of one window overlap the first of the next.
         self._reader = ShardReader(store, targets, keep=2 * window)
+        self._store = store
         self._augment = augment
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
@@ -198,19 +202,21 @@ class Loader:
         parts = [mine[start : start + batch] for start in range(0, len(mine), batch)]
         yield from self._ahead(parts, lambda data, pair: self._augment.evaluate(data))
 
-    def _ahead(self, parts: list[Array], decode: Any) -> Iterator[Batch]:
+    def _ahead(self, parts: list[Array], decode: Decode) -> Iterator[Batch]:
         waiting: deque[tuple[Array, list[Future[ImageArray]]]] = deque()
         for part in parts:
-            waiting.append((part, [self._pool.submit(decode, self._picture(pair), pair) for pair in part]))
+            waiting.append((part, [self._pool.submit(self._decoded, decode, *self._stored(pair), pair) for pair in part]))
             if len(waiting) > 2:
                 yield self._batch(*waiting.popleft())
         while waiting:
             yield self._batch(*waiting.popleft())
 
-    def _picture(self, pair: Array) -> bytes:
-        data = self._reader[int(pair[0])].pictures[int(pair[1])]
-        assert data is not None, pair
-        return data
+    def _stored(self, pair: Array) -> tuple[bytes | None, str | None]:
+        shard, row = self._reader[int(pair[0])], int(pair[1])
+        return shard.pictures[row], shard.uris[row]
+
+    def _decoded(self, decode: Decode, data: bytes | None, uri: str | None, pair: Array) -> ImageArray:
+        return decode(self._store.picture(data, uri), pair)  # in the pool: a picture stored by reference is fetched here
 
     def _batch(self, part: Array, decoded: list[Future[ImageArray]]) -> Batch:
         pictures = torch.from_numpy(np.stack([future.result() for future in decoded])).permute(0, 3, 1, 2)

@@ -10,7 +10,7 @@ from PIL import Image
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """One description, or the reason why there is none. Token counts as the engine counted them, over all of a picture's captions.
+    """One description, or the reason why there is none. Token counts are the engine's, over all of a picture's captions.
 
     `flag` marks a caption that is there but doubtful (`cut`, `repetition`); `others` are further captions of the same picture.
     """

