@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "describe": (config.DescribeConfig, "ingest, caption and embed"),
     "import-captions": (config.ImportConfig, "bring captions made elsewhere"),
     "status": (config.StatusConfig, "what is done, what failed and why"),
+    "inspect": (config.InspectConfig, "a page to look at a store with"),
     "retry": (config.RetryConfig, "redo the failed rows only"),
 }
 
@@ -42,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpt4image {verb}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if type(error).__name__ != "TooManyFailuresError":
+        if type(error).__name__ not in ("TooManyFailuresError", "RunStoppedError"):
             raise
         print(f"gpt4image {verb}: {error}", file=sys.stderr)
-        return 3
+        return 3 if type(error).__name__ == "TooManyFailuresError" else 1
 
 
 def _handlers() -> dict[str, Callable[[Any], int]]:
@@ -66,6 +67,7 @@ def _handlers() -> dict[str, Callable[[Any], int]]:
         "retry": quiet(run.retry),
         "import-captions": quiet(bring.import_captions),
         "status": _status,
+        "inspect": _inspect,
     }
 
 
@@ -85,6 +87,13 @@ def _status(settings: config.StatusConfig) -> int:
         print(f"  {name}: {stage['done_shards']} shards, {stage['rows']} rows, {stage['failed']} failed{todo}")
         for reason, count in commonest_errors(store, stage["stage"], stage["variant"]) if stage["failed"] else []:
             print(f"      {count} x {reason}")
+    return 0
+
+
+def _inspect(settings: config.InspectConfig) -> int:
+    from pipeline import gallery
+
+    print(gallery.write(settings))
     return 0
 
 

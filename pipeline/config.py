@@ -140,6 +140,8 @@ class CaptionConfig:
     """Most tokens of prompt, picture and caption together; 0: the preset's or the model's own."""
     replicas: int = 0
     """Captioning actors; 0: one for each GPU of the cluster, or one on a cluster without GPUs."""
+    engine_batch: int = 0
+    """Most pictures that an engine works on at a time; 0: vllm's own choice, 16 for transformers."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that a vLLM engine may take."""
     base_url: str = "http://127.0.0.1:8000/v1"
@@ -181,6 +183,8 @@ class CaptionConfig:
             faults.append(f"base_url={self.base_url!r}: an http:// or https:// address, such as http://127.0.0.1:8000/v1.")
         if not 0 < self.gpu_memory_utilization <= 1:
             faults.append(f"gpu_memory_utilization={self.gpu_memory_utilization}: a share between 0 and 1.")
+        if self.engine_batch < 0:
+            faults.append(f"engine_batch={self.engine_batch}: must be 0 (the engine's choice) or more.")
         if self.replicas < 0:
             faults.append(f"replicas={self.replicas}: must be 0 (one a GPU) or more.")
         _raise_faults(faults)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections import Counter
 
@@ -10,6 +11,23 @@ from pipeline.store import Stage, Store
 
 class TooManyFailuresError(RuntimeError):
     """More rows failed than `max_failure_rate` allows; what is done stays done. Exit code 3."""
+
+
+class RunStoppedError(RuntimeError):
+    """Something other than the pictures stopped the run (disk, network, engine); what is done stays done. Exit code 1."""
+
+
+def plain_error(verb: str, store: Store, error: BaseException) -> BaseException:
+    """What a worker's failure comes to for the user: a message with the mend where the kind is known, else the error itself."""
+    origin = error
+    while (deeper := getattr(origin, "cause", None) or origin.__cause__) is not None:
+        origin = deeper
+    again = f"What is done is kept: the same `gpt4image {verb.split()[0]}` goes on where it stopped."
+    if isinstance(origin, OSError) and origin.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunStoppedError(f"store={store.uri}: no space left to write to ({origin.strerror}). Make room. {again}")
+    if isinstance(origin, OSError) or type(origin).__name__ in ("EngineDeadError", "BudgetSpentError"):
+        return RunStoppedError(f"{type(origin).__name__}: {origin}. {again}")
+    return ValueError(str(origin)) if type(origin) is ValueError else error
 
 
 def check_failures(store: Store, stage: Stage, variant: str, failed: int, max_rate: float) -> None:

@@ -10,13 +10,14 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pipeline import models, shards, sources
 from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
-from pipeline.failures import check_failures
+from pipeline.failures import check_failures, plain_error
 from pipeline.session import spare_cores, start_ray
 from pipeline.store import Stage, Store, variant_name
 
@@ -118,6 +119,8 @@ def _ingest_chain(store: str) -> Chain:
 
 
 def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) -> Chain:
+    run = uuid.uuid4().hex[:12]  # tells an engine's death in this run from the death of an earlier run
+
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
         engines, gpus, cpus = _pool(config.replicas, "replicas")
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
@@ -128,8 +131,8 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
         # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up. The pool is fixed: a
         # growing one reaches its size minutes late.
         ds = ds.map_batches(
-            shards.CaptionPictures, fn_constructor_args=(config, model), **_shard_batches(), num_cpus=cpus, num_gpus=gpus,
-            compute=_actors(engines),
+            shards.CaptionPictures, fn_constructor_args=(config, model, variant, run), **_shard_batches(), num_cpus=cpus,
+            num_gpus=gpus, compute=_actors(engines),
         )  # fmt: skip
         return ds.map_batches(
             shards.WriteCaptions, fn_constructor_args=(config.store, variant), **_shard_batches(), num_cpus=0.5,
@@ -197,21 +200,33 @@ def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[s
         start_ray()
         import ray.data
 
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # its own progress and hints; ours stand in their place
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its progress, hints and tracebacks; ours stand in their place
         ray.data.DataContext.get_current().enable_progress_bars = False
         tokens = 0
         rows_before = 0 if redone & receipts.keys() else done_rows
         total = sum(receipts[s].rows for s in redone & receipts.keys()) or store.dataset.rows
         with tqdm(total=total, initial=rows_before, desc=f"{verb} {variant}".strip(), unit="img", file=sys.stderr) as bar:
             source = ray.data.from_items(items, override_num_blocks=len(items))
-            for row in chain(source).iter_rows():
+            rows = iter(chain(source).iter_rows())
+            while (row := _next(rows, verb, store)) is not None:
                 failed += row["failed"]
                 tokens += row["tokens"]
                 seconds = bar.format_dict["elapsed"] or 1e-9
                 bar.set_postfix_str(f"failed {failed}" + (f", {tokens / seconds:.0f} tok/s" if tokens else ""))
                 bar.update(row["rows"])
                 check_failures(store, stage, variant, failed, max_rate)
+        if stage == "captions" and not store.pending(stage, variant):
+            store.delete_folder(f"{store.folder(stage, variant)}/underway")
     check_failures(store, stage, variant, failed, max_rate)
+
+
+def _next(rows: Iterator[dict[str, Any]], verb: str, store: Store) -> dict[str, Any] | None:
+    """The next finished shard; what a worker failed of is told in words."""
+    try:
+        return next(rows, None)
+    except Exception as error:
+        plain = plain_error(verb, store, error)
+        raise plain from (None if plain is not error else error.__cause__)
 
 
 # What is to do, and the settings on record.

@@ -48,6 +48,13 @@ def _join() -> None:
         raise ConnectionError(message) from error
 
 
+def actor_name() -> str:
+    """A name of the actor that this process is, the same after Ray has started it again; `driver` outside of actors."""
+    import ray
+
+    return (ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None) or "driver"
+
+
 def spare_cores() -> int:
     """Cores that decoding may use beside an engine or a training: half of this machine's, or of the cluster's nodes."""
     import ray

@@ -7,9 +7,11 @@ batches, a shard stays whole and in order. `redo` limits a step to the rows that
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 
@@ -18,7 +20,11 @@ from pipeline.captioners.protocol import Caption, Captioner
 from pipeline.config import CaptionConfig, EmbedConfig
 from pipeline.encoders import TextEncoder
 from pipeline.models import ModelRef
+from pipeline.session import actor_name
 from pipeline.store import CAPTIONS, IMAGES, Stage, Store, embeddings_table
+from pipeline.underway import EngineDeadError, Loading, Underway, is_out_of_memory, smaller
+
+SMALLEST = 4  # times that an engine's settings are halved before want of memory stops the run
 
 _PICTURES = pa.large_list(
     pa.struct(
@@ -131,36 +137,67 @@ class PreparePictures:
 
 
 class CaptionPictures:
-    """Holds the engine; one call is one shard."""
+    """Holds the engine; one call is one shard.
 
-    def __init__(self, config: CaptionConfig, model: ModelRef) -> None:
-        self._captioner = build_captioner(config, model)
+    An engine that breaks is left behind with its process: Ray starts the actor again and hands it the same shard, and the notes
+    of `underway` tell the new one what the old one died of.
+    """
+
+    def __init__(self, config: CaptionConfig, model: ModelRef, variant: str, run: str) -> None:
+        store = Store(config.store)
+        self._underway = Underway(store, variant, run)
+        self._loading = Loading(store, variant, f"{actor_name()}-{run}")
+        self._loading.begin()
+        self._config = smaller(config, self._loading.smaller)
+        try:
+            self._captioner = build_captioner(self._config, model)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._loading.out_of_memory(SMALLEST)
+            _leave(error)
+        self._loading.loaded()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Columns in: shard, redo, pictures. Out: shard, redo, captions, seconds; the pixels are dropped here."""
-        from PIL import Image
-
+        """Columns in: shard, redo, pictures. Out: shard, redo, captions, seconds, note; the pixels are dropped here."""
         start = time.monotonic()
-        rows = table["pictures"][0].as_py()
-        good = [row for row in rows if row["error"] is None]
-        made = self._captioner(
-            [Image.frombytes("RGB", (row["width"], row["height"]), row["pixels"]) for row in good],
-            [row["prompt"] for row in good],
-            [row["id"] for row in good],
-        )
-        captions = {row["row"]: caption for row, caption in zip(good, made, strict=True)}
+        shard, rows = table["shard"][0].as_py(), table["pictures"][0].as_py()
+        good = {row["row"]: row for row in rows if row["error"] is None}
+        try:
+            made, note = self._underway.caption(shard, list(good), lambda part: self._caption([good[row] for row in part]))
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            if self._config.captioner == "openai":
+                raise  # no engine here that could be broken: the server refuses, or is gone
+            if is_out_of_memory(error):
+                self._underway.innocent(shard)
+                self._loading.out_of_memory(SMALLEST)
+            else:
+                self._underway.said(shard, f"{type(error).__name__}: {error}")
+            _leave(error)
+        captions = dict(zip(good, made, strict=True))
         results = [
-            {
-                "row": row["row"],
-                "id": row["id"],
-                **_caption_columns(captions.get(row["row"], Caption(error=row["error"]))),
-            }
+            {"row": row["row"], "id": row["id"], **_caption_columns(captions.get(row["row"], Caption(error=row["error"])))}
             for row in rows
         ]
+        if times := self._loading.smaller:
+            note = f"{note}; " * bool(note) + f"settings halved {times} times after running out of memory"
         return _shard_table(
-            table["shard"][0].as_py(), table["redo"][0].as_py(), "captions", results, _CAPTIONED,
-            seconds=time.monotonic() - start,
-        )  # fmt: skip
+            shard, table["redo"][0].as_py(), "captions", results, _CAPTIONED, seconds=time.monotonic() - start, note=note
+        )
+
+    def _caption(self, rows: list[dict[str, Any]]) -> list[Caption]:
+        from PIL import Image
+
+        pictures = [Image.frombytes("RGB", (row["width"], row["height"]), row["pixels"]) for row in rows]
+        return self._captioner(pictures, [row["prompt"] for row in rows], [row["id"] for row in rows])
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Ends this process, which alone gives back what a broken engine holds (memory of a GPU above all)."""
+    print(f"the engine is started again after: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    os._exit(70)
 
 
 def build_captioner(config: CaptionConfig, model: ModelRef) -> Captioner:
@@ -182,13 +219,14 @@ class WriteCaptions:
         self._variant = variant
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Columns in: shard, redo, captions, seconds. Out: those of `Done`."""
+        """Columns in: shard, redo, captions, seconds, note. Out: those of `Done`."""
         item = table.to_pylist()[0]
         rows = _merged(self._store, "captions", self._variant, item["shard"], item["redo"], item["captions"])
         receipt = self._store.write_shard(
             "captions", self._variant, item["shard"], pa.Table.from_pylist(rows, schema=CAPTIONS), seconds=item["seconds"],
-            attempt=_attempt(self._store, "captions", self._variant, item["shard"], item["redo"]),
+            attempt=_attempt(self._store, "captions", self._variant, item["shard"], item["redo"]), note=item["note"],
         )  # fmt: skip
+        Underway(self._store, self._variant, "").finished(item["shard"])
         tokens = sum(row["output_tokens"] or 0 for row in item["captions"])
         return _done_table(Done(shard=item["shard"], rows=receipt.rows, failed=receipt.failed, tokens=tokens))
 

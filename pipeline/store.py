@@ -11,6 +11,7 @@ written under a temporary name, renamed, and only then receipted: what has a rec
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -110,7 +111,7 @@ class Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """Proof that a shard is whole: row counts, checksum of the Parquet file, seconds of work, attempt."""
+    """Proof that a shard is whole: rows, checksum of the Parquet file, seconds of work, attempt, and what was not as usual."""
 
     shard: int
     rows: int
@@ -215,7 +216,7 @@ class Store:
             self.write_file(path, _json_bytes(settings))
 
     def write_shard(
-        self, stage: Stage, variant: str, shard: int, table: pa.Table, *, seconds: float, attempt: int = 1
+        self, stage: Stage, variant: str, shard: int, table: pa.Table, *, seconds: float, attempt: int = 1, note: str = ""
     ) -> Receipt:
         """Checks a shard against its schema, writes it whole, then its receipt."""
         _check_table(stage, table)
@@ -226,7 +227,7 @@ class Store:
         failed = len(table) - table["error"].null_count
         receipt = Receipt(
             shard=shard, rows=len(table), failed=failed, bytes=len(data), checksum=hashlib.sha256(data).hexdigest(),
-            seconds=round(seconds, 3), attempt=attempt,
+            seconds=round(seconds, 3), attempt=attempt, note=note,
         )  # fmt: skip
         folder = self.folder(stage, variant)
         self.write_file(f"{folder}/{_part(shard)}.parquet", data)
@@ -313,6 +314,16 @@ class Store:
             return self._read(path)
         except FileNotFoundError:
             return None
+
+    def delete_file(self, path: str) -> None:
+        """Removes a file of the store, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(f"{self._root}/{path}")
+
+    def delete_folder(self, path: str) -> None:
+        """Removes a folder of the store and what is in it, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.delete_dir(f"{self._root}/{path}")
 
     def remove_leftovers(self, stage: Stage, variant: str = "") -> None:
         """Deletes temporary files of writers of this machine that are no longer alive; a killed run leaves at most one each."""

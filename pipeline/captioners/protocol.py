@@ -7,6 +7,8 @@ from typing import Protocol
 
 from PIL import Image
 
+from pipeline import quality
+
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
@@ -32,8 +34,35 @@ class Captioner(Protocol):
         ...
 
 
-def finish(text: str, **counts: int | str | None) -> Caption:
-    """A caption from an engine's text: white space trimmed, an empty one marked as an error."""
-    text = " ".join(text.split())
-    error = None if text else "empty caption: the model stopped at once; try another prompt or model"
-    return Caption(text=text or None, error=error, **counts)  # type: ignore[arg-type]
+def finish(
+    texts: list[str],
+    *,
+    prompt_tokens: int | None = None,
+    output_tokens: int | None = None,
+    finish_reason: str | None = None,
+    text_tokens: int = 0,
+) -> Caption:
+    """A caption from an engine's answers: white space trimmed; empty answers and refusals are errors, loops and cut ends marked.
+
+    Args:
+        texts: the answers, one or more; what is no caption is left out of `others`.
+        prompt_tokens: tokens of the prompt, its picture included.
+        output_tokens: tokens of all answers.
+        finish_reason: `stop`, or `length` for an answer that was cut.
+        text_tokens: tokens of the prompt without its picture, 0 where that is not known.
+    """
+    trimmed = [" ".join(text.split()) for text in texts]
+    good = [text for text in trimmed if text and not quality.refusal(text)]
+    error = quality.check_picture_reached(prompt_tokens, text_tokens) if text_tokens else None
+    if not good and error is None:
+        said = next((text for text in trimmed if text), None)
+        error = f"refusal: {said[:200]}" if said else "empty caption: the model stopped at once; try another prompt or model"
+    return Caption(
+        text=None if error else good[0],
+        others=None if error or len(texts) == 1 else good[1:],
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        finish_reason=finish_reason,
+        flag=None if error else quality.flag(good, finish_reason),
+        error=error,
+    )

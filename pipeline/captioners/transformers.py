@@ -39,8 +39,9 @@ class TransformersCaptioner:
     def __call__(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
         """One caption for each picture, in batches of BATCH."""
         captions: list[Caption] = []
-        for start in range(0, len(images), BATCH):
-            part = slice(start, start + BATCH)
+        size = self._config.engine_batch or BATCH
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
             captions += self._generate(images[part], prompts[part], ids[part])
         return captions
 
@@ -54,6 +55,7 @@ class TransformersCaptioner:
         if config.temperature:
             torch.manual_seed(row_seed(config.seed, ids[0]))
             sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+            sampling["num_return_sequences"] = config.captions_per_image
         with torch.inference_mode():
             output = self._model.generate(
                 **batch,
@@ -61,20 +63,26 @@ class TransformersCaptioner:
                 pad_token_id=self._processor.tokenizer.pad_token_id,
                 **sampling,
             )
-        prompt_width = batch["input_ids"].shape[1]
+        made = output[:, batch["input_ids"].shape[1] :].tolist()
         counts = batch["attention_mask"].sum(dim=1).tolist()
-        return [self._caption(row, count) for row, count in zip(output[:, prompt_width:], counts, strict=True)]
+        lengths = [len(row) for row in self._processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        answers = config.captions_per_image
+        grouped = [made[start : start + answers] for start in range(0, len(made), answers)]
+        return [self._caption(*one) for one in zip(grouped, counts, lengths, strict=True)]
 
-    def _caption(self, tokens: Any, prompt_tokens: int) -> Caption:
+    def _caption(self, answers: list[list[int]], prompt_tokens: int, text_tokens: int) -> Caption:
         stops = _stop_tokens(self._model.generation_config.eos_token_id)
-        made = tokens.tolist()
-        end = next((place for place, token in enumerate(made) if token in stops), None)
-        used = made if end is None else made[:end]
+        ends = [next((place for place, token in enumerate(row) if token in stops), None) for row in answers]
         return finish(
-            self._processor.tokenizer.decode(used, skip_special_tokens=True),
+            [
+                self._processor.tokenizer.decode(row[:end], skip_special_tokens=True)
+                for row, end in zip(answers, ends, strict=True)
+            ],
             prompt_tokens=prompt_tokens,
-            output_tokens=len(made) if end is None else end + 1,  # with the stop token, as vLLM counts
-            finish_reason="length" if end is None else "stop",
+            # With the stop token, as vLLM counts.
+            output_tokens=sum(len(row) if end is None else end + 1 for row, end in zip(answers, ends, strict=True)),
+            finish_reason="length" if ends[0] is None else "stop",
+            text_tokens=text_tokens,
         )
 
 

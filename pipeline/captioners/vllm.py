@@ -29,6 +29,8 @@ class VLLMCaptioner:
         location = model.here()
         self._processor: Any = AutoProcessor.from_pretrained(location, revision=model.hub_revision)
         extra: dict[str, Any] = {"max_model_len": config.context_length} if config.context_length else {}
+        if config.engine_batch:
+            extra["max_num_seqs"] = config.engine_batch
         self._engine = LLM(
             model=location,
             revision=model.hub_revision,
@@ -48,35 +50,41 @@ class VLLMCaptioner:
 
     def __call__(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
         """One caption for each picture. A request that the engine refuses (a prompt too long, say) fails alone."""
-        requests = [
+        requests: list[dict[str, Any]] = [
             {"prompt": chat_prompt(self._processor, prompt), "multi_modal_data": {"image": image}}
             for image, prompt in zip(images, prompts, strict=True)
         ]
         params = [self._sampling(key) for key in ids]
+        lengths = self._text_tokens([request["prompt"] for request in requests])
         try:
-            return self._generate(requests, params)
+            return self._generate(requests, params, lengths)
         except ValueError:
             # The engine refuses a whole call for one bad request; find it by asking for each alone.
-            return [self._generate_one(request, param) for request, param in zip(requests, params, strict=True)]
+            return [self._generate_one(*one) for one in zip(requests, params, lengths, strict=True)]
 
-    def _generate(self, requests: list[Any], params: list[Any]) -> list[Caption]:
+    def _text_tokens(self, prompts: list[str]) -> list[int]:
+        """Tokens of the prompts with one placeholder for the picture: what they would count if it did not reach the model."""
+        different = list(dict.fromkeys(prompts))
+        ids = self._processor.tokenizer(different, add_special_tokens=False)["input_ids"]
+        lengths = {prompt: len(row) for prompt, row in zip(different, ids, strict=True)}
+        return [lengths[prompt] for prompt in prompts]
+
+    def _generate(self, requests: list[Any], params: list[Any], lengths: list[int]) -> list[Caption]:
         outputs = self._engine.generate(requests, params, use_tqdm=False)
-        captions = []
-        for output in outputs:
-            made = output.outputs[0]
-            captions.append(
-                finish(
-                    made.text,
-                    prompt_tokens=len(output.prompt_token_ids or []),
-                    output_tokens=len(made.token_ids),
-                    finish_reason=made.finish_reason,
-                )
+        return [
+            finish(
+                [made.text for made in output.outputs],
+                prompt_tokens=len(output.prompt_token_ids or []),
+                output_tokens=sum(len(made.token_ids) for made in output.outputs),
+                finish_reason=output.outputs[0].finish_reason,
+                text_tokens=length,
             )
-        return captions
+            for output, length in zip(outputs, lengths, strict=True)
+        ]
 
-    def _generate_one(self, request: Any, param: Any) -> Caption:
+    def _generate_one(self, request: Any, param: Any, length: int) -> Caption:
         try:
-            return self._generate([request], [param])[0]
+            return self._generate([request], [param], [length])[0]
         except ValueError as error:
             return Caption(error=f"refused by the engine: {error}")
 
@@ -85,6 +93,7 @@ class VLLMCaptioner:
 
         config = self._config
         return SamplingParams(
+            n=config.captions_per_image,
             temperature=config.temperature,
             top_p=config.top_p,
             max_tokens=config.max_tokens,
