@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings: Any = tyro.cli(VERBS[verb][0], args=arguments[1:], prog=f"gpt4image {verb}")
         return _handlers()[verb](settings)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
         if type(error).__name__.startswith("RayTaskError"):
             raise  # a worker's own failure, long after the settings were accepted
         print(f"gpt4image {verb}: {error}", file=sys.stderr)

@@ -119,7 +119,8 @@ class CaptionConfig:
     """Model, picture size and length in one word: scenes (shipped, CPU); with a GPU and a network smolvlm2-2.2b, qwen2.5-vl-3b,
     qwen2.5-vl-7b, qwen3-vl-4b, internvl3-2b, internvl3-8b, llava-1.5-7b."""
     model: str = ""
-    """Hub name or folder of a vision-language model in safetensors; empty: the preset's."""
+    """Hub name or folder of a vision-language model in safetensors; empty: the preset's. openai: the server's name for it; empty:
+    the only one that it serves."""
     model_revision: str = ""
     """Commit, tag or branch on the hub; resolved to a commit and recorded. Empty: main. A folder's is the hash of its files."""
     prompt: str = "Describe this image in detail."
@@ -163,7 +164,8 @@ class CaptionConfig:
         if preset is None:
             faults.append(f"caption_preset={self.caption_preset!r}: unknown; choose one of {', '.join(CAPTION_PRESETS)}.")
         for name, value in {"context_length": 0, **(preset or {})}.items():
-            if not getattr(self, name):
+            served = self.captioner == "openai" and name == "model"  # the server's name for its model is not the hub's
+            if not getattr(self, name) and not served:
                 object.__setattr__(self, name, value)  # the preset fills what the flags left open
         fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt) if field is not None}
         if fields - {"label"}:

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:
-    """A model that can be loaded: `location` is a folder or hub name, `revision` a commit (hub) or files-<hash> (folder)."""
+    """A model: `location` is a folder or hub name, `revision` a commit (hub) or files-<hash> (folder).
+
+    A model that a server holds has the server's name for it and the revision `served`: nothing more is known of it.
+    """
 
     name: str
     location: str

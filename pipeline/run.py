@@ -45,10 +45,11 @@ def caption(config: CaptionConfig) -> str:
     """Images -> captions; returns the caption variant."""
     store = Store(config.store)
     store.require_complete("images")
-    model = models.resolve(config.model, config.model_revision)
+    model = _served_model(config) if config.captioner == "openai" else models.resolve(config.model, config.model_revision)
     settings = _caption_settings(config, model)
-    variant = variant_name(f"{config.captioner}-{config.model.rstrip('/').rsplit('/', 1)[-1]}", settings)
-    _record_variant(store, "captions", variant, settings, ("vllm", "transformers", "torch"))
+    variant = variant_name(f"{config.captioner}-{model.name.rstrip('/').rsplit('/', 1)[-1]}", settings)
+    packages = ("openai",) if config.captioner == "openai" else ("vllm", "transformers", "torch")
+    _record_variant(store, "captions", variant, settings, packages, config.base_url if config.captioner == "openai" else "")
     items = _shard_items(store.pending("captions", variant), redo=False)
     _run("caption", store, "captions", variant, items, _caption_chain(config, model, variant), config.max_failure_rate)
     return variant
@@ -122,7 +123,9 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
     run = uuid.uuid4().hex[:12]  # tells an engine's death in this run from the death of an earlier run
 
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
-        engines, gpus, cpus = _pool(config.replicas, "replicas")
+        # Asking a server needs neither a GPU nor much of a core.
+        asks = config.captioner == "openai"
+        engines, gpus, cpus = (config.replicas or 1, 0.0, 1) if asks else _pool(config.replicas, "replicas")
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
         ds = ds.map_batches(
             shards.PreparePictures, fn_constructor_args=(config, variant), **_shard_batches(), num_cpus=1,
@@ -264,16 +267,29 @@ def _recorded_plan(store: Store) -> sources.Plan:
 
 def _caption_settings(config: CaptionConfig, model: models.ModelRef) -> dict[str, Any]:
     return {
-        "engine": config.captioner, "model": config.model, "revision": model.revision, "prompt": config.prompt,
+        "engine": config.captioner, "model": model.name, "revision": model.revision, "prompt": config.prompt,
         "caption_edge": config.caption_edge, "max_tokens": config.max_tokens, "temperature": config.temperature,
         "top_p": config.top_p, "seed": config.seed, "context_length": config.context_length,
         "captions_per_image": config.captions_per_image,
     }  # fmt: skip
 
 
-def _record_variant(store: Store, stage: Stage, variant: str, settings: dict[str, Any], packages: tuple[str, ...]) -> None:
+def _served_model(config: CaptionConfig) -> models.ModelRef:
+    """The model that a server holds, asked before anything starts."""
+    from pipeline.captioners.openai import models_of
+
+    offered = models_of(config.base_url)
+    if (config.model and config.model not in offered) or (not config.model and len(offered) != 1):
+        message = f"model={config.model!r}: {config.base_url} serves {', '.join(offered)}; pass --model with one of these."
+        raise ValueError(message)
+    return models.ModelRef(name=config.model or offered[0], location=config.base_url, revision="served")
+
+
+def _record_variant(
+    store: Store, stage: Stage, variant: str, settings: dict[str, Any], packages: tuple[str, ...], server: str = ""
+) -> None:
     """Versions are recorded but not hashed: an upgrade must not orphan what was paid for; it is told instead."""
-    versions = {name: version for name in packages if (version := _version(name))}
+    versions = {name: version for name in packages if (version := _version(name))} | ({"server": server} if server else {})
     store.write_variant(stage, variant, {**settings, "versions": versions})
     recorded = store.variant(stage, variant)["versions"]
     if recorded != versions and store.pending(stage, variant):
@@ -306,8 +322,9 @@ def _recorded_captioner(store: Store, variant: str) -> tuple[CaptionConfig, mode
         "seed",
         "context_length",
     )
-    config = CaptionConfig(store=store.uri, captioner=settings["engine"], **{name: settings[name] for name in names})
-    return config, _recorded_model(settings["model"], settings["revision"])
+    server = {"base_url": settings["versions"]["server"]} if settings["engine"] == "openai" else {}
+    config = CaptionConfig(store=store.uri, captioner=settings["engine"], **server, **{name: settings[name] for name in names})
+    return config, _served_model(config) if server else _recorded_model(settings["model"], settings["revision"])
 
 
 def _recorded_encoder(store: Store, variant: str) -> tuple[EmbedConfig, models.ModelRef]:

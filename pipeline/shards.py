@@ -206,6 +206,10 @@ def build_captioner(config: CaptionConfig, model: ModelRef) -> Captioner:
         from pipeline.captioners.vllm import VLLMCaptioner
 
         return VLLMCaptioner(config, model)
+    if config.captioner == "openai":
+        from pipeline.captioners.openai import OpenAICaptioner
+
+        return OpenAICaptioner(config, model.name)
     from pipeline.captioners.transformers import TransformersCaptioner
 
     return TransformersCaptioner(config, model)

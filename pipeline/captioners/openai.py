@@ -2,7 +2,8 @@
 
 Requests of a shard go out side by side, each with its own tries; it costs what the server costs, and `--budget-tokens` bounds
 that. A vLLM server gives the in-process engine's captions when started with `--generation-config vllm`: without it, sampling
-settings that the model's authors left beside the weights (a repetition penalty, say) come on top of those asked for here.
+settings that the model's authors left beside the weights (a repetition penalty, say) come on top of those asked for here. On a
+CPU, sampling (`--temperature`) also needs `--no-enable-chunked-prefill`: vLLM 0.29 dies of a seeded prompt read in chunks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from pipeline import quality
 from pipeline.captioners.protocol import Caption, finish
 from pipeline.captioners.vllm import row_seed
 from pipeline.config import CaptionConfig
@@ -86,6 +88,7 @@ class OpenAICaptioner:
         self._config = config
         self._model = model_name
         self._jitter = random.Random()  # its own state: pauses must not shift anybody's seeded draws
+        self._sees = False
         self.spent_tokens = 0
         self.retries = 0
 
@@ -109,10 +112,27 @@ class OpenAICaptioner:
 
     async def _ask_all(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
         config = self._config
-        async with _client(config.base_url, config.http_timeout) as client, asyncio.TaskGroup() as group:
-            call = _Call(client=client, slots=asyncio.Semaphore(config.http_concurrency), rows=len(ids))
-            tasks = [group.create_task(self._ask(call, *row)) for row in zip(images, prompts, ids, strict=True)]
-        return [task.result() for task in tasks]
+        async with _client(config.base_url, config.http_timeout) as client:
+            text_tokens = 0 if self._sees else await self._text_tokens(client, prompts[0])
+            async with asyncio.TaskGroup() as group:
+                call = _Call(client=client, slots=asyncio.Semaphore(config.http_concurrency), rows=len(ids))
+                tasks = [group.create_task(self._ask(call, *row)) for row in zip(images, prompts, ids, strict=True)]
+        captions = [task.result() for task in tasks]
+        if text_tokens and (fault := quality.check_picture_reached(captions[0].prompt_tokens, text_tokens)):
+            message = f"model={self._model!r}: {fault}"
+            raise ValueError(message)
+        self._sees = True
+        return captions
+
+    async def _text_tokens(self, client: AsyncOpenAI, prompt: str) -> int:
+        """Tokens of a prompt without a picture, asked once: some servers drop pictures silently. 0 if that is not answered."""
+        request = {"model": self._model, "messages": [{"role": "user", "content": prompt}], "max_tokens": 1}
+        try:
+            usage = json.loads(await self._send(client, request)).get("usage") or {}
+        except (_RefusedError, _PassingError, ValueError, AttributeError):
+            return 0
+        self.spent_tokens += (usage.get("prompt_tokens") or 0) + (usage.get("completion_tokens") or 0)
+        return int(usage.get("prompt_tokens") or 0)
 
     async def _ask(self, call: _Call, image: Image.Image, prompt: str, key: str) -> Caption:
         """All tries of one row; it keeps its slot through the pauses, so a server in trouble gets fewer requests."""

@@ -43,6 +43,8 @@ class VLLMCaptioner:
             # Pictures do not repeat: caching their prefixes or processor outputs costs memory and copies for nothing.
             enable_prefix_caching=False,
             mm_processor_cache_gb=0,
+            # vLLM 0.29 on a CPU dies of a seeded prompt that is read in chunks ("CPU Generator does not use offset").
+            enable_chunked_prefill=_has_cuda(),
             disable_log_stats=True,
             seed=config.seed,
             **extra,

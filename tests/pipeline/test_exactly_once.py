@@ -1,0 +1,209 @@
+"""Whatever is killed, and when: the store ends with the same files and the same rows, nothing lost and nothing twice.
+
+Two nodes of a real cluster on loopback, the real engine and encoder, drivers in processes of their own. What is killed and
+when comes from fixed seeds; everything killed was started here and is named by its id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.store import Store
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = pytest.mark.slow
+KILLS = 20
+NODE = {"num_cpus": 6, "object_store_memory": 300 * 2**20, "include_dashboard": False}
+
+
+class TwoNodes:
+    """A head and a worker node on loopback; the worker's raylet can be killed and replaced."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, connect=False, head_node_args=NODE)
+        self._worker = self._cluster.add_node(**NODE)
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def raylets(self) -> list[int]:
+        return [info.process.pid for node in self._nodes() for info in node.all_processes["raylet"]]
+
+    def _nodes(self) -> list[Any]:
+        return [self._cluster.head_node, self._worker]
+
+    def actors(self, name: str) -> list[psutil.Process]:
+        """Processes of actors of a step, below our own raylets; an engine in a process of its own is below its actor."""
+        found = []
+        for pid in self.raylets():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        title = " ".join(process.cmdline())
+                        if name in title:
+                            found.append(process)
+        return found
+
+    def kill_raylet(self) -> None:
+        os.kill(self._worker.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        time.sleep(1)
+        with contextlib.suppress(Exception):  # what is left of a node whose raylet is gone
+            self._cluster.remove_node(self._worker, allow_graceful=False)
+        self._worker = self._cluster.add_node(**NODE)
+
+    def stop(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[TwoNodes]:
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    cluster = TwoNodes()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory, nodes: TwoNodes) -> Path:
+    """A store with pictures and nothing else, in 20 shards of 16."""
+    folder = tmp_path_factory.mktemp("once")
+    script = ROOT / "examples" / "scenes" / "render.py"
+    counts = ["--train-per-class", "24", "--val-per-class", "3"]
+    subprocess.run([sys.executable, str(script), "--to", str(folder / "scenes"), *counts], check=True, stdout=subprocess.DEVNULL)
+    arguments = ["ingest", "--images", str(folder / "scenes"), "--store", str(folder / "fresh"), "--shard-rows", "16"]
+    assert run(nodes, arguments).wait(300) == 0
+    return folder / "fresh"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(fresh: Path, nodes: TwoNodes) -> dict[str, str]:
+    return files_of(described(fresh, nodes, "uninterrupted"))
+
+
+def described(fresh: Path, nodes: TwoNodes, name: str) -> Path:
+    store = fresh.parent / name
+    shutil.copytree(fresh, store)
+    assert run(nodes, ["describe", "--store", str(store)]).wait(300) == 0
+    return store
+
+
+def run(nodes: TwoNodes, arguments: list[str], **settings: str) -> subprocess.Popen[bytes]:
+    """A driver in a process group of its own."""
+    environment = {**os.environ, "RAY_ADDRESS": nodes.address, "HF_HUB_OFFLINE": "1", **settings}
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    log = open(os.environ.get("EXACTLY_ONCE_LOG", os.devnull), "ab")  # noqa: SIM115
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=log, stdout=log)
+
+
+def files_of(store: Path) -> dict[str, str]:
+    """Every file with what it must hold: the bytes of shards, the counts and checksums of receipts."""
+    found = {}
+    for path in sorted(store.rglob("*")):
+        if path.is_dir() or path.parent.name == "underway":
+            continue
+        data = path.read_bytes()
+        if path.parent.name == "receipts":
+            receipt = json.loads(data)
+            assert receipt["checksum"] == hashlib.sha256((path.parent.parent / f"{path.stem}.parquet").read_bytes()).hexdigest()
+            data = json.dumps([receipt[name] for name in ("shard", "rows", "failed", "bytes", "checksum")]).encode()
+        found[str(path.relative_to(store))] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def check_rows(store: Path) -> None:
+    """Each picture has one row in every stage."""
+    opened = Store(str(store))
+    for stage in ("captions", "embeddings"):
+        ids: Counter[str] = Counter()
+        for shard in range(opened.dataset.shards):
+            images = opened.read_shard("images", "", shard, ["id"])["id"]
+            rows = opened.read_shard(stage, opened.only_variant(stage), shard, ["id", "error"])  # type: ignore[arg-type]
+            assert rows["id"].equals(images)
+            assert rows["error"].null_count == len(rows)
+            ids.update(rows["id"].to_pylist())
+        assert set(ids.values()) == {1} and len(ids) == opened.dataset.rows
+
+
+def strike(victim: str, nodes: TwoNodes, driver: subprocess.Popen[bytes]) -> bool:
+    """Kills one thing; False when there is none of it at the moment."""
+    if victim == "raylet":
+        nodes.kill_raylet()
+        return True
+    if victim == "driver":
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        return True
+    name = {"actor": "CaptionPictures", "encoder": "EmbedCaptions", "writer": "WriteCaptions"}[victim]
+    for process in nodes.actors(name):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+            return True
+    return False
+
+
+def plan_of(seed: int) -> list[tuple[str, float]]:
+    """What is killed, and how many seconds after the last blow."""
+    rng = random.Random(seed)
+    victims = rng.choices(["actor", "raylet", "driver", "writer", "encoder"], [6, 3, 5, 2, 1], k=KILLS // 4)
+    return [(victim, rng.uniform(0.2, 9)) for victim in victims]
+
+
+def test_twenty_kills_leave_the_files_of_an_uninterrupted_run(
+    fresh: Path, nodes: TwoNodes, uninterrupted: dict[str, str]
+) -> None:
+    struck: Counter[str] = Counter()
+    endings: Counter[int] = Counter()
+    for seed in range(20):
+        store = fresh.parent / f"struck-{seed}"
+        shutil.copytree(fresh, store)
+        driver = run(nodes, ["describe", "--store", str(store)])
+        for victim, pause in plan_of(seed):
+            deadline = time.monotonic() + pause
+            while time.monotonic() < deadline and driver.poll() is None:
+                time.sleep(0.05)
+            if driver.poll() is not None:
+                break
+            struck[victim] += strike(victim, nodes, driver)
+            if driver.poll() is not None:
+                endings[driver.returncode] += 1
+                driver = run(nodes, ["describe", "--store", str(store)])
+        code = driver.wait(300)
+        while code != 0:  # a user would give the same command again
+            endings[code] += 1
+            assert sum(endings.values()) < 60, endings
+            code = run(nodes, ["describe", "--store", str(store)]).wait(300)
+        assert run(nodes, ["describe", "--store", str(store)]).wait(60) == 0, "the second time there is nothing to do"
+        assert files_of(store) == uninterrupted, (seed, struck)
+        check_rows(store)
+        if sum(struck.values()) >= KILLS:
+            break
+    print(f"\nkilled {dict(struck)}; drivers that ended before they were done, by exit code: {dict(endings)}")
+    assert sum(struck.values()) >= KILLS and all(struck[victim] for victim in ("actor", "raylet", "driver")), struck
+
+
+def test_two_runs_at_the_same_time_end_as_one(fresh: Path, nodes: TwoNodes, uninterrupted: dict[str, str]) -> None:
+    store = fresh.parent / "two-at-once"
+    shutil.copytree(fresh, store)
+    drivers = [run(nodes, ["describe", "--store", str(store)]) for _ in range(2)]
+    assert [driver.wait(400) for driver in drivers] == [0, 0]
+    assert files_of(store) == uninterrupted
+    check_rows(store)
