@@ -16,6 +16,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "describe": ("pipeline", "ingest, caption and embed"),
     "import-captions": ("pipeline", "bring captions made elsewhere"),
     "status": ("pipeline", "what is done, what failed and why"),
+    "estimate": ("pipeline", "what describing everything will take"),
     "inspect": ("pipeline", "a page to look at a store with"),
     "retry": ("pipeline", "redo the failed rows only"),
     "train": ("training", "train a backbone, aligned or as the baseline"),

@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "describe": (config.DescribeConfig, "ingest, caption and embed"),
     "import-captions": (config.ImportConfig, "bring captions made elsewhere"),
     "status": (config.StatusConfig, "what is done, what failed and why"),
+    "estimate": (config.EstimateConfig, "what describing everything will take"),
     "inspect": (config.InspectConfig, "a page to look at a store with"),
     "retry": (config.RetryConfig, "redo the failed rows only"),
 }
@@ -68,6 +69,7 @@ def _handlers() -> dict[str, Callable[[Any], int]]:
         "import-captions": quiet(bring.import_captions),
         "status": _status,
         "inspect": _inspect,
+        "estimate": _estimate,
     }
 
 
@@ -87,6 +89,14 @@ def _status(settings: config.StatusConfig) -> int:
         print(f"  {name}: {stage['done_shards']} shards, {stage['rows']} rows, {stage['failed']} failed{todo}")
         for reason, count in commonest_errors(store, stage["stage"], stage["variant"]) if stage["failed"] else []:
             print(f"      {count} x {reason}")
+    return 0
+
+
+def _estimate(settings: config.EstimateConfig) -> int:
+    from pipeline import estimate
+
+    found = estimate.estimate(settings)
+    print(json.dumps(estimate.as_json(found)) if settings.json else estimate.as_text(found))
     return 0
 
 

@@ -306,6 +306,31 @@ class DescribeConfig(SourceConfig, CaptionConfig, EmbedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EstimateConfig(DescribeConfig):
+    """Describes a sample for real, in a folder that is deleted again, and says what the whole will take."""
+
+    store: tyro.conf.Suppress[str] = "-"
+    limit: tyro.conf.Suppress[int] = 0
+    sample: int = 1536
+    """Pictures to describe: three shards tell the steady rate from the start; fewer are less sure."""
+    gpus: int = 0
+    """GPUs of the real run; 0: as many engines as the sample ran on."""
+    price_per_gpu_hour: float = 0.0
+    """Price of one GPU for an hour (without GPUs: of this machine), in any currency; 0: no cost is shown for time."""
+    price_per_million_tokens: tuple[float, float] = (0.0, 0.0)
+    """Price of a million tokens of prompts and of captions, for a paid server."""
+    json: bool = False
+    """One JSON object on standard output, and nothing else."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        faults = [] if self.images else ["images: name what is to be described, with --images."]
+        if self.sample < 1 or self.gpus < 0 or min(self.price_per_gpu_hour, *self.price_per_million_tokens) < 0:
+            faults.append("sample must be at least 1; gpus and prices at least 0.")
+        _raise_faults(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetryConfig:
     """Redo only the rows that have an error, in every stage, with the settings recorded in the store."""
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from collections import Counter
 
 from pipeline.store import Stage, Store
+
+# Of workers: the disk, the network, the server or the engine is at fault, and the message says it all.
+STOPPING = (
+    "OSError", "FileNotFoundError", "PermissionError", "TimeoutError", "ConnectionError", "EngineDeadError", "BudgetSpentError",
+    "ValueError",
+)  # fmt: skip
 
 
 class TooManyFailuresError(RuntimeError):
@@ -17,17 +22,20 @@ class RunStoppedError(RuntimeError):
     """Something other than the pictures stopped the run (disk, network, engine); what is done stays done. Exit code 1."""
 
 
-def plain_error(verb: str, store: Store, error: BaseException) -> BaseException:
-    """What a worker's failure comes to for the user: a message with the mend where the kind is known, else the error itself."""
-    origin = error
-    while (deeper := getattr(origin, "cause", None) or origin.__cause__) is not None:
-        origin = deeper
+def plain_error(verb: str, store: Store, error: Exception) -> Exception:
+    """What a worker's failure comes to for the user: a message with the mend where the kind is known, else the error itself.
+
+    Ray Data hands on a worker's exception as text only, so its class and message are read from the traceback in it.
+    """
+    text = str(error).split("The above exception was the direct cause")[0]
+    found = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception)): (.*?)(?=\n\n|\Z)", text.strip(), re.MULTILINE | re.DOTALL)
+    kind, said = found[-1] if found else ("", "")
     again = f"What is done is kept: the same `gpt4image {verb.split()[0]}` goes on where it stopped."
-    if isinstance(origin, OSError) and origin.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunStoppedError(f"store={store.uri}: no space left to write to ({origin.strerror}). Make room. {again}")
-    if isinstance(origin, OSError) or type(origin).__name__ in ("EngineDeadError", "BudgetSpentError"):
-        return RunStoppedError(f"{type(origin).__name__}: {origin}. {again}")
-    return ValueError(str(origin)) if type(origin) is ValueError else error
+    if kind in ("OSError", "ArrowException") and re.search(r"No space left|Disk quota exceeded|\[errno (?:28|122)\]", said, re.I):
+        return RunStoppedError(f"store={store.uri}: no space left to write to. Make room. {again}")
+    if kind in STOPPING:
+        return RunStoppedError(f"{said.strip()} ({kind}). {again}")
+    return error
 
 
 def check_failures(store: Store, stage: Stage, variant: str, failed: int, max_rate: float) -> None:

@@ -48,6 +48,13 @@ def _join() -> None:
         raise ConnectionError(message) from error
 
 
+def gpus() -> int:
+    """GPUs of the cluster that this process has joined."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
 def actor_name() -> str:
     """A name of the actor that this process is, the same after Ray has started it again; `driver` outside of actors."""
     import ray

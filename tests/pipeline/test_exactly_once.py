@@ -74,11 +74,17 @@ class TwoNodes:
         self._cluster.shutdown()
 
 
+DRIVERS: list[subprocess.Popen[bytes]] = []
+
+
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[TwoNodes]:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     cluster = TwoNodes()
     yield cluster
+    for driver in DRIVERS:
+        if driver.poll() is None:  # of a test that failed
+            os.killpg(driver.pid, signal.SIGKILL)
     cluster.stop()
 
 
@@ -111,7 +117,8 @@ def run(nodes: TwoNodes, arguments: list[str], **settings: str) -> subprocess.Po
     environment = {**os.environ, "RAY_ADDRESS": nodes.address, "HF_HUB_OFFLINE": "1", **settings}
     command = [sys.executable, "-m", "pipeline", *arguments]
     log = open(os.environ.get("EXACTLY_ONCE_LOG", os.devnull), "ab")  # noqa: SIM115
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=log, stdout=log)
+    DRIVERS.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=log, stdout=log))
+    return DRIVERS[-1]
 
 
 def files_of(store: Path) -> dict[str, str]:
@@ -207,3 +214,91 @@ def test_two_runs_at_the_same_time_end_as_one(fresh: Path, nodes: TwoNodes, unin
     assert [driver.wait(400) for driver in drivers] == [0, 0]
     assert files_of(store) == uninterrupted
     check_rows(store)
+
+
+def test_a_killed_engine_process_is_started_again(fresh: Path, nodes: TwoNodes) -> None:
+    """The engine in a process of its own, as vLLM has it by default: its death alone costs a shard, and no row."""
+    # One picture at a time: between processes, what is batched together depends on their speed, and words on what is batched.
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "RAY_ADDRESS": ""}
+    common = ["describe", "--images", str(fresh.parent / "scenes"), "--shard-rows", "8", "--limit", "48", "--engine-batch", "1"]
+    stores = [fresh.parent / "engine-whole", fresh.parent / "engine-killed"]
+    assert run(nodes, [*common, "--store", str(stores[0])], **settings).wait(300) == 0
+    driver = run(nodes, [*common, "--store", str(stores[1])], **settings)
+    killed: set[int] = set()
+    rng = random.Random(0)
+    while len(killed) < 3 and driver.poll() is None:
+        for process in psutil.Process(driver.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "EngineCore" in " ".join([process.name(), *process.cmdline()]) and process.pid not in killed:
+                    time.sleep(rng.uniform(0.5, 6))
+                    process.kill()
+                    killed.add(process.pid)
+        time.sleep(0.2)
+    assert driver.wait(300) == 0
+    assert len(killed) == 3
+    assert files_of(stores[1]) == files_of(stores[0])
+
+
+def test_a_full_disk_stops_with_a_clear_error_and_the_run_goes_on_when_there_is_room(
+    fresh: Path, nodes: TwoNodes, uninterrupted: dict[str, str], tmp_path: Path
+) -> None:
+    """A small file system, really full."""
+    small, store = tmp_path / "small", tmp_path / "small" / "store"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(small)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("no file system can be mounted here: this test needs the right to (root)")
+    try:
+        shutil.copytree(fresh, store)
+        free = shutil.disk_usage(small).free
+        (small / "ballast").write_bytes(b"\0" * (free - 48 * 1024))
+        driver = subprocess.run(
+            [sys.executable, "-m", "pipeline", "describe", "--store", str(store)], cwd=ROOT, text=True, capture_output=True,
+            env=os.environ | {"RAY_ADDRESS": nodes.address, "HF_HUB_OFFLINE": "1"}, check=False,
+        )  # fmt: skip
+        assert driver.returncode == 1, driver.stderr[-2000:]
+        assert "no space left to write to" in driver.stderr and "What is done is kept" in driver.stderr
+        assert "Traceback" not in driver.stderr, driver.stderr[-3000:]
+        (small / "ballast").unlink()
+        assert run(nodes, ["describe", "--store", str(store)]).wait(300) == 0
+        assert files_of(store) == uninterrupted
+        check_rows(store)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_object_store_that_goes_away_stops_the_run_and_it_goes_on_when_it_is_back(
+    fresh: Path, nodes: TwoNodes, uninterrupted: dict[str, str], bucket: str, tmp_path: Path
+) -> None:
+    """An S3 server on loopback that is ended in the middle of a run, and started again with what it held."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "RAY_ADDRESS": "", "HF_HUB_OFFLINE": "1"}
+    client = boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"])
+    remote = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1")
+    fs.copy_files(str(fresh), "pictures/away", destination_filesystem=remote)
+    command = [sys.executable, "-m", "pipeline", "describe", "--store", f"{bucket}/away"]
+    driver = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
+    while driver.poll() is None and not any(
+        "receipts" in key["Key"] for key in client.list_objects_v2(Bucket="pictures", Prefix="away/captions").get("Contents", [])
+    ):
+        time.sleep(0.05)
+    server.stop()
+    said = driver.communicate(timeout=300)[1]
+    assert driver.returncode == 1, said[-3000:]
+    assert "What is done is kept" in said and "Traceback" not in said, said[-3000:]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count("caption ") > 0
+        fs.copy_files("pictures/away", str(tmp_path / "back"), source_filesystem=remote)
+        assert files_of(tmp_path / "back") == uninterrupted
+    finally:
+        server.stop()
