@@ -74,7 +74,7 @@ def _handlers() -> dict[str, Callable[[Any], int]]:
 
 
 def _status(settings: config.StatusConfig) -> int:
-    from pipeline.failures import commonest_errors
+    from pipeline.failures import commonest_errors, marks
     from pipeline.store import Store, summary
 
     store = Store(settings.store)
@@ -89,6 +89,8 @@ def _status(settings: config.StatusConfig) -> int:
         print(f"  {name}: {stage['done_shards']} shards, {stage['rows']} rows, {stage['failed']} failed{todo}")
         for reason, count in commonest_errors(store, stage["stage"], stage["variant"]) if stage["failed"] else []:
             print(f"      {count} x {reason}")
+        for mark, count in marks(store, stage["stage"], stage["variant"]) if stage["stage"] != "images" else []:
+            print(f"      {count} x marked: {mark}")
     return 0
 
 

@@ -63,3 +63,19 @@ def commonest_errors(store: Store, stage: Stage, variant: str, limit: int = 5) -
         counts[kind] += 1
         example.setdefault(kind, (error, key))
     return [(f"{example[kind][0]} (such as {example[kind][1]})", count) for kind, count in counts.most_common(limit)]
+
+
+def marks(store: Store, stage: Stage, variant: str, limit: int = 50) -> list[tuple[str, int]]:
+    """What captions are marked with and how often, with an example id; counted in the first `limit` shards that have any."""
+    counts: Counter[str] = Counter()
+    example: dict[str, str] = {}
+    shards = [shard for shard, receipt in store.receipts(stage, variant).items() if receipt.flagged]
+    column = "flag" if stage == "captions" else "truncated"
+    for shard in shards[:limit]:
+        for row in store.read_shard(stage, variant, shard, ["id", column]).to_pylist():
+            if row[column]:
+                name = row[column] if stage == "captions" else "beyond the encoder's limit (see --long-captions)"
+                counts[name] += 1
+                example.setdefault(name, row["id"])
+    where = f" in the first {limit} of {len(shards)} such shards" if len(shards) > limit else ""
+    return [(f"{name}{where} (such as {example[name]})", count) for name, count in counts.most_common()]

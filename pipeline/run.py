@@ -148,13 +148,8 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
 def _embed_chain(config: EmbedConfig, model: models.ModelRef, captions: str, variant: str) -> Chain:
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
         encoders, gpus, cpus = _pool(config.encoder_replicas, "encoder_replicas")
-        # Reading captions is light: half a CPU, so that the actor never waits for a place beside the encoders.
-        ds = ds.map_batches(
-            shards.ReadCaptions, fn_constructor_args=(config.store, captions, variant), **_shard_batches(), num_cpus=0.5,
-            compute=_actors(1),
-        )  # fmt: skip
         return ds.map_batches(
-            shards.EmbedCaptions, fn_constructor_args=(config, model, variant), **_shard_batches(), num_cpus=cpus,
+            shards.EmbedCaptions, fn_constructor_args=(config, model, captions, variant), **_shard_batches(), num_cpus=cpus,
             num_gpus=gpus, compute=_actors(encoders),
         )  # fmt: skip
 
@@ -209,7 +204,7 @@ def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[s
         rows_before = 0 if redone & receipts.keys() else done_rows
         total = sum(receipts[s].rows for s in redone & receipts.keys()) or store.dataset.rows
         with tqdm(total=total, initial=rows_before, desc=f"{verb} {variant}".strip(), unit="img", file=sys.stderr) as bar:
-            source = ray.data.from_items(items, override_num_blocks=len(items))
+            source = ray.data.from_items(items, override_num_blocks=_blocks(len(items), stage))
             rows = iter(chain(source).iter_rows())
             while (row := _next(rows, verb, store)) is not None:
                 failed += row["failed"]
@@ -221,6 +216,15 @@ def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[s
         if stage == "captions" and not store.pending(stage, variant):
             store.delete_folder(f"{store.folder(stage, variant)}/underway")
     check_failures(store, stage, variant, failed, max_rate)
+
+
+def _blocks(count: int, stage: Stage) -> int:
+    """Blocks for so many shards. Ray Data pays 5 to 10 ms and some 10 kB in the driver for each block (benchmarks/shards.py).
+
+    That is nothing beside a shard of captions, which keeps its own block so that a dead engine costs one shard. Ingesting and
+    embedding can take less than that for a shard: there 16 share a block, once there are enough to keep all workers busy.
+    """
+    return count if stage == "captions" else -(-count // max(1, min(16, count // 256)))
 
 
 def _next(rows: Iterator[dict[str, Any]], verb: str, store: Store) -> dict[str, Any] | None:

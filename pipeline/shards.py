@@ -34,14 +34,6 @@ _PICTURES = pa.large_list(
         ]
     )
 )  # fmt: skip
-_TEXTS = pa.large_list(
-    pa.struct(
-        [
-            ("row", pa.int32()), ("id", pa.string()), ("caption", pa.string()), ("others", pa.list_(pa.string())),
-            ("error", pa.string()),
-        ]
-    )
-)  # fmt: skip
 _CAPTIONED = pa.large_list(pa.struct([("row", pa.int32()), *[(field.name, field.type) for field in CAPTIONS]]))
 
 
@@ -77,6 +69,8 @@ class IngestShard:
         start = time.monotonic()
         item = table.to_pylist()[0]
         shard, old = item["shard"], None
+        if (done := _already_done(self._store, "images", "", shard, item["redo"])) is not None:
+            return done
         if item["redo"]:
             old = self._store.read_shard("images", "", shard).to_pylist()
         rows = [old[n] if old and old[n]["error"] is None else self._row(row) for n, row in enumerate(item["rows"])]
@@ -235,56 +229,50 @@ class WriteCaptions:
         return _done_table(Done(shard=item["shard"], rows=receipt.rows, failed=receipt.failed, tokens=tokens))
 
 
-class ReadCaptions:
-    """Reads a shard of captions for the encoder."""
-
-    def __init__(self, store: str, captions: str, variant: str) -> None:
-        self._store = Store(store)
-        self._captions = captions
-        self._variant = variant
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Columns in: shard, redo. Out: shard, redo, texts."""
-        shard, redo = table["shard"][0].as_py(), table["redo"][0].as_py()
-        source = self._store.read_shard("captions", self._captions, shard, ["id", "caption", "others", "error"])
-        wanted = _rows_to_do(self._store, "embeddings", self._variant, shard, redo, len(source))
-        records = source.take(wanted).to_pylist()
-        rows = [
-            {**r, "row": row, "error": r["error"] and f"no caption: {r['error']}"} for row, r in zip(wanted, records, strict=True)
-        ]
-        return _shard_table(shard, redo, "texts", rows, _TEXTS)
-
-
 class EmbedCaptions:
-    """Holds the encoder; one call encodes and writes one shard (vectors are small, so they need not travel)."""
+    """Holds the encoder; one call reads, encodes and writes one shard: captions and vectors are small and need not travel."""
 
-    def __init__(self, config: EmbedConfig, model: ModelRef, variant: str) -> None:
+    def __init__(self, config: EmbedConfig, model: ModelRef, captions: str, variant: str) -> None:
         self._encoder = TextEncoder(model, config.pooling or "mean", batch=config.encoder_batch, long_texts=config.long_captions)
         self._store = Store(config.store)
-        self._variant = variant
+        self._captions, self._variant = captions, variant
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Columns in: shard, redo, texts. Out: those of `Done`."""
+        """Columns in: shard, redo. Out: those of `Done`."""
         start = time.monotonic()
-        item = table.to_pylist()[0]
-        good = [row for row in item["texts"] if row["error"] is None]
-        encoded = self._encoder.averaged([[row["caption"], *(row["others"] or [])] for row in good])
+        shard, redo = table["shard"][0].as_py(), table["redo"][0].as_py()
+        if (done := _already_done(self._store, "embeddings", self._variant, shard, redo)) is not None:
+            return done
+        source = self._store.read_shard("captions", self._captions, shard, ["id", "caption", "others", "error"])
+        wanted = _rows_to_do(self._store, "embeddings", self._variant, shard, redo, len(source))
+        texts = list(zip(wanted, source.take(wanted).to_pylist(), strict=True))
+        good = [(row, text) for row, text in texts if text["error"] is None]
+        encoded = self._encoder.averaged([[text["caption"], *(text["others"] or [])] for _, text in good])
         made = {
-            row["row"]: {
-                "embedding": encoded.vectors[n],
-                "tokens": encoded.tokens[n],
-                "truncated": encoded.truncated[n],
-            }
-            for n, row in enumerate(good)
+            row: {"embedding": encoded.vectors[n], "tokens": encoded.tokens[n], "truncated": encoded.truncated[n]}
+            for n, (row, _) in enumerate(good)
         }
-        fresh = [{"row": r["row"], "id": r["id"], "error": r["error"], **made.get(r["row"], {})} for r in item["texts"]]
-        rows = _merged(self._store, "embeddings", self._variant, item["shard"], item["redo"], fresh)
+        fresh = [
+            {"row": row, "id": text["id"], "error": text["error"] and f"no caption: {text['error']}", **made.get(row, {})}
+            for row, text in texts
+        ]
+        rows = _merged(self._store, "embeddings", self._variant, shard, redo, fresh)
         receipt = self._store.write_shard(
-            "embeddings", self._variant, item["shard"],
-            embeddings_table(rows, self._encoder.dim), seconds=time.monotonic() - start,
-            attempt=_attempt(self._store, "embeddings", self._variant, item["shard"], item["redo"]),
+            "embeddings", self._variant, shard, embeddings_table(rows, self._encoder.dim), seconds=time.monotonic() - start,
+            attempt=_attempt(self._store, "embeddings", self._variant, shard, redo),
         )  # fmt: skip
-        return _done_table(Done(shard=item["shard"], rows=receipt.rows, failed=receipt.failed, tokens=sum(encoded.tokens)))
+        return _done_table(Done(shard=shard, rows=receipt.rows, failed=receipt.failed, tokens=sum(encoded.tokens)))
+
+
+def _already_done(store: Store, stage: Stage, variant: str, shard: int, redo: bool) -> pa.Table | None:
+    """The result of a shard that another run, or a worker that died afterwards, has finished meanwhile.
+
+    Several shards share a block where a shard is quick, and Ray repeats the whole block of a worker that died.
+    """
+    if redo or not store.is_finished(stage, variant, shard):
+        return None
+    receipt = store.receipt(stage, variant, shard)
+    return _done_table(Done(shard=shard, rows=receipt.rows, failed=receipt.failed, tokens=0))
 
 
 def _caption_columns(caption: Caption) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import platform
 import re
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -111,7 +112,10 @@ class Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """Proof that a shard is whole: rows, checksum of the Parquet file, seconds of work, attempt, and what was not as usual."""
+    """Proof that a shard is whole: rows, checksum of the Parquet file, seconds of work, attempt, and what was not as usual.
+
+    `flagged` counts doubtful captions, or captions that the encoder did not read to their end.
+    """
 
     shard: int
     rows: int
@@ -120,6 +124,7 @@ class Receipt:
     checksum: str
     seconds: float
     attempt: int
+    flagged: int = 0
     note: str = ""
 
 
@@ -227,7 +232,7 @@ class Store:
         failed = len(table) - table["error"].null_count
         receipt = Receipt(
             shard=shard, rows=len(table), failed=failed, bytes=len(data), checksum=hashlib.sha256(data).hexdigest(),
-            seconds=round(seconds, 3), attempt=attempt, note=note,
+            seconds=round(seconds, 3), attempt=attempt, flagged=_flagged(table), note=note,
         )  # fmt: skip
         folder = self.folder(stage, variant)
         self.write_file(f"{folder}/{_part(shard)}.parquet", data)
@@ -243,7 +248,16 @@ class Store:
 
     def receipts(self, stage: Stage, variant: str = "") -> dict[int, Receipt]:
         """Receipts of the finished shards, by shard."""
-        return {shard: self.receipt(stage, variant, shard) for shard in self.finished(stage, variant)}
+        shards = self.finished(stage, variant)
+        if isinstance(self._fs, fs.LocalFileSystem):
+            return {shard: self.receipt(stage, variant, shard) for shard in shards}
+        with ThreadPoolExecutor(32) as pool:  # an object store's answer is waited for; on a disk threads are slower than none
+            return dict(zip(shards, pool.map(lambda shard: self.receipt(stage, variant, shard), shards), strict=True))
+
+    def is_finished(self, stage: Stage, variant: str, shard: int) -> bool:
+        """Whether a shard has its receipt."""
+        path = f"{self._root}/{self.folder(stage, variant)}/receipts/{_part(shard)}.json"
+        return bool(self._fs.get_file_info(path).type == fs.FileType.File)
 
     def receipt(self, stage: Stage, variant: str, shard: int) -> Receipt:
         """The receipt of a finished shard."""
@@ -367,6 +381,12 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _flagged(table: pa.Table) -> int:
+    if "flag" in table.column_names:
+        return len(table) - int(table["flag"].null_count)
+    return sum(map(bool, table["truncated"].to_pylist())) if "truncated" in table.column_names else 0
 
 
 def _part(shard: int) -> str:

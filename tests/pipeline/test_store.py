@@ -131,3 +131,21 @@ def test_embedding_width_is_part_of_the_type() -> None:
     assert embeddings_schema(384).field("embedding").type.list_size == 384
     names = ["id", "caption", "prompt_tokens", "output_tokens", "finish_reason", "flag", "others", "error"]
     assert [field.name for field in CAPTIONS] == names
+
+
+def test_status_tells_what_captions_are_marked_with(
+    tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.__main__ import main
+
+    folder = make_store(tmp_path / "store")
+    store = Store(str(folder))
+    rows = store.read_shard("captions", "test", 1).to_pylist()
+    rows[3]["flag"], rows[4]["flag"], rows[5]["flag"] = "cut", "repetition", "cut"
+    receipt = store.write_shard("captions", "test", 1, pa.Table.from_pylist(rows, schema=CAPTIONS), seconds=1)
+    assert receipt.flagged == 3
+    assert main(["status", "--store", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert f"2 x marked: cut (such as {rows[3]['id']})" in shown and "1 x marked: repetition" in shown
+    assert main(["status", "--store", str(folder), "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"rows", "shards", "stages"}
