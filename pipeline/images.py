@@ -47,7 +47,9 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, shrink_to: int 
             if shrink_to is not None and image.format == "JPEG":
                 image.draft("RGB", (shrink_to, shrink_to))
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            # Looking for an orientation takes as long as decoding a small JPEG, and most say nothing of one.
+            plain = image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}
+            return _to_rgb(image if plain else ImageOps.exif_transpose(image))
         except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, AttributeError) as error:
             message = f"damaged {image.format} ({error}): replace it, then run retry"
             raise ImageError(message) from None

@@ -318,9 +318,12 @@ class Store:
                 table = self.read_shard(stage, variant, shard, ["id", "error"])
                 yield from ((row["id"], row["error"]) for row in table.to_pylist() if row["error"] is not None)
 
-    def write_file(self, path: str, data: bytes) -> None:
-        """Puts a whole file into the store; readers see the old one or the new one, never a part."""
-        _write_whole(self._fs, f"{self._root}/{path}", data)
+    def write_file(self, path: str, data: bytes, *, lasting: bool = True) -> None:
+        """Puts a whole file into the store; readers see the old one or the new one, never a part.
+
+        `lasting=False` leaves to the system when it reaches the disk: it outlives the process, not a loss of power.
+        """
+        _write_whole(self._fs, f"{self._root}/{path}", data, lasting)
 
     def read_file(self, path: str) -> bytes | None:
         """A file of the store, or None where there is none."""
@@ -353,7 +356,7 @@ class Store:
             return bytes(stream.read())
 
 
-def _write_whole(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+def _write_whole(filesystem: fs.FileSystem, path: str, data: bytes, lasting: bool = True) -> None:
     """Object stores put a stream whole when it is closed; on a disk, a rename does the same."""
     if not isinstance(filesystem, fs.LocalFileSystem):
         with filesystem.open_output_stream(path, compression=None) as stream:
@@ -366,7 +369,8 @@ def _write_whole(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
         with open(temporary, "wb") as stream:
             stream.write(data)
             stream.flush()
-            os.fsync(stream.fileno())
+            if lasting:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):

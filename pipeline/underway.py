@@ -123,7 +123,7 @@ class Underway:
         return Note(**json.loads(data)) if data else Note()
 
     def _write(self, shard: int, note: Note) -> None:
-        self._store.write_file(self._path(shard), json.dumps(asdict(note)).encode())
+        self._store.write_file(self._path(shard), json.dumps(asdict(note)).encode(), lasting=False)
 
 
 class Loading:
@@ -173,7 +173,7 @@ class Loading:
 
     def _put(self, **changes: int) -> None:
         self._state |= changes
-        self._store.write_file(self._path, json.dumps(self._state).encode())
+        self._store.write_file(self._path, json.dumps(self._state).encode(), lasting=False)
 
 
 def smaller(config: CaptionConfig, times: int) -> CaptionConfig:
