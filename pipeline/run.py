@@ -128,7 +128,7 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
         engines, gpus, cpus = (config.replicas or 1, 0.0, 1) if asks else _pool(config.replicas, "replicas")
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
         ds = ds.map_batches(
-            shards.PreparePictures, fn_constructor_args=(config, variant), **_shard_batches(), num_cpus=1,
+            shards.PreparePictures, fn_constructor_args=(config, variant, not gpus and not asks), **_shard_batches(), num_cpus=1,
             compute=_actors(max(spare_cores(), engines)),
         )  # fmt: skip
         # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up. The pool is fixed: a

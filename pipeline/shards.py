@@ -22,7 +22,7 @@ from pipeline.encoders import TextEncoder
 from pipeline.models import ModelRef
 from pipeline.session import actor_name
 from pipeline.store import CAPTIONS, IMAGES, Stage, Store, embeddings_table
-from pipeline.underway import EngineDeadError, Loading, Underway, is_out_of_memory, smaller
+from pipeline.underway import EngineDeadError, Loading, Underway, is_engine_death, is_out_of_memory, smaller
 
 SMALLEST = 4  # times that an engine's settings are halved before want of memory stops the run
 
@@ -100,9 +100,14 @@ class IngestShard:
 
 
 class PreparePictures:
-    """Decodes and shrinks a shard's pictures for the captioner: CPU work, beside the engine, never in turn with it."""
+    """Decodes and shrinks a shard's pictures for the captioner: CPU work, beside the engine, never in turn with it.
 
-    def __init__(self, config: CaptionConfig, variant: str) -> None:
+    `yielding`: the engine computes on the same cores, with threads that wait for each other: decoding takes only what it leaves.
+    """
+
+    def __init__(self, config: CaptionConfig, variant: str, yielding: bool = False) -> None:
+        if yielding and hasattr(os, "SCHED_IDLE"):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         self._config = config
         self._variant = variant
         self._store = Store(config.store)
@@ -146,9 +151,10 @@ class CaptionPictures:
         try:
             self._captioner = build_captioner(self._config, model)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                self._loading.out_of_memory(SMALLEST)
+            elif not is_engine_death(error):
                 raise
-            self._loading.out_of_memory(SMALLEST)
             _leave(error)
         self._loading.loaded()
 

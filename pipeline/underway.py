@@ -192,6 +192,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in text for sign in signs)
 
 
+def is_engine_death(error: BaseException) -> bool:
+    """Whether an engine in a process of its own has died while it was loaded: a new one may live (`Loading` counts them)."""
+    return "engine core" in str(error).lower() or type(error).__name__ == "EngineDeadError"
+
+
 def _halves(rows: list[int]) -> list[list[int]]:
     middle = (len(rows) + 1) // 2
     return [part for part in (rows[:middle], rows[middle:]) if part]

@@ -320,8 +320,8 @@ def test_a_spent_budget_leaves_the_rest_undone(server: FaultyServer) -> None:
     found = ask(target, *map(str, range(6)))
     assert [caption.error is None for caption in found] == [True] * 3 + [False] * 3
     assert found[3].error == "not asked: the budget of 250 tokens is spent; raise --budget-tokens and run retry"
-    assert target.spent_tokens == 300 and len(server.seen) == 3
-    with pytest.raises(BudgetSpentError, match=r"budget of 250 tokens is spent \(300\): raise --budget-tokens"):
+    assert target.spent_tokens == 301 and len(server.seen) == 3, "three captions, and the question without a picture"
+    with pytest.raises(BudgetSpentError, match=r"budget of 250 tokens is spent \(301\): raise --budget-tokens"):
         ask(target, "more")
     assert len(server.seen) == 3
 
