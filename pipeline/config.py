@@ -211,7 +211,7 @@ class EmbedConfig:
     long_captions: Literal["cut", "split"] = "cut"
     """Captions beyond the encoder's limit: cut at it, or split at sentences into parts whose vectors are averaged."""
     encoder_batch: int = 256
-    """Captions in a forward pass, taken in order of length so that little is padding."""
+    """Most captions in a forward pass; taken in order of length, and fewer where they are long, so that little is padding."""
     encoder_replicas: int = 0
     """Encoding actors; 0: one for each GPU of the cluster, or one on a cluster without GPUs."""
     max_failure_rate: float = 0.01

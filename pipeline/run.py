@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pipeline import models, shards, sources
+from pipeline import models, session, shards, sources
 from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
 from pipeline.failures import check_failures, plain_error
 from pipeline.session import spare_cores, start_ray
@@ -169,9 +169,7 @@ def _actors(size: int) -> ray.data.ActorPoolStrategy:
 
 def _pool(wanted: int, flag: str) -> tuple[int, float, int]:
     """(actors, GPUs an actor, CPUs an actor) for a stage that holds a model; says at once when the cluster cannot give them."""
-    import ray
-
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    gpus = session.gpus()
     if gpus and wanted > gpus:
         name = flag.replace("_", "-")
         message = f"{flag}={wanted}: the cluster has {gpus} GPUs, and each actor needs one; pass --{name} {gpus} or fewer."

@@ -141,6 +141,9 @@ class Reader:
             # Hugging Face's `image`: bytes, or a path beside the file.
             picture = picture.get("bytes") or picture.get("path")
         if isinstance(picture, str):
+            if "://" in picture or picture.startswith("/") or ".." in picture.split("/"):
+                message = f"the row names {picture[:200]!r}, which is not beside its file"
+                raise OSError(message)  # a data set from elsewhere must not say what is read on this machine
             return locations.fetch(self._root, "/".join([*file.split("/")[:-1], picture]), max_bytes)
         if picture is None:
             message = "the row holds neither bytes nor a path"

@@ -83,7 +83,7 @@ class ShardReader:
         labels = table["label"].to_numpy().astype(np.int64)
         if self._targets is None:
             return _Shard(pictures, uris, labels, None, None)
-        captions = self._store.read_shard("captions", self._targets.captions, shard, ["id", "caption"])
+        captions = self._store.read_shard("captions", self._targets.captions, shard, ["id", "caption", "others"])
         vectors = self._store.read_shard("embeddings", self._targets.embeddings, shard, ["id", "embedding"])
         if not table["id"].equals(captions["id"]) or not table["id"].equals(vectors["id"]):
             message = f"shard {shard}: images, captions and embeddings hold different rows; was the store copied in part?"
@@ -91,14 +91,17 @@ class ShardReader:
         wide = vectors_of(vectors["embedding"])
         present = np.abs(wide).sum(1) > 0
         texts = np.where(present[:, None], self._targets.project(wide), 0).astype(np.float32)
-        groups = np.array([_group(text) for text in captions["caption"].to_pylist()], dtype=np.int64)
+        texts_of = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
+        groups = np.array([_group(text, others) for text, others in texts_of], dtype=np.int64)
         return _Shard(pictures, uris, labels, texts, np.where(present, groups, -1))
 
 
-def _group(caption: str | None) -> int:
+def _group(caption: str | None, others: list[str] | None) -> int:
+    """Equal for pictures all of whose captions are equal: their one vector is made of all of them."""
     if caption is None:
         return -1
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1  # 63 bits: never negative
+    text = "\n".join([caption, *(others or [])])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1  # 63 bits: never negative
 
 
 class Rows:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline import locations, run
 from pipeline.config import RetryConfig, SourceConfig
-from pipeline.sources import plan
+from pipeline.sources import Reader, plan
 from pipeline.store import Store
 
 Pictures = dict[str, bytes]  # "train/dog/0.jpg" -> JPEG
@@ -257,6 +257,19 @@ def test_a_member_of_a_tar_never_becomes_a_path(tmp_path: Path) -> None:
     found = plan(SourceConfig(images=str(tmp_path), store="unused"))
     [[row]] = found.shards
     assert row.place == f"train.tar#512-{10}"
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "../outside.jpg", "s3://bucket/key.jpg", "http://127.0.0.1/x.jpg"])
+def test_a_parquet_row_cannot_name_a_file_outside_the_source(path: str, tmp_path: Path) -> None:
+    (tmp_path / "outside.jpg").write_bytes(b"x")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "beside.jpg").write_bytes(b"beside")
+    images = pa.array([{"bytes": None, "path": path}, {"bytes": None, "path": "beside.jpg"}])
+    pq.write_table(pa.table({"image": images, "label": [0, 0]}), tmp_path / "in" / "train.parquet")
+    read = Reader(str(tmp_path / "in"))
+    with pytest.raises(OSError, match="which is not beside its file"):
+        read("train.parquet#g0-0", 100)
+    assert read("train.parquet#g0-1", 100) == b"beside"
 
 
 def test_links_to_class_folders_are_followed(pictures: Pictures, tmp_path: Path) -> None:
