@@ -113,7 +113,8 @@ def main() -> int:
     record.publish(
         "captioning", "Captioning: share of the bare engine's speed", f"python benchmarks/captioning.py --rows {options.rows}",
         table, ("ray", "torch", "transformers", "vllm"), save=options.save, value=round(share, 3),
-        unit="share of the bare engine", goal=GOAL, ray_data_llm=round(llm["rows_per_s"] / bare["rows_per_s"], 3), holds=share >= GOAL,
+        unit="share of the bare engine", goal=GOAL, ray_data_llm=round(llm["rows_per_s"] / bare["rows_per_s"], 3),
+        holds=share >= GOAL,
     )  # fmt: skip
     return 0
 
