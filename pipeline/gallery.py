@@ -7,15 +7,13 @@ shard by shard from small columns; pictures are a sample. What models and file n
 from __future__ import annotations
 
 import base64
-import bisect
 import hashlib
 import io
 import json
 import os
-import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 from urllib.parse import quote
@@ -28,13 +26,12 @@ import pyarrow as pa
 from pipeline import images
 from pipeline.config import InspectConfig
 from pipeline.store import STAGES, Stage, Store
+from pipeline.tally import Tally, count_rows, reason_of
 
 THUMBNAIL_EDGE = 128
 NEAREST = 5
 # A picture is read with its whole shard (64 MiB or so), so a sample spread over all shards would read the whole store.
 SAMPLE_SHARDS = 32
-# More failed rows of one reason than this are counted, not remembered.
-REMEMBERED = 20_000
 # Pictures stored by reference are fetched one by one, perhaps from afar.
 FETCHERS = 8
 GROUPS = 20
@@ -51,7 +48,7 @@ def write(config: InspectConfig) -> str:
     """
     store = Store(config.store)
     captions, embeddings = _variants(store, config)
-    tally = _count(store, captions, embeddings)
+    tally = count_rows(store, captions, embeddings)
     cards, drawn = _cards(store, tally, config)
     data = {"classes": store.dataset.classes, "cards": cards}
     template = resources.files("pipeline").joinpath("gallery.html.j2").read_text(encoding="utf-8")
@@ -87,160 +84,6 @@ def _variants(store: Store, config: InspectConfig) -> tuple[str, str]:
     return captions, "".join(names)
 
 
-@dataclass
-class _Tally:
-    """What one pass over the small columns of all finished shards finds. Row arrays are in store order, a row a picture."""
-
-    captions: str
-    embeddings: str
-    shards: list[int] = field(default_factory=list)
-    captioned: set[int] = field(default_factory=set)
-    embedded: set[int] = field(default_factory=set)
-    starts: list[int] = field(default_factory=list)
-    rows: int = 0
-    done: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
-    words: Counter[int] = field(default_factory=Counter)
-    tokens: Counter[int] = field(default_factory=Counter)
-    edges: Counter[int] = field(default_factory=Counter)
-    flags: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-    failures: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    failed_rows: int = 0
-    truncated: int = 0
-    shard_failed: dict[int, set[int]] = field(default_factory=dict)
-    label_parts: list[np.ndarray] = field(default_factory=list)
-    split_parts: list[np.ndarray] = field(default_factory=list)
-    hash_parts: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"pictures": [], "captions": []})
-    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    splits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
-    groups: dict[str, _Groups] = field(default_factory=dict)
-
-    def row(self, shard: int, row: int) -> int:
-        """A shard's row, counted over all finished shards."""
-        return self.starts[bisect.bisect_left(self.shards, shard)] + row
-
-    def place(self, row: int) -> tuple[int, int]:
-        """(shard, row in it) of a row counted over all finished shards."""
-        position = bisect.bisect_right(self.starts, row) - 1
-        return self.shards[position], row - self.starts[position]
-
-
-class _Groups:
-    """Rows of equal hash, the largest group first; a hash of 0 stands for nothing to compare."""
-
-    def __init__(self, hashes: np.ndarray, labels: np.ndarray, splits: np.ndarray) -> None:
-        """Takes three arrays of one value a row: uint64 hash, class, split."""
-        self._order = np.argsort(hashes, kind="stable")
-        values, starts, counts = np.unique(hashes[self._order], return_index=True, return_counts=True)
-        mixed = [np.zeros(0, bool)] * 2
-        if len(values):
-            of_group = [column[self._order] for column in (labels, splits)]
-            mixed = [np.minimum.reduceat(c, starts) != np.maximum.reduceat(c, starts) for c in of_group]
-        kept = np.flatnonzero((counts > 1) & (values != 0))
-        kept = kept[np.argsort(-counts[kept], kind="stable")]
-        self._starts = starts[kept]
-        self.counts, self.several_classes, self.several_splits = (column[kept] for column in (counts, *mixed))
-        rank = np.full(len(values), -1, np.int64)
-        rank[kept] = np.arange(len(kept))
-        self._of_row = np.full(len(hashes), -1, np.int64)
-        self._of_row[self._order] = np.repeat(rank, counts)
-
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def members(self, number: int) -> np.ndarray:
-        """Rows of a group, in store order."""
-        return self._order[self._starts[number] : self._starts[number] + self.counts[number]]
-
-    def number(self, row: int) -> int | None:
-        """The group of a row; None where no other row has its hash."""
-        found = int(self._of_row[row])
-        return None if found < 0 else found
-
-
-def _count(store: Store, captions: str, embeddings: str) -> _Tally:
-    tally = _Tally(captions=captions, embeddings=embeddings, shards=store.finished("images"))
-    tally.captioned = set(store.finished("captions", captions)) if captions else set()
-    tally.embedded = set(store.finished("embeddings", embeddings)) if embeddings else set()
-    for shard in tally.shards:
-        tally.starts.append(tally.rows)
-        errors = [_count_images(store, tally, shard)]
-        if shard in tally.captioned:
-            errors.append(_count_captions(store, tally, shard))
-        else:
-            tally.hash_parts["captions"].append(np.zeros(len(errors[0]), np.uint64))
-        if shard in tally.embedded:
-            errors.append(_count_embeddings(store, tally, shard))
-        _count_failures(tally, shard, errors)
-        tally.rows += len(errors[0])
-    if tally.shards:
-        tally.labels, tally.splits = np.concatenate(tally.label_parts), np.concatenate(tally.split_parts)
-        for kind, parts in tally.hash_parts.items():
-            tally.groups[kind] = _Groups(np.concatenate(parts), tally.labels, tally.splits)
-    return tally
-
-
-def _count_images(store: Store, tally: _Tally, shard: int) -> list[str | None]:
-    names = ["content_hash", "label", "split", "width", "height", "error"]
-    table = store.read_shard("images", "", shard, names)
-    columns = {name: table[name].to_pylist() for name in names}
-    tally.label_parts.append(np.array(columns["label"], np.int32))
-    known = {name: number for number, name in enumerate(store.dataset.splits)}
-    tally.split_parts.append(np.array([known.get(split, -1) for split in columns["split"]], np.int8))
-    tally.hash_parts["pictures"].append(_hashes(columns["content_hash"]))
-    sizes = zip(columns["width"], columns["height"], strict=True)
-    tally.edges.update(max(width, height) for width, height in sizes if width and height)
-    return _count_done(tally, "images", columns["error"])
-
-
-def _count_captions(store: Store, tally: _Tally, shard: int) -> list[str | None]:
-    table = store.read_shard("captions", tally.captions, shard, ["caption", "output_tokens", "flag", "error"])
-    texts = table["caption"].to_pylist()
-    tally.words.update(len(text.split()) for text in texts if text)
-    tally.tokens.update(count for count in table["output_tokens"].to_pylist() if count is not None)
-    tally.flags.update(flag for flag in table["flag"].to_pylist() if flag)
-    tally.hash_parts["captions"].append(_hashes(texts))
-    return _count_done(tally, "captions", table["error"].to_pylist())
-
-
-def _count_embeddings(store: Store, tally: _Tally, shard: int) -> list[str | None]:
-    table = store.read_shard("embeddings", tally.embeddings, shard, ["truncated", "error"])
-    tally.truncated += sum(bool(cut) for cut in table["truncated"].to_pylist())
-    return _count_done(tally, "embeddings", table["error"].to_pylist())
-
-
-def _count_done(tally: _Tally, stage: Stage, errors: list[str | None]) -> list[str | None]:
-    tally.done[stage] += len(errors)
-    tally.failed[stage] += len(errors) - errors.count(None)
-    return errors
-
-
-def _count_failures(tally: _Tally, shard: int, errors: list[list[str | None]]) -> None:
-    """A row's reason is its first stage's error; what the later stages say follows from it."""
-    for row, of_row in enumerate(zip(*errors, strict=True)):
-        stage = next((number for number, error in enumerate(of_row) if error is not None), None)
-        if stage is not None:
-            reason = _reason(STAGES[stage], of_row[stage] or "")
-            tally.reasons[reason] += 1
-            tally.failed_rows += 1
-            tally.shard_failed.setdefault(shard, set()).add(row)
-            remembered = tally.failures.setdefault(reason, [])
-            if len(remembered) < REMEMBERED:
-                remembered.append((shard, row))
-
-
-def _reason(stage: Stage, error: str) -> str:
-    """An error without its numbers and names, so that equal causes count as one."""
-    return f"{stage}: " + re.sub(r"\d+|'[^']*'", "#", error)[:200]
-
-
-def _hashes(texts: list[str | None]) -> np.ndarray:
-    """uint64 hashes of texts; 0 for none."""
-    made = (hashlib.blake2b(text.encode(), digest_size=8).digest() if text else bytes(8) for text in texts)
-    return np.frombuffer(b"".join(made), np.uint64)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Drawn:
     """What the page says of its sample."""
@@ -252,7 +95,7 @@ class _Drawn:
     of_shards: int
 
 
-def _cards(store: Store, tally: _Tally, config: InspectConfig) -> tuple[list[dict[str, Any]], _Drawn]:
+def _cards(store: Store, tally: Tally, config: InspectConfig) -> tuple[list[dict[str, Any]], _Drawn]:
     rng = np.random.default_rng(config.seed)
     order = _shard_order(store, tally, rng)
     good = tally.rows - tally.failed_rows
@@ -281,7 +124,7 @@ def _cards(store: Store, tally: _Tally, config: InspectConfig) -> tuple[list[dic
     return cards, told
 
 
-def _shard_order(store: Store, tally: _Tally, rng: np.random.Generator) -> list[int]:
+def _shard_order(store: Store, tally: Tally, rng: np.random.Generator) -> list[int]:
     """Finished shards in random order, the first of each split in front, so that none is left out."""
     order = [tally.shards[int(place)] for place in rng.permutation(len(tally.shards))]
     split_of = {shard: split for split in store.dataset.splits for shard in store.split_shards(split)}
@@ -289,7 +132,7 @@ def _shard_order(store: Store, tally: _Tally, rng: np.random.Generator) -> list[
     return front + [shard for shard in order if shard not in front]
 
 
-def _draw_failed(tally: _Tally, order: list[int], most: int) -> list[tuple[int, int]]:
+def _draw_failed(tally: Tally, order: list[int], most: int) -> list[tuple[int, int]]:
     """Failed rows, one of each reason in turn, so that a rare reason is not lost among a common one."""
     rank = {shard: place for place, shard in enumerate(order)}
     piles = [sorted(places, key=lambda place: (rank[place[0]], place[1])) for places in tally.failures.values()]
@@ -301,7 +144,7 @@ def _draw_failed(tally: _Tally, order: list[int], most: int) -> list[tuple[int, 
     return drawn[:most]
 
 
-def _draw_good(tally: _Tally, order: list[int], count: int, rng: np.random.Generator) -> tuple[list[tuple[int, int]], set[int]]:
+def _draw_good(tally: Tally, order: list[int], count: int, rng: np.random.Generator) -> tuple[list[tuple[int, int]], set[int]]:
     """Random rows without an error from few shards, and those shards."""
     sizes = dict(zip(tally.shards, np.diff([*tally.starts, tally.rows]).tolist(), strict=True))
     pool: list[tuple[int, int]] = []
@@ -316,7 +159,7 @@ def _draw_good(tally: _Tally, order: list[int], count: int, rng: np.random.Gener
 
 
 def _shard_cards(
-    store: Store, tally: _Tally, shard: int, rows: list[int], *, with_pictures: bool
+    store: Store, tally: Tally, shard: int, rows: list[int], *, with_pictures: bool
 ) -> list[tuple[int, dict[str, Any], np.ndarray | None]]:
     names = ["id", "uri", "label", "split", "width", "height", "error"] + (["image"] if with_pictures else [])
     columns: dict[Stage, list[dict[str, Any]]] = {"images": _take(store.read_shard("images", "", shard, names), rows)}
@@ -356,12 +199,12 @@ def _card(shard: int, row: dict[Stage, dict[str, Any]]) -> dict[str, Any]:
         "words": len(caption.split()) if caption else None, "outputTokens": text.get("output_tokens"),
         "finish": text.get("finish_reason"), "flag": text.get("flag"), "encoderTokens": vector.get("tokens"),
         "truncated": bool(vector.get("truncated")), "error": _short(f"{errors[0][0]}: {errors[0][1]}") if errors else None,
-        "reason": _reason(*errors[0]) if errors else None,
+        "reason": reason_of(*errors[0]) if errors else None,
     }  # fmt: skip
     return {name: value for name, value in card.items() if value is not None and value != "" and value is not False}
 
 
-def _add_groups(tally: _Tally, row: int, card: dict[str, Any]) -> None:
+def _add_groups(tally: Tally, row: int, card: dict[str, Any]) -> None:
     """Notes how many rows share the card's picture and its caption, where there are several, and the group's number."""
     for kind, groups in tally.groups.items():
         number = groups.number(row)
@@ -427,7 +270,7 @@ def _add_nearest(cards: list[dict[str, Any]], vectors: list[np.ndarray | None]) 
             card["near"] = near[card["caption"]]
 
 
-def _repeats(store: Store, tally: _Tally) -> list[dict[str, Any]]:
+def _repeats(store: Store, tally: Tally) -> list[dict[str, Any]]:
     """What repeats among pictures and among captions, with the largest groups."""
     tables = []
     for kind, title in (("pictures", "Equal pictures"), ("captions", "Equal captions")):
@@ -448,7 +291,7 @@ def _repeats(store: Store, tally: _Tally) -> list[dict[str, Any]]:
     return tables
 
 
-def _group(store: Store, tally: _Tally, kind: str, number: int) -> dict[str, Any]:
+def _group(store: Store, tally: Tally, kind: str, number: int) -> dict[str, Any]:
     groups = tally.groups[kind]
     members = groups.members(number)
     if kind == "captions":
@@ -465,7 +308,7 @@ def _group(store: Store, tally: _Tally, kind: str, number: int) -> dict[str, Any
     }  # fmt: skip
 
 
-def _stages(store: Store, tally: _Tally) -> list[dict[str, Any]]:
+def _stages(store: Store, tally: Tally) -> list[dict[str, Any]]:
     """Every stage and variant; rows are counted for those shown, of the others only the finished shards are listed."""
     shown = {"images": "", "captions": tally.captions, "embeddings": tally.embeddings}
     finished = {"images": len(tally.shards), "captions": len(tally.captioned), "embeddings": len(tally.embedded)}
@@ -479,13 +322,13 @@ def _stages(store: Store, tally: _Tally) -> list[dict[str, Any]]:
     return stages
 
 
-def _settings(store: Store, tally: _Tally) -> list[dict[str, Any]]:
+def _settings(store: Store, tally: Tally) -> list[dict[str, Any]]:
     pairs: list[tuple[Stage, str]] = [("captions", tally.captions), ("embeddings", tally.embeddings)]
     found = [{"stage": stage, "name": name, "settings": store.variant(stage, name)} for stage, name in pairs if name]
     return [entry | {"text": json.dumps(entry["settings"], indent=2, ensure_ascii=False)} for entry in found]
 
 
-def _charts(tally: _Tally) -> list[dict[str, Any]]:
+def _charts(tally: Tally) -> list[dict[str, Any]]:
     sizes = np.bincount(tally.labels) if len(tally.labels) else np.zeros(0, np.int64)
     of_classes = Counter(sizes.tolist() if len(sizes) > 2 * GROUPS else [])  # fewer are listed by name
     charts = [
@@ -516,7 +359,7 @@ def _histogram(title: str, what: str, counts: Counter[int]) -> dict[str, Any]:
     return {"title": title, "columns": columns, "low": low, "high": beyond, "median": median}
 
 
-def _lists(store: Store, tally: _Tally) -> list[dict[str, Any]]:
+def _lists(store: Store, tally: Tally) -> list[dict[str, Any]]:
     """Bars by name: classes (with many, the largest and the smallest), splits, reasons of failure, flags."""
     sizes = np.bincount(tally.labels, minlength=len(store.dataset.classes)).tolist()
     classes = sorted(zip(store.dataset.classes, sizes, strict=True), key=lambda pair: (-pair[1], pair[0]))
