@@ -18,8 +18,16 @@ PACKAGES = ("pipeline", "training", "tuning", "cluster")
 # What of the others' a package may import; cluster reaches verbs by name only (importlib).
 ALLOWED = {
     "pipeline": set(),
-    "training": {"pipeline.store", "pipeline.images", "pipeline.prompts", "pipeline.encoders", "pipeline.session"},
-    "tuning": {"training", "pipeline.store", "pipeline.images", "pipeline.prompts", "pipeline.session"},
+    "training": {
+        "pipeline.store",
+        "pipeline.locations",
+        "pipeline.images",
+        "pipeline.prompts",
+        "pipeline.encoders",
+        "pipeline.models",
+        "pipeline.session",
+    },
+    "tuning": {"training", "pipeline.store", "pipeline.locations", "pipeline.images", "pipeline.prompts", "pipeline.session"},
     "cluster": {"pipeline.config", "training.config", "tuning.config"},
 }
 

@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # a worker's own failure, long after the settings were accepted
         print(f"gpt4image {verb}: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"gpt4image {verb}: {error}", file=sys.stderr)
+        return 1
 
 
 def parse_train(arguments: list[str]) -> config.TrainConfig:
@@ -65,26 +68,21 @@ def _train(arguments: list[str]) -> int:
 
 def _evaluate(arguments: list[str]) -> int:
     settings = tyro.cli(config.EvaluateConfig, args=arguments, prog="gpt4image evaluate")
+    from training import findings
     from training.evaluate import evaluate
 
-    found = evaluate(settings)
-    if settings.json:
-        print(json.dumps(found))
-    else:
-        print(
-            f"{found['run']} ({found['checkpoint']}, epoch {found['epoch']}) on {found['split']}: "
-            f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} % of {found['images']} images"
-        )
+    summary = evaluate(settings).summary
+    print(json.dumps(summary) if settings.json else findings.table(summary))
+    if settings.to:
+        print(f"written: {settings.to}", file=sys.stderr)
     return 0
 
 
 def _export(arguments: list[str]) -> int:
     settings = tyro.cli(config.ExportConfig, args=arguments, prog="gpt4image export")
-    from training.export import export
+    from training.export import describe, export
 
-    found = export(settings)
-    print(f"{found['to']}: {found['architecture']}, {found['parameters']:,} parameters, epoch {found['epoch']}")
-    print(f'load it with: timm.create_model("local-dir:{found["to"]}", pretrained=True)')
+    print(describe(export(settings)))
     return 0
 
 

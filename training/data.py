@@ -1,34 +1,37 @@
-"""Batches from the store: pictures, labels and text targets read side by side from the shards, decoded ahead by threads.
+"""Batches from the store: pictures, labels and text targets read side by side from the shards, decoded ahead of the step.
 
-The order of an epoch is a function of (seed, epoch) alone: shards are shuffled, and rows are shuffled within windows of
-`shuffle_shards`. Global batch n is a slice of that order and each worker takes its part of the slice, so what is seen at
-step n does not depend on the number of workers. Augmentation draws from (seed, epoch, row). Threads suffice: decoding and
-resizing release the interpreter lock.
+Decoding runs in threads of the training process, or in actors on any node of the cluster (`run.py`); either way each decoder
+gets its own slice of every batch, which `order.Sequence` deals out by shard, so that it keeps few shards in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
-from PIL import Image
 from torch import Tensor
 
-from pipeline import images
 from pipeline.store import Store
+from training.augment import Augment
+from training.order import ROW, SHARD, Sequence
+from training.order import Rows as Rows
 from training.targets import Targets, vectors_of
 
 Array = npt.NDArray[Any]
-ImageArray = npt.NDArray[np.uint8]
-Decode = Callable[[bytes, Array], ImageArray]
+Part = dict[str, Array]
+"""Columns of some samples: images [n, S, S, 3] uint8, labels [n]; with text targets texts [n, D] float32 and groups [n]."""
+
+AHEAD = 3  # batches in work while one is trained on
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,15 @@ class Batch:
     """One worker's share of a global batch."""
 
     images: Tensor
-    """[b, 3, S, S] uint8."""
+    """[b, 3, S, S] uint8, channels last in memory."""
     labels: Tensor
     """[b] int64."""
     texts: Tensor | None
     """[b, d] float32, unit length; zero rows where there is no text."""
     groups: Tensor | None
     """[b] int64, equal for equal captions; -1 where there is no text."""
+    samples: Array
+    """[b, 4], see `training.order`."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -50,50 +55,71 @@ class Batch:
         def move(part: Tensor | None) -> Any:
             return None if part is None else part.to(device, non_blocking=True)
 
-        return Batch(move(self.images), move(self.labels), move(self.texts), move(self.groups))
+        return Batch(move(self.images), move(self.labels), move(self.texts), move(self.groups), self.samples)
 
 
 @dataclass(frozen=True)
 class _Shard:
-    pictures: list[bytes | None]
-    uris: list[str | None]
+    pictures: pa.ChunkedArray
+    uris: pa.ChunkedArray
+    sizes: Array
     labels: Array
     texts: Array | None
     groups: Array | None
 
 
 class ShardReader:
-    """Reads shards of all stages side by side and keeps the most recent ones; ids are checked to be the same rows."""
+    """Reads shards of all stages side by side and keeps the most recent ones; ids are checked to be the same rows.
+
+    Any thread may ask; a shard is read once, by the thread that asks first.
+    """
 
     def __init__(self, store: Store, targets: Targets | None, keep: int) -> None:
         self._store, self._targets, self._keep = store, targets, keep
-        self._cache: OrderedDict[int, _Shard] = OrderedDict()
+        self._cache: OrderedDict[int, Future[_Shard]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __getitem__(self, shard: int) -> _Shard:
-        if shard not in self._cache:
-            self._cache[shard] = self._read(shard)
-            if len(self._cache) > self._keep:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(shard)
-        return self._cache[shard]
+        with self._lock:
+            future = self._cache.get(shard)
+            mine = future is None
+            if future is None:
+                future = self._cache[shard] = Future()
+                while len(self._cache) > self._keep:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(shard)
+        if mine:
+            try:
+                future.set_result(self._read(shard))
+            except BaseException as error:
+                with self._lock:
+                    self._cache.pop(shard, None)
+                future.set_exception(error)
+        return future.result()
 
     def _read(self, shard: int) -> _Shard:
-        table = self._store.read_shard("images", "", shard, ["id", "image", "uri", "label"])
-        pictures, uris = table["image"].to_pylist(), table["uri"].to_pylist()
+        table = self._store.read_shard("images", "", shard, ["id", "image", "uri", "label", "width", "height"])
         labels = table["label"].to_numpy().astype(np.int64)
+        sizes = np.array([table["width"].to_pylist(), table["height"].to_pylist()], dtype=np.float64).T  # nan where it failed
         if self._targets is None:
-            return _Shard(pictures, uris, labels, None, None)
+            return _Shard(table["image"], table["uri"], sizes, labels, None, None)
         captions = self._store.read_shard("captions", self._targets.captions, shard, ["id", "caption", "others"])
         vectors = self._store.read_shard("embeddings", self._targets.embeddings, shard, ["id", "embedding"])
         if not table["id"].equals(captions["id"]) or not table["id"].equals(vectors["id"]):
             message = f"shard {shard}: images, captions and embeddings hold different rows; was the store copied in part?"
             raise ValueError(message)
-        wide = vectors_of(vectors["embedding"])
-        present = np.abs(wide).sum(1) > 0
-        texts = np.where(present[:, None], self._targets.project(wide), 0).astype(np.float32)
-        texts_of = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
-        groups = np.array([_group(text, others) for text, others in texts_of], dtype=np.int64)
-        return _Shard(pictures, uris, labels, texts, np.where(present, groups, -1))
+        texts, groups = text_columns(self._targets, captions, vectors)
+        return _Shard(table["image"], table["uri"], sizes, labels, texts, groups)
+
+
+def text_columns(targets: Targets, captions: pa.Table, vectors: pa.Table) -> tuple[Array, Array]:
+    """([n, d] float32 text targets, [n] int64 groups) of a shard's captions and vectors; zero and -1 where there is no text."""
+    wide = vectors_of(vectors["embedding"])
+    present = np.abs(wide).sum(1) > 0
+    texts = np.where(present[:, None], targets.project(wide), 0).astype(np.float32)
+    texts_of = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
+    groups = np.array([_group(text, others) for text, others in texts_of], dtype=np.int64)
+    return texts, np.where(present, groups, -1)
 
 
 def _group(caption: str | None, others: list[str] | None) -> int:
@@ -104,129 +130,140 @@ def _group(caption: str | None, others: list[str] | None) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1  # 63 bits: never negative
 
 
-class Rows:
-    """The usable rows of a split: those whose picture decodes."""
+class Decoder:
+    """Samples to arrays; knows neither threads nor Ray."""
 
-    def __init__(self, store: Store, split: str) -> None:
-        self.rows: dict[int, Array] = {}
-        receipts = store.receipts("images")
-        for shard in store.split_shards(split):
-            if receipts[shard].failed:
-                errors = store.read_shard("images", "", shard, ["error"])["error"]
-                self.rows[shard] = np.flatnonzero([error is None for error in errors.to_pylist()])
+    def __init__(self, store: Store, targets: Targets | None, augment: Augment, keep: int) -> None:
+        self._store, self._augment = store, augment
+        self._reader = ShardReader(store, targets, keep)
+
+    def __call__(self, samples: Array, train: bool) -> Part:
+        """Decodes [n, 4] samples; views of one picture that follow each other are decoded from it once."""
+        size = self._augment.size
+        pictures = np.empty((len(samples), size, size, 3), np.uint8)
+        shards = [self._reader[int(shard)] for shard in samples[:, SHARD]]
+        cuts = np.flatnonzero((np.diff(samples[:, [SHARD, ROW]], axis=0) != 0).any(1)) + 1
+        for views in np.split(np.arange(len(samples)), cuts) if len(samples) else []:
+            shard, row = shards[views[0]], int(samples[views[0], ROW])
+            data = self._store.picture(shard.pictures[row].as_py(), shard.uris[row].as_py())
+            if train:
+                width, height = (int(edge) for edge in shard.sizes[row])
+                for place, view in zip(views, self._augment.train(data, width, height, samples[views]), strict=True):
+                    pictures[place] = view
             else:
-                self.rows[shard] = np.arange(receipts[shard].rows)
+                pictures[views] = self._augment.evaluate(data)
+        part: Part = {
+            "images": pictures,
+            "labels": np.array([s.labels[r] for s, r in zip(shards, samples[:, ROW], strict=True)], np.int64),
+        }
+        if shards and shards[0].texts is not None:
+            pairs = list(zip(shards, samples[:, ROW], strict=True))
+            part["texts"] = np.stack([s.texts[r] for s, r in pairs if s.texts is not None])
+            part["groups"] = np.array([s.groups[r] for s, r in pairs if s.groups is not None], np.int64)
+        return part
 
-    def __len__(self) -> int:
-        return sum(len(rows) for rows in self.rows.values())
-
-    def in_order(self) -> Array:
-        """[n, 2] of (shard, row), as stored."""
-        return np.concatenate([_pairs(shard, rows) for shard, rows in self.rows.items()])
-
-    def shuffled(self, seed: int, epoch: int, window: int) -> Array:
-        """[n, 2] of (shard, row) in the order of one epoch."""
-        rng = np.random.default_rng([seed, epoch])
-        shards = rng.permutation(list(self.rows))
-        parts = []
-        for start in range(0, len(shards), window):
-            pairs = np.concatenate([_pairs(shard, self.rows[shard]) for shard in shards[start : start + window]])
-            parts.append(rng.permutation(pairs))
-        return np.concatenate(parts)
-
-
-def _pairs(shard: int, rows: Array) -> Array:
-    return np.stack([np.full(len(rows), shard), rows], axis=1)
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Reads shards that will be needed."""
+        for shard in shards:
+            self._reader[shard]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augment:
-    """Random resized crop and flip for training; resize and centre crop, as timm validates, for evaluation."""
+class DecoderSpec:
+    """What makes a decoder, here or in another process; `keep` is how many shards it holds."""
 
-    size: int
-    crop_scale: float
-    flip: float
-    crop_pct: float
-    interpolation: str
-    seed: int
+    store: str
+    targets: Targets | None
+    augment: Augment
+    keep: int
 
-    def train(self, data: bytes, epoch: int, shard: int, row: int) -> ImageArray:
-        """[S, S, 3] uint8; the draw depends on (seed, epoch, shard, row) only."""
-        rng = np.random.default_rng([self.seed, epoch, shard, row])
-        image = images.decode(data, max_pixels=2**62, shrink_to=math.ceil(self.size / math.sqrt(max(self.crop_scale, 0.01))))
-        box = _random_box(rng, image.width, image.height, self.crop_scale)
-        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        if rng.random() < self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(image)
-
-    def evaluate(self, data: bytes) -> ImageArray:
-        """[S, S, 3] uint8: the shorter edge to size / crop_pct, then the centre."""
-        from torchvision.transforms.v2 import functional
-
-        image = images.decode(data, max_pixels=2**62)
-        edge = math.floor(self.size / self.crop_pct)
-        image = functional.resize(image, [edge], interpolation=functional.InterpolationMode(self.interpolation))
-        return np.asarray(functional.center_crop(image, [self.size, self.size]))
+    def build(self) -> Decoder:
+        """The decoder."""
+        return Decoder(Store(self.store), self.targets, self.augment, self.keep)
 
 
-def _random_box(rng: np.random.Generator, width: int, height: int, scale: float) -> tuple[float, float, float, float]:
-    """A crop with a share of the area in [scale, 1] and an aspect ratio in [3/4, 4/3], as Inception's; else the whole."""
-    for _ in range(10):
-        area = width * height * rng.uniform(scale, 1)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if w <= width and h <= height:
-            x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            return x, y, x + w, y + h
-    return 0, 0, width, height
+class Decoding(Protocol):
+    """Several decoders, numbered from 0; `start` returns a function that waits for the part and gives it."""
+
+    decoders: int
+
+    def start(self, number: int, samples: Array, train: bool) -> Callable[[], Part]: ...
+
+    def prefetch(self, number: int, shards: list[int]) -> None: ...
+
+
+class ThreadDecoding:
+    """Decoders that are threads of this process and share one cache of shards."""
+
+    def __init__(self, decoder: Decoder, threads: int) -> None:
+        self.decoders = threads
+        self._decoder = decoder
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._reader = ThreadPoolExecutor(2, thread_name_prefix="read")
+
+    def start(self, number: int, samples: Array, train: bool) -> Callable[[], Part]:
+        """Decodes in whichever thread is free."""
+        return self._pool.submit(self._decoder, samples, train).result
+
+    def prefetch(self, number: int, shards: list[int]) -> None:
+        """Reads beside decoding: it waits for a disk or a server."""
+        self._reader.submit(self._decoder.prefetch, shards)
 
 
 class Loader:
-    """This worker's batches, decoded by threads two batches ahead of the step."""
+    """This worker's batches."""
 
-    def __init__(self, store: Store, targets: Targets | None, augment: Augment, *, threads: int, window: int) -> None:
-        # One shard more than a window: the last batches of one window overlap the first of the next.
-        self._reader = ShardReader(store, targets, keep=2 * window)
-        self._store = store
-        self._augment = augment
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    def __init__(self, decoding: Decoding, *, lookahead: int, pin: bool = False) -> None:
+        """`lookahead` is how many batches before its first use a shard is fetched; `pin` puts batches into page-locked memory."""
+        self._decoding, self._lookahead, self._pin = decoding, max(lookahead, AHEAD), pin
+        # Joining the decoders' parts is a copy of the whole batch: one thread, and not the training step, makes it.
+        self._joiner = ThreadPoolExecutor(1, thread_name_prefix="join")
 
-    def train(self, order: Array, batch: int, rank: int, world: int, epoch: int) -> Iterator[Batch]:
-        """This worker's part of every whole global batch of `order`; the incomplete last batch is left out."""
-        local = batch // world
-        starts = [n * batch + rank * local for n in range(len(order) // batch)]
-        parts = [order[start : start + local] for start in starts]
-        yield from self._ahead(parts, lambda data, pair: self._augment.train(data, epoch, int(pair[0]), int(pair[1])))
+    def train(self, sequence: Sequence, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
+        """Steps `start` to `stop` of a sequence."""
+        yield from self._ahead((sequence.share(step, rank, world) for step in range(start, stop)), train=True)
 
-    def evaluate(self, order: Array, batch: int, rank: int, world: int) -> Iterator[Batch]:
+    def evaluate(self, samples: Array, batch: int, rank: int, world: int) -> Iterator[Batch]:
         """Every row of this worker's share, each row on exactly one worker, the last batch as short as it is."""
-        mine = order[rank::world]
-        parts = [mine[start : start + batch] for start in range(0, len(mine), batch)]
-        yield from self._ahead(parts, lambda data, pair: self._augment.evaluate(data))
+        mine = np.array_split(samples, world)[rank]
+        yield from self._ahead((mine[start : start + batch] for start in range(0, len(mine), batch)), train=False)
 
-    def _ahead(self, parts: list[Array], decode: Decode) -> Iterator[Batch]:
-        waiting: deque[tuple[Array, list[Future[ImageArray]]]] = deque()
-        for part in parts:
-            waiting.append((part, [self._pool.submit(self._decoded, decode, *self._stored(pair), pair) for pair in part]))
-            if len(waiting) > 2:
-                yield self._batch(*waiting.popleft())
-        while waiting:
-            yield self._batch(*waiting.popleft())
+    def _ahead(self, shares: Iterable[Array], *, train: bool) -> Iterator[Batch]:
+        coming: deque[Array] = deque()
+        working: deque[Future[Batch]] = deque()
+        fetched: list[set[int]] = [set() for _ in range(self._decoding.decoders)]
+        source = iter(shares)
+        while True:
+            while len(coming) < self._lookahead and (share := next(source, None)) is not None:
+                coming.append(share)
+                self._fetch(share, fetched)
+            while len(working) < AHEAD and coming:
+                working.append(self._start(coming.popleft(), train))
+            if not working:
+                return
+            yield working.popleft().result()
 
-    def _stored(self, pair: Array) -> tuple[bytes | None, str | None]:
-        shard, row = self._reader[int(pair[0])], int(pair[1])
-        return shard.pictures[row], shard.uris[row]
+    def _fetch(self, share: Array, fetched: list[set[int]]) -> None:
+        for number, part in enumerate(np.array_split(share, self._decoding.decoders)):
+            shards = set(np.unique(part[:, SHARD]).tolist())
+            if new := sorted(shards - fetched[number]):
+                self._decoding.prefetch(number, new)
+            fetched[number] = shards
 
-    def _decoded(self, decode: Decode, data: bytes | None, uri: str | None, pair: Array) -> ImageArray:
-        return decode(self._store.picture(data, uri), pair)  # in the pool: a picture stored by reference is fetched here
+    def _start(self, share: Array, train: bool) -> Future[Batch]:
+        parts = np.array_split(share, self._decoding.decoders)
+        waits = [self._decoding.start(number, part, train) for number, part in enumerate(parts) if len(part)]
+        return self._joiner.submit(self._join, share, waits)
 
-    def _batch(self, part: Array, decoded: list[Future[ImageArray]]) -> Batch:
-        pictures = torch.from_numpy(np.stack([future.result() for future in decoded])).permute(0, 3, 1, 2)
-        shards = [(self._reader[int(shard)], int(row)) for shard, row in part]
-        labels = torch.tensor([int(shard.labels[row]) for shard, row in shards])
-        texts = [shard.texts[row] for shard, row in shards if shard.texts is not None]
-        groups = [int(shard.groups[row]) for shard, row in shards if shard.groups is not None]
-        if not texts:
-            return Batch(pictures, labels, None, None)
-        return Batch(pictures, labels, torch.from_numpy(np.stack(texts)), torch.tensor(groups))
+    def _join(self, share: Array, waits: list[Callable[[], Part]]) -> Batch:
+        parts = [wait() for wait in waits]
+        columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+        if self._pin:
+            columns = {name: column.pin_memory() for name, column in columns.items()}
+        pictures = columns["images"].permute(0, 3, 1, 2)
+        return Batch(pictures, columns["labels"], columns.get("texts"), columns.get("groups"), share)
+
+
+def lookahead(sequence: Sequence, rows_a_shard: float, window: int) -> int:
+    """Batches that half a window of shards lasts for."""
+    return math.ceil(rows_a_shard * window / 2 / sequence.batch)

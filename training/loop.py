@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,46 +13,45 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.store import Store
 from training import backbones, checkpoint, targets
+from training.augment import Augment
 from training.config import TrainConfig
-from training.data import Augment, Loader, Rows
+from training.data import DecoderSpec, Decoding, Loader, ThreadDecoding, lookahead
 from training.losses import world_size
-from training.objectives.align import AlignTask
+from training.negatives import Negatives
+from training.objectives.align import Alignment, AlignTask, CrossEntropy
+from training.order import Rows, Sequence
+from training.step import Norm, Stepper
+from training.watch import Watch
 
 Metrics = dict[str, float]
-Report = Callable[[Metrics, Callable[[str], None]], None]
-"""Called after every epoch with its metrics and a function that writes the checkpoint into a folder (rank 0's is used)."""
+Report = Callable[[Metrics | None, Callable[[], checkpoint.Snapshot]], None]
+"""Called by all workers after every epoch with its metrics, and between epochs with None, when a checkpoint is due; the function
+takes a copy of everything that is to be kept, which may be written while training goes on (rank 0's is used)."""
+Progress = Callable[[Metrics], None]
 
 
-@dataclass(frozen=True)
-class Norm:
-    """Normalises uint8 images on the device: (x / 255 - mean) / std, channels last."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """[b, 3, S, S] uint8 to float32."""
-        scaled = (images.float() / 255 - self.mean) / self.std
-        return scaled.contiguous(memory_format=torch.channels_last)
-
-
-def build_task(config: TrainConfig, num_classes: int, dim: int) -> AlignTask:
+def build_task(config: TrainConfig, num_classes: int, dim: int, text_dim: int = 0) -> AlignTask:
     """The model of a run, with weights that depend on the seed alone; baseline and aligned start from the same backbone."""
+    from timm.loss import BinaryCrossEntropy
+
     torch.manual_seed(config.seed)
     backbone = backbones.build(
         config.backbone, num_classes=num_classes, image_size=config.image_size, pretrained=config.pretrained,
-        drop_path=config.drop_path,
+        drop_path=config.drop_path, patch_size=config.patch_size, small_stem=config.small_stem,
     )  # fmt: skip
-    return AlignTask(
-        backbone, weight=config.alignment_weight, dim=dim, head=config.head, temperature=config.temperature,
-        learn_temperature=config.learn_temperature, label_smoothing=config.label_smoothing,
+    alignment = Alignment(
+        weight=config.alignment_weight, dim=dim, head=config.head, variant=config.alignment,
+        temperature=config.temperature, learn_temperature=config.learn_temperature, text_dim=text_dim,
     )  # fmt: skip
+    smoothing = config.label_smoothing
+    return AlignTask(backbone, alignment, BinaryCrossEntropy(smoothing) if config.loss == "bce" else CrossEntropy(smoothing))
 
 
-def to_device(task: AlignTask, device: torch.device) -> AlignTask:
+def to_device(task: AlignTask, device: torch.device, *, channels_last: bool = True) -> AlignTask:
     """The task on a device, convolutions in the memory format that is fastest on GPUs and CPUs alike."""
     moved: nn.Module = task.to(device)
-    moved = cast(Any, moved).to(memory_format=torch.channels_last)
+    if channels_last:
+        moved = cast(Any, moved).to(memory_format=torch.channels_last)
     return cast(AlignTask, moved)
 
 
@@ -66,117 +63,173 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def make_norm(model: nn.Module, device: torch.device) -> Norm:
+def make_norm(model: nn.Module, device: torch.device, *, channels_last: bool = True) -> Norm:
     """The normalisation that belongs to a backbone."""
     found = data_config(model)
     mean, std = (torch.tensor(found[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
-    return Norm(mean, std)
+    return Norm(mean, std, channels_last)
+
+
+def decoder_spec(config: TrainConfig, found: targets.Targets | None, model: nn.Module, decoders: int) -> DecoderSpec:
+    """What a decoder needs to know; evaluation crops as timm's for this backbone. `decoders` share the work of a batch."""
+    from_timm = data_config(model)
+    augment = Augment(
+        size=config.image_size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed,
+        crop_pct=float(from_timm["crop_pct"]), interpolation=str(from_timm["interpolation"]), mean=tuple(from_timm["mean"]),
+        auto_augment=config.auto_augment, color_jitter=config.color_jitter,
+    )  # fmt: skip
+    # Of the window in use and of the next one, each decoder opens its part; one shard more at either end.
+    keep = 2 * (math.ceil(config.shuffle_shards / decoders) + 2)
+    return DecoderSpec(store=config.store, targets=found, augment=augment, keep=keep)
 
 
 def make_loader(config: TrainConfig, store: Store, found: targets.Targets | None, model: nn.Module) -> Loader:
-    """A loader whose evaluation crops as timm's for this backbone."""
-    augment = Augment(
-        size=config.image_size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed,
-        crop_pct=float(data_config(model)["crop_pct"]), interpolation=str(data_config(model)["interpolation"]),
-    )  # fmt: skip
-    return Loader(store, found, augment, threads=config.loader_threads, window=config.shuffle_shards)
+    """A loader that decodes in threads of this process, for evaluation."""
+    return Loader(ThreadDecoding(decoder_spec(config, found, model, 1).build(), config.loader_workers), lookahead=4)
 
 
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up to `lr`, then a cosine to `min_lr` at the last step."""
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.epochs * steps_per_epoch - 1 - warmup)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+def fit(
+    config: TrainConfig, device: torch.device, rank: int, resume_from: str | None, report: Report, *,
+    decode: Callable[[DecoderSpec, int], Decoding] | None = None, progress: Progress | None = None,
+) -> list[Metrics]:  # fmt: skip
+    """Trains on this worker; every worker of the group calls it. Returns the metrics of all epochs.
 
+    Args:
+        config: the run's settings.
+        device: of this worker.
+        rank: of this worker.
+        resume_from: a checkpoint's folder, or None to begin.
+        report: see `Report`.
+        decode: makes decoders elsewhere, for a specification and a number of them; None: threads of this process.
+        progress: told every few steps how far the run is.
 
-def fit(config: TrainConfig, device: torch.device, rank: int, resume_from: str | None, report: Report) -> list[Metrics]:
-    """Trains on this worker; every worker of the group calls it. Returns the metrics of all epochs."""
-    from timm.optim import create_optimizer_v2
-
-    store = Store(config.store)
+    Raises:
+        NotFiniteError: the loss is no number any more; on all workers, with the ids of the batch that it came from.
+    """
+    store, world = Store(config.store), world_size()
     found = None
     if config.alignment_weight > 0:
-        found = targets.load(store, embeddings=config.embeddings, dim=config.projection_dim, split=config.train_split)
-    task = to_device(build_task(config, len(store.dataset.classes), found.dim if found else 0), device)
-    optimizer = create_optimizer_v2(
-        task, opt="sgd" if config.optimizer == "sgd" else "adamw", lr=config.lr, weight_decay=config.weight_decay,
-        momentum=config.momentum,
-    )  # fmt: skip
-    history = list(checkpoint.load(resume_from, task, optimizer).history) if resume_from else []
-    torch.manual_seed(hash((config.seed, rank, len(history))) % 2**31)  # stochastic depth and dropout differ by worker
-    norm, loader = make_norm(task.backbone, device), make_loader(config, store, found, task.backbone)
-    train_rows, eval_rows = Rows(store, config.train_split), Rows(store, config.eval_split)
-    steps = len(train_rows) // config.batch_size
-    model: nn.Module = task
-    if world_size() > 1:
-        model = DistributedDataParallel(task, device_ids=[device.index] if device.type == "cuda" else None)
-    amp = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+        found = targets.of_config(config, store)
+    raw_dim = found.dim if found is not None and config.text_projection == "learned" else 0
+    dim = (config.projection_dim or raw_dim) if raw_dim else (found.dim if found else 0)
+    task = build_task(config, len(store.dataset.classes), dim, raw_dim)
+    if config.checkpoint_activations:
+        cast(Any, task.backbone).set_grad_checkpointing()
+    if config.sync_batch_norm and world > 1:
+        from timm.layers import convert_sync_batchnorm
 
-    for epoch in range(len(history), config.epochs):
-        start = time.monotonic()
+        task = cast(AlignTask, convert_sync_batchnorm(task))
+    task = to_device(task, device, channels_last=config.channels_last)
+    optimizer = backbones.optimizer(config, task)
+    ema = _moving_average(config, task)
+    state = checkpoint.load(resume_from, task, optimizer, ema) if resume_from else checkpoint.State()
+    norm = make_norm(task.backbone, device, channels_last=config.channels_last)
+    spec = decoder_spec(config, found, task.backbone, world * config.loader_workers if decode else world)
+    decoding = decode(spec, config.loader_workers) if decode else ThreadDecoding(spec.build(), config.loader_workers)
+    train_rows, eval_rows = Rows(store, config.train_split), Rows(store, config.eval_split)
+    sequence = Sequence(
+        train_rows, seed=config.seed, window=config.shuffle_shards, batch=config.batch_size, repeats=config.repeats
+    )
+    ahead = lookahead(sequence, len(train_rows) / max(1, len(train_rows.rows)), config.shuffle_shards)
+    loader = Loader(decoding, lookahead=ahead, pin=device.type == "cuda")
+    negatives = None
+    if found is not None and config.store_negatives:
+        negatives = Negatives(store, found, config.train_split, config.store_negatives, config.seed)
+    if config.compile:
+        task.features_and_logits = torch.compile(backbones.features_and_logits)
+    model: nn.Module = task
+    if world > 1:
+        model = DistributedDataParallel(task, device_ids=[device.index] if device.type == "cuda" else None)
+    stepper = Stepper(
+        config=config, task=task, model=model, optimizer=optimizer, ema=ema, norm=norm, negatives=negatives,
+        classes=len(store.dataset.classes), rank=rank, world=world, steps=sequence.steps(config.epochs),
+        warmup_steps=round(config.warmup_epochs * len(train_rows) / config.batch_size), autocast=use_autocast(config, device),
+    )  # fmt: skip
+    watch = Watch(config, store, device, rank, state, stepper.steps)
+
+    def take(now: checkpoint.State) -> Callable[[], checkpoint.Snapshot]:
+        return lambda: checkpoint.Snapshot.take(task, optimizer, ema, now)
+
+    while len(state.history) < config.epochs:
+        epoch = len(state.history) + 1
         model.train()
-        sums: dict[str, Tensor] = {}
-        order = train_rows.shuffled(config.seed, epoch, config.shuffle_shards)
-        for step, host_batch in enumerate(loader.train(order, config.batch_size, rank, world_size(), epoch)):
+        watch.begin()
+        stop = sequence.steps(epoch)
+        for step, host_batch in enumerate(loader.train(sequence, state.step, stop, rank, world), start=state.step):
             batch = host_batch.to(device)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, epoch * steps + step, steps) * group.get("lr_scale", 1.0)
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                parts = model(norm(batch.images), batch.labels, batch.texts, batch.groups)
-            optimizer.zero_grad(set_to_none=True)
-            parts["loss"].backward()
-            optimizer.step()
-            for name, value in parts.items():
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float().mean()
-        seconds = time.monotonic() - start
-        means = _mean_over_workers({name: value / steps for name, value in sums.items()})
-        if not math.isfinite(means["loss"]):
-            message = (
-                f"epoch {epoch + 1}: the loss is {means['loss']}; try a lower --lr (now {config.lr}) or a longer --warmup-epochs."
-            )
-            raise FloatingPointError(message)
-        means["train_top1"] = 100 * means.pop("correct")
-        _agree_on_buffers(task)
-        means |= evaluate(task, loader, eval_rows, norm, config.batch_size, device, amp, rank)
-        means |= {"epoch": epoch + 1, "lr": float(optimizer.param_groups[0]["lr"]), "seconds": seconds}
-        means["images_per_s"] = steps * config.batch_size / seconds
-        history.append(means)
-        state = checkpoint.State(epoch=epoch + 1, history=history)
-        report(means, lambda folder, state=state: checkpoint.save(folder, task, optimizer, state))  # type: ignore[misc]
-    return history
+            watch.add(step, batch, stepper(batch, step))
+            due = watch.look(step, stop, progress)
+            if due and step + 1 < stop:
+                report(None, take(watch.state(step + 1)))
+        means = watch.epoch_means(stop)
+        _agree_on_buffers(task, ema)
+        evaluated = evaluate(task, loader, eval_rows, norm, config.batch_size, device, stepper.autocast, rank)
+        if ema is not None:
+            averaged = evaluate(ema.module, loader, eval_rows, norm, config.batch_size, device, stepper.autocast, rank)
+            evaluated |= {f"ema_{name}": averaged[name] for name in ("top1", "top5")}
+        metrics = means | evaluated | {"epoch": epoch, "step": stop, "lr": stepper.learning_rate(stop - 1)}
+        state = watch.end_epoch(stop, metrics)
+        report(metrics, take(state))
+    return state.history
+
+
+def use_autocast(config: TrainConfig, device: torch.device) -> bool:
+    """Whether to compute in bfloat16 where torch's autocast says so."""
+    return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
 
 
 @torch.inference_mode()
 def evaluate(
     task: AlignTask, loader: Loader, rows: Rows, norm: Norm, batch_size: int, device: torch.device, amp: bool, rank: int
 ) -> Metrics:
-    """top-1 and top-5 in percent over all rows of a split, each row counted once whatever the number of workers."""
+    """top-1 and top-5 in percent over all rows of a split, each row counted once whatever the number of workers.
+
+    Of an aligned model also `retrieval_rank`: the mean rank, from 1, of a picture's own caption among the different captions of
+    its evaluation batch by the cosine of projected feature and text.
+    """
     task.eval()
-    hits = torch.zeros(3, device=device, dtype=torch.float64)
+    hits = torch.zeros(5, device=device, dtype=torch.float64)
     for host_batch in loader.evaluate(rows.in_order(), batch_size, rank, world_size()):
         batch = host_batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = task.backbone(norm(batch.images))
+            features, logits = backbones.features_and_logits(task.backbone, norm(batch.images))
         best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-        hits += torch.stack([best[:, 0].sum(), best.sum(), torch.tensor(len(best), device=device)])
+        hits[:3] += torch.stack([best[:, 0].sum(), best.sum(), torch.tensor(len(best), device=device)])
+        if task.head is not None and batch.texts is not None and batch.groups is not None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                z_bd = task.head(features)
+            texts = batch.texts if task.text_projection is None else task.text_projection(batch.texts)
+            ranks = caption_ranks(z_bd, texts, batch.groups)
+            hits[3:] += torch.stack([ranks.sum(), torch.tensor(len(ranks), device=device)])
     if world_size() > 1:
         dist.all_reduce(hits)
-    top1, top5, count = hits.tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_images": count}
+    top1, top5, count, ranks, ranked = hits.tolist()
+    found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_images": count}
+    return found | ({"retrieval_rank": ranks / ranked} if ranked else {})
 
 
-def _agree_on_buffers(task: nn.Module) -> None:
+def caption_ranks(z_bd: Tensor, texts_bd: Tensor, groups_b: Tensor) -> Tensor:
+    """Rank, from 1, of each picture's own caption among the different captions of the batch; pictures without one have none."""
+    kept = groups_b >= 0
+    different, place = torch.unique(groups_b[kept], return_inverse=True)
+    one_of = torch.zeros(len(different), dtype=torch.long, device=place.device)
+    one_of[place] = torch.arange(len(place), device=place.device)
+    cosines = z_bd[kept].float() @ texts_bd[kept][one_of].float().T
+    own = cosines.gather(1, place[:, None])
+    return 1 + (cosines > own).sum(1)
+
+
+def _moving_average(config: TrainConfig, task: AlignTask) -> Any:
+    if not config.ema:
+        return None
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(task, decay=config.ema)
+
+
+def _agree_on_buffers(task: nn.Module, ema: Any) -> None:
     """Rank 0's batch-norm statistics for all: they are what the checkpoint holds, so they are what is evaluated."""
     if world_size() > 1:
-        for buffer in task.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def _mean_over_workers(values: dict[str, Tensor]) -> Metrics:
-    stacked = torch.stack(list(values.values())).double()
-    if world_size() > 1:
-        dist.all_reduce(stacked)
-        stacked /= world_size()
-    return dict(zip(values, stacked.tolist(), strict=True))
+        for model in (task,) if ema is None else (task, ema.module):
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)

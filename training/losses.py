@@ -1,27 +1,31 @@
-"""The alignment loss: symmetric InfoNCE between projected images and frozen texts, exact at any number of processes.
+"""The alignment loss between projected images and frozen texts in four variants, exact at any number of processes.
 
-Legend: b local batch, W processes, B = W b global batch, d shared width. Source: GPT4Image (arXiv 2306.00693), whose code keeps
-only local gradients after its gather, so that its weight acts like 1/W of itself; here the gradient equals one process's on the
-joint batch. Texts carry no gradient, so memory is O(b B): each process needs all texts, its own images, and one number a text
-(the log-sum-exp over all images), which an all-reduce of B-vectors gives.
+Legend: b local batch, W processes, B texts of the global batch, K targets of an image, N further texts of the store, d shared
+width. Source: GPT4Image (arXiv 2306.00693), whose code keeps only local gradients after its gather, so that its weight acts like
+1/W of itself; here the gradient equals one process's on the joint batch. No gradient travels between processes, so memory is
+O(b B): each process needs all texts, its own images, and for the text-to-image direction a few numbers a text (such as the
+log-sum-exp over all images), which all-reduces of B-vectors give.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
+
+Variant = Literal["symmetric", "image-to-text", "sigmoid", "cosine"]
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of the global batch, constants of the loss."""
+    """The texts of the global batch, or further ones of the store; constants, or a linear map of constants (`TextProjection`)."""
 
     vectors_Bd: Tensor
-    """[B, d] unit length, float32; rows without a text are zero."""
+    """[B, d] unit length; rows without a text are zero."""
     groups_B: Tensor
     """[B] int64, equal for equal captions; -1 where there is no text."""
 
@@ -34,13 +38,27 @@ class Texts:
 class TextGather:
     """Gathers every process's texts; started before the backbone's forward pass, it runs under it."""
 
-    def __init__(self, vectors_bd: Tensor, groups_b: Tensor) -> None:
+    def __init__(self, vectors_bd: Tensor, groups_b: Tensor, size: int | None = None) -> None:
+        """Begins to gather.
+
+        Args:
+            vectors_bd: [b, d] this process's texts.
+            groups_b: [b] their groups.
+            size: the largest b of all processes, where it differs between them; others are filled up with rows of group -1.
+
+        Raises:
+            ValueError: more than `size` texts.
+        """
         self._world = world_size()
         self._vectors, self._groups = vectors_bd.detach().contiguous(), groups_b.contiguous()
         self._work: list[dist.Work] = []
+        missing = 0 if size is None else size - len(groups_b)
+        if missing < 0:
+            message = f"{len(groups_b)} texts, but size={size}: pass the largest local batch of all processes."
+            raise ValueError(message)
         if self._world > 1:
-            self._vectors = self._start(self._vectors)
-            self._groups = self._start(self._groups)
+            self._vectors = self._start(functional.pad(self._vectors, (0, 0, 0, missing)))
+            self._groups = self._start(functional.pad(self._groups, (0, missing), value=-1))
 
     def _start(self, part: Tensor) -> Tensor:
         whole = part.new_empty((self._world * part.shape[0], *part.shape[1:]))
@@ -62,87 +80,166 @@ def world_size() -> int:
 
 
 def alignment_loss(
-    image_bd: Tensor, texts: Texts, target_groups_bK: Tensor, target_weights_bK: Tensor, temperature: Tensor | float
+    image_bd: Tensor,
+    texts: Texts,
+    target_groups_bK: Tensor,
+    target_weights_bK: Tensor,
+    temperature: Tensor | float,
+    *,
+    variant: Variant = "symmetric",
+    negatives: Texts | None = None,
+    bias: Tensor | float | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE over the global batch.
+    """The alignment loss of the global batch.
 
     Image i aims at the texts of its target groups: one group of weight 1, or with mixup and cutmix the groups of both
-    pictures with the labels' weights. All texts of one group share its weight (true positives are positives); of each text,
-    the images aiming at it share its mass. Images without a text take no part.
+    pictures with the labels' weights; a mixture with one text missing aims fully at the other. Images without a text take no
+    part. With logits s = z.t / temperature:
+
+    - symmetric: mean of both InfoNCE directions (CLIP, arXiv 2103.00020). All texts of one group share its weight (true
+      positives are positives); of each text, the images aiming at it share its mass.
+    - image-to-text: the first direction alone.
+    - sigmoid: binary cross entropy of sigmoid(s + bias) for every pair, over the number of images that take part (SigLIP, arXiv
+      2303.15343). An image's target is the same, its group's weight, for all texts of a group.
+    - cosine: 2 - 2 z.t of an image and its targets, no negatives (GPT4Image's option `byol`).
 
     Args:
-        image_bd: [b, d] unit-length projected features, with gradient. b must be equal on every process.
+        image_bd: [b, d] unit-length projected features, with gradient. b may differ between processes, and be 0.
         texts: the gathered texts.
         target_groups_bK: [b, K] int64 group of each target; -1 for none.
         target_weights_bK: [b, K] weight of each target, summing to 1 over K.
-        temperature: tau > 0; a tensor with gradient when it is learned.
+        temperature: above 0; a tensor with gradient when it is learned. Has no meaning for cosine.
+        variant: see above.
+        negatives: N further texts, equal on all processes: more columns of an image's row, but for those of the row's own
+            targets. They take no part in the text-to-image direction.
+        bias: of the sigmoid's logits; a tensor with gradient when it is learned. None: 0.
 
     Returns:
         Scalar in float32 (float64 for float64 input): its value is the loss of the global batch, equal on all processes. Its
         gradient is W times this process's share, so that DDP's mean over processes is the exact gradient.
+
+    Raises:
+        ValueError: negatives for cosine, or a bias for another variant than sigmoid.
     """
+    if negatives is not None and variant == "cosine":
+        message = "variant=cosine: has no negatives, as it compares nothing; leave them out, or use another variant."
+        raise ValueError(message)
+    if bias is not None and variant != "sigmoid":
+        message = f"variant={variant}: has no bias, as a softmax would cancel it; leave it out, or use sigmoid."
+        raise ValueError(message)
     with torch.autocast(image_bd.device.type, enabled=False):
         dtype = torch.promote_types(image_bd.dtype, torch.float32)
-        logits = image_bd.to(dtype) @ texts.vectors_Bd.to(dtype).T / temperature
-        logits = logits.masked_fill(~texts.valid_B, -math.inf)
-        rows_bB = _row_targets(texts, target_groups_bK, target_weights_bK.to(dtype))
-        taking_part = rows_bB.sum(1) > 0
-        mass_B, num_images = _reduced_mass(rows_bB, taking_part)
-        columns_bB = rows_bB / mass_B.clamp_min(torch.finfo(dtype).tiny)
-        num_texts = (mass_B > 0).sum().clamp_min(1)
-
-        # Image to text: rows need all texts and only local images.
-        image_part = torch.where(taking_part, logits.logsumexp(1), 0).sum() - _dot(rows_bB, logits)
-        # Text to image: the local log-sum-exp of each text, weighted by its share of the global one, has the global gradient.
-        local_B = logits.masked_fill(~taking_part[:, None], -math.inf).logsumexp(0)
-        global_B = _reduced_logsumexp(local_B.detach())
-        aimed_at = mass_B > 0
-        share_B = torch.where(aimed_at, (local_B.detach() - global_B).exp(), 0)
-        text_part = _dot(share_B, local_B) - _dot(columns_bB, logits)
-        surrogate = 0.5 * (image_part / num_images + text_part / num_texts)
-
-        with torch.no_grad():
-            texts_value = torch.where(aimed_at, global_B, 0).sum()
-            local = 0.5 * (image_part / num_images - _dot(columns_bB, logits) / num_texts)
-            value = _all_reduced(local) + 0.5 * texts_value / num_texts
-        share = world_size() * surrogate
-        return share + (value - share).detach()
+        z_bd, weights_bK = image_bd.to(dtype), target_weights_bK.to(dtype)
+        targets_bB = _targets(texts, target_groups_bK, weights_bK, divided=variant != "sigmoid")
+        taking_part = targets_bB.sum(1) > 0
+        if variant == "cosine":
+            aimed_bd = targets_bB @ texts.vectors_Bd.to(dtype)
+            share, value = _mean(torch.where(taking_part, 2 - 2 * (z_bd * aimed_bd).sum(1), 0).sum(), taking_part)
+        else:
+            scaled_bd = z_bd / temperature
+            logits_bB = _logits(scaled_bd, texts, bias)
+            further_bN = None if negatives is None else _further(scaled_bd, negatives, bias, target_groups_bK, weights_bK)
+            matched_B = (targets_bB * logits_bB).sum(0)
+            spread = _softplus if variant == "sigmoid" else _logsumexp
+            image_part = torch.where(taking_part, spread(logits_bB, further_bN), 0).sum() - matched_B.sum()
+            if variant == "symmetric":
+                share, value = _both_directions(image_part, logits_bB, matched_B, targets_bB.sum(0), taking_part)
+            else:
+                share, value = _mean(image_part, taking_part)
+        share = world_size() * share
+        return value + (share - share.detach())
 
 
-def _row_targets(texts: Texts, groups_bK: Tensor, weights_bK: Tensor) -> Tensor:
-    """[b, B] target of each image over all texts; rows of images without any text are zero."""
-    rows = weights_bK.new_zeros((groups_bK.shape[0], texts.groups_B.shape[0]))
+def _targets(texts: Texts, groups_bK: Tensor, weights_bK: Tensor, *, divided: bool) -> Tensor:
+    """[b, B] target of each image over all texts: its group's weight, `divided` among the group's texts or not.
+
+    Weights of groups that have no text go to the image's other groups; rows of images without any text are zero.
+    """
+    targets = weights_bK.new_zeros((groups_bK.shape[0], texts.groups_B.shape[0]))
+    total_b1 = weights_bK.new_zeros((groups_bK.shape[0], 1))
     for groups_b, weights_b in zip(groups_bK.T, weights_bK.T, strict=True):
         same = (groups_b[:, None] == texts.groups_B[None, :]) & (groups_b >= 0)[:, None]
-        rows += weights_b[:, None] * same / same.sum(1, keepdim=True).clamp_min(1)
-    total = rows.sum(1, keepdim=True)
-    # A mixture with one text missing aims fully at the other.
-    return rows / torch.where(total > 0, total, 1)
+        count_b1 = same.sum(1, keepdim=True)
+        weights_b1 = torch.where(count_b1 > 0, weights_b[:, None], 0)
+        targets += torch.where(same, weights_b1 / count_b1.clamp_min(1) if divided else weights_b1, 0)
+        total_b1 += weights_b1
+    return targets.div_(torch.where(total_b1 > 0, total_b1, 1))
 
 
-def _dot(weights: Tensor, values: Tensor) -> Tensor:
-    """Sum of products in which weight 0 silences a value of minus infinity."""
-    return (weights * values.masked_fill(weights == 0, 0)).sum()
+def _logits(scaled_bd: Tensor, texts: Texts, bias: Tensor | float | None) -> Tensor:
+    """[b, B] logits; without a text the lowest finite number, as minus infinity times a weight of 0 is not a number."""
+    logits = scaled_bd @ texts.vectors_Bd.to(scaled_bd.dtype).T
+    if bias is not None:
+        logits = logits + bias
+    return logits.masked_fill_(~texts.valid_B, _lowest(logits))
 
 
-def _reduced_mass(rows_bB: Tensor, taking_part: Tensor) -> tuple[Tensor, Tensor]:
-    """([B] target mass that each text receives from all images, number of images that take part)."""
-    both = torch.cat([rows_bB.sum(0), taking_part.sum().to(rows_bB.dtype)[None]])
-    both = _all_reduced(both)
-    return both[:-1], both[-1].clamp_min(1)
+def _further(scaled_bd: Tensor, negatives: Texts, bias: Tensor | float | None, groups_bK: Tensor, weights_bK: Tensor) -> Tensor:
+    """[b, N] logits of the store's texts, the lowest number for those that the image aims at."""
+    logits = _logits(scaled_bd, negatives, bias)
+    for groups_b, weights_b in zip(groups_bK.T, weights_bK.T, strict=True):
+        own = (groups_b[:, None] == negatives.groups_B[None, :]) & (weights_b > 0)[:, None]
+        logits.masked_fill_(own, _lowest(logits))
+    return logits
 
 
-def _reduced_logsumexp(local_B: Tensor) -> Tensor:
-    if world_size() == 1:
-        return local_B
-    top = local_B.clone()
-    dist.all_reduce(top, op=dist.ReduceOp.MAX)
-    shift = torch.where(top.isinf(), 0, top)
-    return _all_reduced((local_B - shift).exp()).log() + shift
+def _lowest(like: Tensor) -> float:
+    return torch.finfo(like.dtype).min
 
 
-def _all_reduced(value: Tensor) -> Tensor:
+def _logsumexp(logits_bB: Tensor, further_bN: Tensor | None) -> Tensor:
+    own_b = logits_bB.logsumexp(1)
+    return own_b if further_bN is None else torch.logaddexp(own_b, further_bN.logsumexp(1))
+
+
+def _softplus(logits_bB: Tensor, further_bN: Tensor | None) -> Tensor:
+    """[b] sum over texts of what binary cross entropy with target q costs beyond - q times the logit."""
+    own_b = functional.softplus(logits_bB).sum(1)
+    return own_b if further_bN is None else own_b + functional.softplus(further_bN).sum(1)
+
+
+def _mean(local: Tensor, taking_part: Tensor) -> tuple[Tensor, Tensor]:
+    """(this process's share of the mean over images, its value), from the sum over this process's images."""
+    total, count = _summed(local.detach(), taking_part.sum())
+    count = count.clamp_min(1)
+    return local / count, total / count
+
+
+def _both_directions(
+    image_part: Tensor, logits_bB: Tensor, matched_B: Tensor, mass_B: Tensor, taking_part: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_mean`, for half of each direction; `matched_B` and `mass_B` are sums over this process's images."""
+    lowest = _lowest(logits_bB)
+    # The clamp is for a process without images, whose log-sum-exp is minus infinity.
+    local_B = logits_bB.masked_fill(~taking_part[:, None], lowest).logsumexp(0).clamp_min(lowest)
+    top_B = _highest(local_B.detach())
+    exp_B, all_matched_B, all_mass_B, images_total, images = _summed(
+        (local_B.detach() - top_B).exp(), matched_B.detach(), mass_B, image_part.detach(), taking_part.sum()
+    )
+    global_B = exp_B.log() + top_B
+    aimed_at = all_mass_B > 0
+    images, count = images.clamp_min(1), aimed_at.sum().clamp_min(1)
+    inverse_B = torch.where(aimed_at, 1 / all_mass_B.clamp_min(torch.finfo(all_mass_B.dtype).tiny), 0)
+    # The local log-sum-exp of each text, weighted by its part in the global one, has the global one's gradient.
+    part_B = torch.where(aimed_at, (local_B.detach() - global_B).exp(), 0)
+    text_part = (part_B * local_B).sum() - (inverse_B * matched_B).sum()
+    text_value = torch.where(aimed_at, global_B - inverse_B * all_matched_B, 0).sum()
+    return 0.5 * (image_part / images + text_part / count), 0.5 * (images_total / images + text_value / count)
+
+
+def _highest(value: Tensor) -> Tensor:
     if world_size() > 1:
         value = value.clone()
-        dist.all_reduce(value)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
+
+
+def _summed(*parts: Tensor) -> list[Tensor]:
+    """Sums over processes, in one all-reduce; the parts come in the first one's dtype."""
+    if world_size() == 1:
+        return [part.to(parts[0].dtype) for part in parts]
+    flat = torch.cat([part.to(parts[0].dtype).reshape(-1) for part in parts])
+    dist.all_reduce(flat)
+    return [
+        found.view(part.shape) for found, part in zip(flat.split_with_sizes([part.numel() for part in parts]), parts, strict=True)
+    ]

@@ -5,10 +5,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-PRESETS: dict[str, dict[str, Any]] = {
+_Settings = dict[str, Any]
+
+# DeiT's augmentation and regularisation (arXiv 2012.12877), which GPT4Image's DeiT script and ConvNeXt use, too.
+_DEIT: _Settings = {
+    "image_size": 224,
+    "epochs": 300,
+    "batch_size": 1024,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "min_lr": 1e-5,
+    "warmup_lr": 1e-6,
+    "warmup_epochs": 5.0,
+    "weight_decay": 0.05,
+    "crop_scale": 0.08,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "color_jitter": 0.3,
+    "erase": 0.25,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "label_smoothing": 0.1,
+    "repeats": 3,
+    "temperature": 0.05,
+    "projection_dim": 0,
+    "loader_workers": 12,
+}
+
+PRESETS: dict[str, _Settings] = {
     # Small pictures from nothing; the defaults.
     "small-64": {},
-    "small-32": {"image_size": 32, "crop_scale": 0.5},
+    "small-32": {"image_size": 32, "crop_scale": 0.5, "small_stem": True},
+    "small-64-vit": {
+        "backbone": "vit_tiny_patch16_224",
+        "patch_size": 8,
+        "drop_path": 0.05,
+        "warmup_epochs": 5.0,
+        "clip_grad": 1.0,
+    },
+    "small-32-convnext": {
+        "backbone": "convnext_atto",
+        "image_size": 32,
+        "patch_size": 2,
+        "crop_scale": 0.5,
+        "warmup_epochs": 5.0,
+    },
     # One epoch of a tiny network: does everything fit together?
     "smoke": {"backbone": "test_resnet", "image_size": 32, "epochs": 1, "batch_size": 32, "warmup_epochs": 0.0},
     # The embedded default. No flips and mild crops: "left of" must stay true.
@@ -24,13 +64,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "temperature": 0.1,
         "workers": 2,
     },
-    # GPT4Image's released recipes (papers: batch 1024 over 4 or 8 GPUs, lr scaled to it).
+    # GPT4Image's released recipes (batch 1024 over 4 or 8 GPUs, lr scaled to it; its effective lambda is smaller: README).
     "paper-resnet50": {
         "backbone": "resnet50",
         "image_size": 224,
         "epochs": 120,
         "batch_size": 1024,
-        "optimizer": "sgd",
+        "optimizer": "momentum",
         "lr": 0.4,
         "min_lr": 1e-5,
         "weight_decay": 1e-4,
@@ -38,23 +78,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         "crop_scale": 0.08,
         "temperature": 0.2,
         "projection_dim": 0,
-        "loader_threads": 12,
+        "loader_workers": 12,
     },
-    "paper-deit-b": {
-        "backbone": "deit_base_patch16_224",
-        "image_size": 224,
-        "epochs": 300,
-        "batch_size": 1024,
-        "lr": 1e-3,
-        "min_lr": 1e-5,
-        "weight_decay": 0.05,
-        "warmup_epochs": 5.0,
-        "crop_scale": 0.08,
-        "temperature": 0.05,
-        "label_smoothing": 0.1,
+    "paper-deit-b": {**_DEIT, "backbone": "deit_base_patch16_224", "drop_path": 0.1, "ema": 0.99996},
+    # DeiT-S and ConvNeXt-T as published (arXiv 2012.12877; 2201.03545: batch 4096, lr 4e-3, 20 warm-up epochs, EMA 0.9999).
+    "deit-s": {**_DEIT, "backbone": "deit_small_patch16_224", "drop_path": 0.1, "ema": 0.99996},
+    "convnext-t": {
+        **_DEIT,
+        "backbone": "convnext_tiny",
+        "batch_size": 4096,
+        "lr": 4e-3,
+        "min_lr": 1e-6,
+        "warmup_lr": 0.0,
+        "warmup_epochs": 20.0,
         "drop_path": 0.1,
-        "projection_dim": 0,
-        "loader_threads": 12,
+        "repeats": 1,
+        "ema": 0.9999,
+    },
+    # Hiera (arXiv 2306.00989): fine-tuning of MAE weights; lr, layer decay and drop path of its released fine-tuning for Tiny.
+    "hiera-t-finetune": {
+        **_DEIT,
+        "backbone": "hiera_tiny_224.mae",
+        "pretrained": True,
+        "lr": 2e-3,
+        "layer_decay": 0.65,
+        "drop_path": 0.1,
+        "repeats": 1,
     },
 }
 

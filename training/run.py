@@ -1,30 +1,40 @@
 """`train`: a Ray Train V2 run over the store, from settings to checkpoints; the one file here that builds Ray objects.
 
-A run is a folder: settings (config.json), MLflow id, Ray Train's checkpoints, metrics.jsonl and at the end result.json. The same
-command on the same folder goes on from the last checkpoint. `python -m training train --store STORE --preset scenes`.
+A run is a folder, on a disk or s3://: settings (config.json), MLflow id, Ray Train's checkpoints, metrics.jsonl, progress.json,
+and result.json at the end. The same command on the same folder goes on from the last checkpoint, inside an epoch too.
+`python -m training train --store STORE --preset scenes`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pipeline import locations
 from pipeline.session import start_ray
 from pipeline.store import Store
 from training import tracking
 from training.config import TrainConfig
+from training.progress import Follower, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from training import checkpoint, data, loop
 
 Result = dict[str, Any]
 
 # What may differ between a run and its resumption: where it runs and how it is watched, not what is computed.
-_FREE = ("run", "workers", "threads", "loader_threads", "max_failures", "tracking_uri", "experiment", "parent_run")
+_FREE = (
+    "run", "workers", "min_workers", "threads", "loader", "loader_workers", "checkpoint_minutes", "checkpoint_steps",
+    "max_failures", "tracking_uri", "experiment", "log_artifacts", "register_as", "parent_run",
+)  # fmt: skip
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool = True) -> Result:
@@ -33,45 +43,55 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
     Args:
         config: the run's settings; everything is checked before any worker starts.
         callbacks: Ray Train user callbacks, such as Tune's.
-        progress: print a line an epoch.
+        progress: print a line an epoch, and how far the present one is.
+
+    Raises:
+        ValueError: settings that do not fit the store, the cluster or the run that is to be resumed.
+        FloatingPointError: the loss was no number; the text names the pictures.
     """
     variants = check(config)
-    config = replace(config, run=os.path.abspath(os.path.expanduser(config.run or default_run(config))))
-    finished = _read_json(config, "result.json")
+    config = replace(config, run=_address(config.run or default_run(config)))
+    finished = read_json(config.run, "result.json")
     _check_same_settings(config)
     if finished is not None:
         print(f"train: {config.run} is complete; nothing to do", file=sys.stderr)
         return finished
     start_ray()
-    workers, use_gpu, cpus = _workers(config)
-    config = replace(config, workers=workers)
-    if config.batch_size % workers:
-        message = f"batch_size={config.batch_size}: no multiple of the {workers} workers; pass another --batch-size or --workers."
-        raise ValueError(message)
-    os.makedirs(config.run, exist_ok=True)
-    _write_json(config, "config.json", asdict(config))
+    config, cpus, gpus = _placed(config)
+    filesystem, path = locations.resolve(config.run)
+    filesystem.create_dir(path, recursive=True)
+    write_json(config.run, "config.json", asdict(config) | {"tracking_uri": tracking.masked(config.tracking_uri)})
+    if read_json(config.run, "failure.json") is not None:
+        filesystem.delete_file(f"{path}/failure.json")
     run_id = _tracking_run(config, variants)
 
+    # A report waits until the one before has been fetched; Ray's two seconds are longer than an epoch of a small set.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    num_workers: Any = (config.min_workers, config.workers) if config.min_workers else config.workers
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": asdict(config), "run_id": run_id},
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus, "GPU": int(use_gpu)}
+            num_workers=num_workers,
+            use_gpu=gpus, resources_per_worker={"CPU": cpus, "GPU": int(gpus)},
         ),
         run_config=RunConfig(
-            name=os.path.basename(config.run), storage_path=os.path.dirname(config.run), callbacks=list(callbacks),
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            name=path.rpartition("/")[2], storage_path=path.rpartition("/")[0], storage_filesystem=filesystem,
+            callbacks=list(callbacks), failure_config=FailureConfig(max_failures=config.max_failures),
             # The best by top-1 and the latest: Ray keeps both.
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="top1"),
         ),
     )  # fmt: skip
-    with _Progress(config) if progress else _Progress.silent():
+    with Follower(config.run, config.epochs, show=progress):
         trainer.fit()
-    result = _result(config, run_id)
-    _write_json(config, "result.json", result)
+    if (failure := read_json(config.run, "failure.json")) is not None:
+        raise FloatingPointError(failure["message"])
+    result = _result(config, tracking.actual_run_id(run_id, _spool(config)))
+    _log_artifacts(config, run_id)
+    write_json(config.run, "result.json", result)
     return result
 
 
@@ -82,52 +102,148 @@ def train_worker(arguments: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from training import loop
+    from training.watch import NotFiniteError
 
     config = TrainConfig(**arguments["config"])
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
+    rank = ray.train.get_context().get_world_rank()
     device = get_device()
     assert isinstance(device, torch.device)
-    tracker = tracking.Tracker(config.tracking_uri, arguments["run_id"] if rank == 0 else "")
-    lines: list[str] = []
-
-    def report(metrics: loop.Metrics, save: Callable[[str], None]) -> None:
-        if rank != 0:
-            ray.train.report(metrics)
-            return
-        folder = tempfile.mkdtemp(prefix="checkpoint-")
-        save(folder)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        tracker.metrics(metrics, step=int(metrics["epoch"]))
-        lines.append(json.dumps(metrics) + "\n")
-        _write_text(config, "metrics.jsonl", "".join(lines))
-
+    reporter = _Reporter(config, arguments["run_id"], rank)
+    decode = actor_decoding if config.loader == "actors" else None
     latest = ray.train.get_checkpoint()
-    if latest is None:
-        loop.fit(config, device, rank, None, report)
+    try:
+        if latest is None:
+            loop.fit(config, device, rank, None, reporter, decode=decode, progress=reporter.progress)
+        else:
+            with latest.as_directory() as folder:
+                reporter.resume(folder)
+                loop.fit(config, device, rank, folder, reporter, decode=decode, progress=reporter.progress)
+    except NotFiniteError as error:
+        # Every worker is here, and a restart would meet the same batch again: end without Ray's retries.
+        if rank == 0:
+            write_json(config.run, "failure.json", {"message": str(error)})
+        reporter.finish("FAILED")
     else:
-        with latest.as_directory() as folder:
-            from training import checkpoint
+        reporter.finish("FINISHED")
 
-            lines += [json.dumps(metrics) + "\n" for metrics in checkpoint.read_state(folder)["history"]]
-            loop.fit(config, device, rank, folder, report)
-    tracker.finish()
+
+class _Reporter:
+    """Carries what a worker's loop reports to Ray Train, the run's folder and MLflow; writing happens beside training."""
+
+    def __init__(self, config: TrainConfig, run_id: str, rank: int) -> None:
+        self._config, self._rank = config, rank
+        self._tracker = tracking.Tracker(config.tracking_uri, run_id if rank == 0 else "", spool=_spool(config))
+        self._lines: list[str] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="report")
+        self._shown = 0.0
+
+    def resume(self, folder: str) -> None:
+        """Takes over the metrics of the epochs before."""
+        from training import checkpoint
+
+        for metrics in checkpoint.read_state(folder)["history"]:
+            self._lines.append(json.dumps(metrics) + "\n")
+            if self._rank == 0:  # a kill may have come between an epoch's checkpoint and its metrics
+                self._tracker.metrics(metrics, step=int(metrics["epoch"]), once=True)
+
+    def __call__(self, metrics: loop.Metrics | None, take: Callable[[], checkpoint.Snapshot]) -> None:
+        """See `loop.Report`; returns as soon as rank 0 holds a copy."""
+        import ray.train
+        from ray.train import CheckpointUploadMode
+
+        if self._rank != 0:
+            ray.train.report(metrics or {})
+            return
+        snapshot = take()
+        storage = ray.train.get_context().get_storage()
+
+        def upload(_: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+            path = f"{storage.experiment_fs_path}/{name}"
+            snapshot.upload(storage.storage_filesystem, path)
+            return ray.train.Checkpoint(path, storage.storage_filesystem)
+
+        placeholder = ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="checkpoint-"))
+        ray.train.report(
+            metrics or {}, checkpoint=placeholder, checkpoint_upload_mode=CheckpointUploadMode.ASYNC, checkpoint_upload_fn=upload
+        )
+        if metrics is not None:
+            self._tracker.metrics(metrics, step=int(metrics["epoch"]), once=True)
+            self._lines.append(json.dumps(metrics) + "\n")
+            self._writer.submit(write_text, self._config.run, "metrics.jsonl", "".join(self._lines))
+
+    def progress(self, now: loop.Metrics) -> None:
+        """Tells the run's folder how far it is, every two seconds at most (ten where it is remote)."""
+        pause = 2 if locations.is_local(self._config.run) else 10
+        if self._rank == 0 and time.monotonic() - self._shown > pause:
+            self._shown = time.monotonic()
+            self._writer.submit(write_json, self._config.run, "progress.json", now)
+
+    def finish(self, status: str) -> None:
+        """Waits for what is still being written, for a server of MLflow not longer than 20 s."""
+        self._writer.shutdown(wait=True)
+        self._tracker.finish(status, wait_s=20)
+
+
+class _DecodingActor:
+    """A decoder in a process of its own, on any node."""
+
+    def __init__(self, spec: data.DecoderSpec) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._decoder = spec.build()
+
+    def decode(self, samples: data.Array, train: bool) -> data.Part:
+        return self._decoder(samples, train)
+
+    def prefetch(self, shards: list[int]) -> None:
+        self._decoder.prefetch(shards)
+
+
+class _ActorDecoding:
+    """See `data.Decoding`. A decoder whose node is lost is started elsewhere and does its part again, with the same result."""
+
+    def __init__(self, spec: data.DecoderSpec, count: int) -> None:
+        import ray
+
+        self.decoders = count
+        # Two threads, so that shards are read while others are decoded; SPREAD reaches nodes without GPUs, too.
+        actor = ray.remote(_DecodingActor).options(
+            num_cpus=1, max_restarts=-1, max_task_retries=-1, max_concurrency=2, scheduling_strategy="SPREAD"
+        )
+        self._actors: list[Any] = [actor.remote(spec) for _ in range(count)]
+
+    def start(self, number: int, samples: data.Array, train: bool) -> Callable[[], data.Part]:
+        import ray
+
+        waiting = self._actors[number].decode.remote(samples, train)
+        return lambda: ray.get(waiting)
+
+    def prefetch(self, number: int, shards: list[int]) -> None:
+        self._actors[number].prefetch.remote(shards)
+
+
+def actor_decoding(spec: data.DecoderSpec, count: int) -> data.Decoding:
+    """So many decoders as actors, anywhere in the cluster; what `loop.fit` takes as `decode`."""
+    return _ActorDecoding(spec, count)
 
 
 def default_run(config: TrainConfig) -> str:
-    """A new folder below runs/, named by what differs between runs and by the time."""
+    """A new folder below runs/, named by what differs between runs, by the time and by chance."""
     kind = f"w{config.alignment_weight:g}-d{config.projection_dim}" if config.alignment_weight else "baseline"
-    return f"runs/{config.backbone}-{kind}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # Two runs begun in the same second, or on two machines, must not meet in one folder.
+    return f"runs/{config.backbone}-{kind}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def check(config: TrainConfig) -> dict[str, str]:
     """Finds every fault that can be found without starting workers; returns the variants trained on."""
     from training import backbones, targets
-    from training.data import Rows
+    from training.order import Rows
 
     store = Store(config.store)
     store.require_complete("images")
-    backbones.probe(config.backbone, config.image_size)
+    backbones.probe(config.backbone, config.image_size, config.patch_size, small_stem=config.small_stem)
+    backbones.check_optimizer(config.optimizer)
     store.split_shards(config.eval_split)
     rows = len(Rows(store, config.train_split))
     if rows < config.batch_size:
@@ -139,12 +255,16 @@ def check(config: TrainConfig) -> dict[str, str]:
     if config.alignment_weight == 0:
         return {"embeddings": "", "captions": ""}
     # Fits and keeps the PCA here, once, rather than in every worker.
-    found = targets.load(store, embeddings=config.embeddings, dim=config.projection_dim, split=config.train_split)
+    found = targets.of_config(config, store)
     return {"embeddings": found.embeddings, "captions": found.captions}
 
 
+def _address(run: str) -> str:
+    return run.rstrip("/") if "://" in run else os.path.abspath(os.path.expanduser(run))
+
+
 def _check_same_settings(config: TrainConfig) -> None:
-    recorded = _read_json(config, "config.json")
+    recorded = read_json(config.run, "config.json")
     if recorded is None:
         return
     now = asdict(config)
@@ -158,28 +278,76 @@ def _check_same_settings(config: TrainConfig) -> None:
         raise ValueError(message)
 
 
-def _workers(config: TrainConfig) -> tuple[int, bool, int]:
-    """(workers, whether each gets a GPU, CPUs of each): a GPU a worker, or the cores of this machine shared out."""
+def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
+    """(settings with the numbers filled in, CPUs of a worker, whether each gets a GPU), checked against the cluster."""
     import ray
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    resources = ray.cluster_resources()
+    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     workers = config.workers or gpus or 2
-    if gpus and workers > gpus:
+    if gpus and workers > gpus and not config.min_workers:
         message = f"workers={workers}: the cluster has {gpus} GPUs; pass --workers {gpus} or fewer."
         raise ValueError(message)
+    if config.sync_batch_norm and not gpus:
+        message = "sync_batch_norm: torch computes it on GPUs only, and the cluster has none; leave the flag out."
+        raise ValueError(message)
     # Ray gives a worker as many OpenMP threads as CPUs; decoding threads come on top.
-    return workers, gpus > 0, 2 if gpus else config.threads or max(1, (os.cpu_count() or 1) // workers)
+    largest = int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0))
+    cpus = 2 if gpus else config.threads or max(1, min((os.cpu_count() or 1) // workers, largest))
+    if cpus > largest:
+        message = (
+            f"threads={cpus}: no node of the cluster has so many CPUs (the largest has {largest}); pass a smaller --threads."
+        )
+        raise ValueError(message)
+    loader = config.loader
+    if loader == "auto":
+        loader = "actors" if config.auto_augment or config.color_jitter else "threads"
+    wanted = workers * (cpus + config.loader_workers)
+    if loader == "actors" and wanted > cores:
+        message = (
+            f"loader=actors: {workers} workers with {config.loader_workers} decoders each need {wanted} CPUs, the cluster "
+            f"has {cores}; pass a smaller --loader-workers."
+        )
+        raise ValueError(message)
+    return replace(config, workers=workers, loader=loader), cpus, gpus > 0
 
 
 def _tracking_run(config: TrainConfig, variants: dict[str, str]) -> str:
-    recorded = _read_json(config, "mlflow.json")
+    recorded = read_json(config.run, "mlflow.json")
     if recorded is not None:
         return str(recorded["run_id"])
     params = {key: value for key, value in asdict(config).items() if key not in _FREE}
-    name = os.path.basename(config.run)
-    run_id = tracking.start_run(config.tracking_uri, config.experiment, name, params, variants, config.parent_run)
-    _write_json(config, "mlflow.json", {"run_id": run_id, "tracking_uri": config.tracking_uri})
+    name = config.run.rpartition("/")[2]
+    run_id = tracking.start_run(
+        config.tracking_uri, config.experiment, name, params, variants, config.parent_run, spool=_spool(config)
+    )
+    write_json(config.run, "mlflow.json", {"run_id": run_id, "tracking_uri": tracking.masked(config.tracking_uri)})
     return run_id
+
+
+def _spool(config: TrainConfig) -> str:
+    """Where metrics wait for MLflow: in the run's folder, if that is on a disk."""
+    return os.path.join(config.run, "tracking") if locations.is_local(config.run) else ""
+
+
+def _log_artifacts(config: TrainConfig, run_id: str) -> None:
+    """The exported model, and on demand the last checkpoint and a version in the registry."""
+    if not run_id or (config.log_artifacts == "none" and not config.register_as):
+        return
+    from training import checkpoint
+    from training.config import ExportConfig
+    from training.export import export
+
+    tracker = tracking.Tracker(config.tracking_uri, run_id, spool=_spool(config), system_metrics_s=0)
+    with tempfile.TemporaryDirectory(prefix="model-") as folder:
+        export(ExportConfig(run=config.run, to=os.path.join(folder, "model")))
+        if config.register_as:
+            tracker.register(config.register_as, os.path.join(folder, "model"))
+        else:
+            tracker.artifacts(os.path.join(folder, "model"), "model")
+        if config.log_artifacts == "all":
+            tracker.artifacts(checkpoint.find(config.run), "checkpoint")
+        tracker.finish(wait_s=20)
 
 
 def _result(config: TrainConfig, run_id: str) -> Result:
@@ -191,75 +359,3 @@ def _result(config: TrainConfig, run_id: str) -> Result:
         "run": config.run, "run_id": run_id, "epochs": len(history), "last": history[-1],
         "best_epoch": best["epoch"], "best_top1": best["top1"], "history": history,
     }  # fmt: skip
-
-
-class _Progress:
-    """Prints a line an epoch, from the metrics that rank 0 writes into the run's folder."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self._config: TrainConfig | None = config
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    @classmethod
-    def silent(cls) -> _Progress:
-        """One that prints nothing."""
-        progress = cls.__new__(cls)
-        progress._config = None
-        return progress
-
-    def __enter__(self) -> None:
-        if self._config is not None:
-            self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        if self._config is not None:
-            self._stop.set()
-            self._thread.join()
-
-    def _follow(self) -> None:
-        shown = 0
-        while True:
-            stopping = self._stop.wait(0.5)
-            shown = self._show(shown)
-            if stopping:
-                return
-
-    def _show(self, shown: int) -> int:
-        config = self._config
-        assert config is not None
-        try:
-            with open(os.path.join(config.run, "metrics.jsonl"), encoding="utf-8") as stream:
-                lines = stream.readlines()
-        except FileNotFoundError:
-            return shown
-        for line in lines[shown:]:
-            m = json.loads(line)
-            left = (config.epochs - m["epoch"]) * m["seconds"]
-            aligned = f"  align {m['alignment']:.3f}" if "alignment" in m else ""
-            print(
-                f"epoch {m['epoch']:>3}/{config.epochs}  ce {m['cross_entropy']:.3f}{aligned}  top-1 {m['top1']:.1f}  "
-                f"top-5 {m['top5']:.1f}  {m['images_per_s']:.0f} img/s  {left:.0f} s left",
-                file=sys.stderr,
-            )
-        return len(lines)
-
-
-def _read_json(config: TrainConfig, name: str) -> dict[str, Any] | None:
-    path = os.path.join(config.run, name)
-    if not config.run or not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8") as stream:
-        content: dict[str, Any] = json.load(stream)
-    return content
-
-
-def _write_json(config: TrainConfig, name: str, content: dict[str, Any]) -> None:
-    _write_text(config, name, json.dumps(content, indent=2) + "\n")
-
-
-def _write_text(config: TrainConfig, name: str, text: str) -> None:
-    path = os.path.join(config.run, name)
-    with open(f"{path}.tmp", "w", encoding="utf-8") as stream:
-        stream.write(text)
-    os.replace(f"{path}.tmp", path)

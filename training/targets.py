@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.store import Store
+from training.config import TrainConfig
 
 Array = npt.NDArray[Any]
 
@@ -35,6 +36,12 @@ class Targets:
         narrow = (wide - self.mean) @ self.basis
         unit: Array = narrow / np.maximum(np.linalg.norm(narrow, axis=1, keepdims=True), 1e-12)
         return unit
+
+
+def of_config(config: TrainConfig, store: Store) -> Targets:
+    """The targets of a run; as wide as the embeddings where the run learns its own projection of them."""
+    dim = 0 if config.text_projection == "learned" else config.projection_dim
+    return load(store, embeddings=config.embeddings, dim=dim, split=config.train_split)
 
 
 def load(store: Store, *, embeddings: str, dim: int, split: str) -> Targets:

@@ -128,10 +128,15 @@ def _parent_run(config: TuneConfig, sweep: str) -> str:
     grid = {name: getattr(config, name) for name in ("alignment_weights", "projection_dims", "backbones", "seeds")}
     train = config.train
     parent = tracking.start_run(
-        train.tracking_uri, train.experiment, os.path.basename(sweep), {**grid, "store": train.store, "preset": train.preset}, {}
+        train.tracking_uri,
+        train.experiment,
+        os.path.basename(sweep),
+        {**grid, "store": train.store, "preset": train.preset},
+        {},
+        spool=os.path.join(sweep, "tracking"),
     )
     with open(path, "w", encoding="utf-8") as stream:
-        json.dump({"run_id": parent, "tracking_uri": train.tracking_uri}, stream)
+        json.dump({"run_id": parent, "tracking_uri": tracking.masked(train.tracking_uri)}, stream)
     return parent
 
 
@@ -146,8 +151,8 @@ def _collect(config: TuneConfig, sweep: str, parent: str, trials: list[TrainConf
         rows.append({"name": space.trial_name(trial), "config": asdict(trial), "result": result})
     exported = os.path.join(sweep, "best") if os.path.isfile(os.path.join(sweep, "best", "config.json")) else ""
     return {
-        "sweep": sweep, "store": config.train.store, "tracking_uri": config.train.tracking_uri, "parent_run": parent,
-        "exported": exported, "trials": rows,
+        "sweep": sweep, "store": config.train.store, "tracking_uri": tracking.masked(config.train.tracking_uri),
+        "parent_run": parent, "exported": exported, "trials": rows,
     }  # fmt: skip
 
 
@@ -163,7 +168,7 @@ def _export_best(config: TuneConfig, sweep: str, parent: str, content: dict[str,
     best = best_trial(content)
     folder = os.path.join(sweep, "best")
     export(ExportConfig(run=best["result"]["run"], to=folder))
-    tracker = tracking.Tracker(config.train.tracking_uri, parent)
+    tracker = tracking.Tracker(config.train.tracking_uri, parent, spool=os.path.join(sweep, "tracking"))
     tracker.metrics({"best_top1": best["result"]["last"]["top1"]}, step=0)
     tracker.artifacts(folder, "best")
     tracker.finish()

@@ -11,14 +11,17 @@ from tuning.config import TuneConfig
 
 
 def trials(config: TuneConfig, sweep: str) -> list[TrainConfig]:
-    """The settings of every trial, each with a run folder of its own below `sweep`; the baseline has no dimension."""
+    """The settings of every trial, each with a run folder of its own below `sweep`; the baseline has no dimension.
+
+    Trials log no models: the sweep logs its best one.
+    """
     found = []
     for backbone in config.backbones or (config.train.backbone,):
         for weight, dim, seed in itertools.product(config.alignment_weights, config.projection_dims, config.seeds):
             if weight == 0 and dim != config.projection_dims[0]:
                 continue
             trial = replace(config.train, backbone=backbone, alignment_weight=weight, projection_dim=dim, seed=seed)
-            found.append(replace(trial, run=os.path.join(sweep, trial_name(trial))))
+            found.append(replace(trial, run=os.path.join(sweep, trial_name(trial)), log_artifacts="none"))
     return found
 
 

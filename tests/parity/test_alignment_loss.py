@@ -2,109 +2,264 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from training.losses import TextGather, Texts, alignment_loss
+from training.heads import TextProjection
+from training.losses import TextGather, Texts, Variant, alignment_loss
+from training.mixing import Mixing, text_targets
+from training.targets import Targets
+
+TAU, BIAS = 0.2, -2.0
+FEATURES, DIM, TEXT_DIM = 7, 5, 9
+VARIANTS: tuple[Variant, ...] = ("symmetric", "image-to-text", "sigmoid", "cosine")
+CONTENTS = (
+    "plain", "repeated", "duplicates", "missing", "one-sided", "none", "mixup", "cutmix", "pca", "projected", "negatives",
+    "everything", "10", "3",
+)  # fmt: skip
 
 
-def reference(image: Tensor, text: Tensor, groups: Tensor, targets: Tensor, weights: Tensor, tau: Tensor) -> Tensor:
-    """Symmetric InfoNCE by loops, straight from the definition; -1 marks rows without a text."""
-    count = len(image)
-    s = [[(image[i] * text[j]).sum() / tau for j in range(count)] for i in range(count)]
-    texts = [j for j in range(count) if groups[j] >= 0]
-    mass = [[0.0] * count for _ in range(count)]
-    for i in range(count):
-        for k in range(targets.shape[1]):
-            same = [j for j in texts if targets[i, k] == groups[j]]
-            for j in same:
-                mass[i][j] += float(weights[i, k]) / len(same)
-        total = sum(mass[i])
-        mass[i] = [m / total for m in mass[i]] if total else mass[i]
-    images = [i for i in range(count) if sum(mass[i]) > 0]
-    loss = image.new_zeros(())
+@dataclass(frozen=True)
+class Case:
+    """A variant on some content; temperature and bias are learned unless `fixed`."""
+
+    variant: Variant
+    content: str
+    fixed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.variant}-{self.content}{'-fixed' if self.fixed else ''}"
+
+
+CASES = [Case(v, c) for v in VARIANTS for c in CONTENTS if (v, c) != ("cosine", "negatives")]
+CASES += [Case(v, "everything", fixed=True) for v in VARIANTS if v != "cosine"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The joint batch of a case: features of images, texts and targets, all in float64."""
+
+    features: Tensor
+    texts: Texts
+    targets: Tensor
+    weights: Tensor
+    negatives: Texts | None
+
+    def part(self, rank: int, world: int) -> Batch:
+        """One process's share of images; texts as they are before they are gathered."""
+        mine = torch.arange(len(self.features)).tensor_split(world)[rank]
+        texts = Texts(self.texts.vectors_Bd[mine], self.texts.groups_B[mine])
+        return replace(self, features=self.features[mine], texts=texts, targets=self.targets[mine], weights=self.weights[mine])
+
+
+def batch_of(case: Case) -> Batch:
+    name, everything = case.content, case.content == "everything"
+    count = int(name) if name.isdigit() else 12
+    generator = torch.Generator().manual_seed(7)
+    number = torch.arange(count)
+    groups = number
+    if name == "repeated":
+        groups = number % 4  # three views of each picture, on different processes
+    if name in ("duplicates", "10", "3") or everything:
+        groups = torch.where(number % 5 == 0, 0, number)  # some captions are the same
+    if name in ("missing", "10") or everything:
+        groups = torch.where(number % 4 == 1, -1, groups)
+    if name == "one-sided":
+        groups = torch.where(number < 6, -1, groups)  # processes without any text
+    if name == "none":
+        groups = torch.full_like(groups, -1)
+    width = TEXT_DIM if name in ("pca", "projected") or everything else DIM
+    every = nn.functional.normalize(torch.randn(30, width, generator=generator, dtype=torch.float64), dim=-1)
+    if name == "pca":
+        every = reduced(every)
+
+    def texts(groups: Tensor) -> Texts:
+        return Texts(torch.where(groups[:, None] >= 0, every[groups.clamp_min(0)], 0), groups)
+
+    targets, weights = text_targets(groups)
+    if name in ("mixup", "cutmix") or everything:
+        mixing = Mixing(cutmix=1.0, mode="elem") if name == "cutmix" else Mixing(mixup=0.8, mode="elem")
+        # Mixed by threes, so that partners are on one process whether there are 1, 2 or 4.
+        parts = []
+        for place, mine in enumerate(groups.split(3)):
+            _, partner, share = mixing(torch.rand(len(mine), 3, 16, 16), (place,))
+            parts.append(text_targets(mine, partner, share))
+        targets, weights = (torch.cat(column) for column in zip(*parts, strict=True))
+    negatives = None
+    if case.variant != "cosine" and (name == "negatives" or everything):
+        negatives = texts(torch.tensor([0, 20, 3, -1, 21, 20, 7]))  # of the batch, new, none at all, twice the same
+    features = torch.randn(count, FEATURES, generator=generator, dtype=torch.float64)
+    return Batch(features, texts(groups), targets, weights.double(), negatives)
+
+
+def reduced(vectors: Tensor) -> Tensor:
+    """Texts reduced to DIM by PCA as training reads them from a store."""
+    mean = vectors.mean(0)
+    _, basis = torch.linalg.eigh((vectors - mean).T @ (vectors - mean))
+    found = Targets(embeddings="e", captions="c", dim=DIM, mean=mean.numpy(), basis=basis.numpy()[:, -DIM:])
+    narrow = torch.from_numpy(found.project(vectors.numpy())).double()
+    assert narrow.shape == (len(vectors), DIM) and np.allclose(narrow.norm(dim=1), 1, atol=1e-6)
+    return narrow
+
+
+class Model(nn.Module):
+    """What learns through the loss: an image head, and if wanted a projection of texts, temperature and bias."""
+
+    def __init__(self, case: Case, text_dim: int) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.variant = case.variant
+        self.head = nn.Linear(FEATURES, DIM, bias=False)
+        self.text = TextProjection(TEXT_DIM, DIM) if text_dim != DIM else None
+        # DDP waits for parameters that nothing uses, so there are none.
+        self.log_tau = nn.Parameter(torch.tensor(TAU).log()) if not case.fixed and case.variant != "cosine" else None
+        self.bias = nn.Parameter(torch.tensor(BIAS)) if not case.fixed and case.variant == "sigmoid" else None
+        self.double()
+
+    def tau(self) -> Tensor | float:
+        return TAU if self.log_tau is None else self.log_tau.exp()
+
+    def offset(self) -> Tensor | float | None:
+        return self.bias if self.bias is not None else BIAS if self.variant == "sigmoid" else None
+
+    def forward(self, features: Tensor, texts: Texts, targets: Tensor, weights: Tensor, negatives: Texts | None) -> Tensor:
+        if self.text is not None:
+            texts = replace(texts, vectors_Bd=self.text(texts.vectors_Bd))
+            negatives = negatives and replace(negatives, vectors_Bd=self.text(negatives.vectors_Bd))
+        z = nn.functional.normalize(self.head(features), dim=-1)
+        return alignment_loss(
+            z, texts, targets, weights, self.tau(), variant=self.variant, negatives=negatives, bias=self.offset()
+        )
+
+
+def explicit(model: Model, features: Tensor, batch: Batch) -> Tensor:
+    """The loss by loops over single images and texts, straight from the definitions."""
+    image = [model.head.weight @ row / (model.head.weight @ row).norm() for row in features]
+
+    def vector(raw: Tensor) -> Tensor:
+        narrow = raw if model.text is None else model.text.weight @ raw
+        return narrow / narrow.norm()
+
+    text = {j: vector(batch.texts.vectors_Bd[j]) for j in range(len(features)) if batch.texts.groups_B[j] >= 0}
+    group = batch.texts.groups_B.tolist()
+    tau, bias = model.tau(), model.offset() or 0.0
+    logit = {(i, j): image[i] @ text[j] / tau + bias for i in range(len(image)) for j in text}
+    # The weight of each of an image's groups, of those that have a text.
+    aims: list[dict[int, float]] = []
+    for targets, weights in zip(batch.targets.tolist(), batch.weights.tolist(), strict=True):
+        found: dict[int, float] = {}
+        for g, w in zip(targets, weights, strict=True):
+            if g in [group[j] for j in text] and w > 0:
+                found[g] = found.get(g, 0) + w
+        aims.append({g: w / sum(found.values()) for g, w in found.items()})
+    images = [i for i in range(len(image)) if aims[i]]
+    zero = 0 * features.sum()
+    if not images:
+        return zero
+    mass = {(i, j): aims[i].get(group[j], 0.0) / group.count(group[j]) for i in images for j in text}
+    further: dict[int, list[Tensor]] = {i: [] for i in images}
+    if batch.negatives is not None:
+        for raw, g in zip(batch.negatives.vectors_Bd, batch.negatives.groups_B.tolist(), strict=True):
+            for i in images:
+                # A text of a group of weight 0 is nobody's target; one of a group without a text in the batch still is a target.
+                own = [t for t, w in zip(batch.targets[i].tolist(), batch.weights[i].tolist(), strict=True) if w > 0]
+                if g >= 0 and g not in own:
+                    further[i].append(image[i] @ vector(raw) / tau + bias)
+
+    def logsumexp(values: list[Tensor]) -> Tensor:
+        return sum((value.exp() for value in values), start=zero).log()
+
+    loss = zero
+    if model.variant == "cosine":
+        for i in images:
+            loss = loss + sum(mass[i, j] * (2 - 2 * image[i] @ text[j]) for j in text) / len(images)
+        return loss
+    if model.variant == "sigmoid":
+        for i in images:
+            for j in text:
+                q = aims[i].get(group[j], 0.0)
+                p = 1 / (1 + torch.exp(-logit[i, j]))
+                loss = loss - (q * p.log() + (1 - q) * (1 - p).log()) / len(images)
+            for value in further[i]:
+                loss = loss - (1 - 1 / (1 + torch.exp(-value))).log() / len(images)
+        return loss
+    share = 0.5 if model.variant == "symmetric" else 1.0
     for i in images:
-        lse = torch.log(sum((torch.exp(s[i][j]) for j in texts), start=image.new_zeros(())))
-        loss = loss + sum(mass[i][j] * (lse - s[i][j]) for j in texts) / len(images) / 2
-    aimed = [j for j in texts if sum(mass[i][j] for i in images) > 0]
-    for j in aimed:
-        lse = torch.log(sum((torch.exp(s[i][j]) for i in images), start=image.new_zeros(())))
-        column = sum(mass[i][j] for i in images)
-        loss = loss + sum(mass[i][j] / column * (lse - s[i][j]) for i in images) / len(aimed) / 2
+        whole = logsumexp([logit[i, j] for j in text] + further[i])
+        loss = loss + share * sum(mass[i, j] * (whole - logit[i, j]) for j in text) / len(images)
+    if model.variant == "symmetric":
+        aimed = [j for j in text if sum(mass[i, j] for i in images) > 0]
+        for j in aimed:
+            whole, column = logsumexp([logit[i, j] for i in images]), sum(mass[i, j] for i in images)
+            loss = loss + share * sum(mass[i, j] / column * (whole - logit[i, j]) for i in images) / len(aimed)
     return loss
 
 
-def case(name: str, count: int = 12, dim: int = 5) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    image, text = (torch.randn(count, dim, generator=generator, dtype=torch.float64) for _ in range(2))
-    groups = torch.arange(count)
-    if name in ("duplicates", "everything"):
-        groups = groups % 5  # the same captions on several ranks
-    if name in ("missing", "everything"):
-        groups = torch.where(torch.arange(count) % 4 == 1, -1, groups)
-    text = torch.nn.functional.normalize(text, dim=-1)
-    text = torch.stack([text[int(group)] if group >= 0 else torch.zeros(dim, dtype=torch.float64) for group in groups])
-    targets, weights = groups[:, None], torch.ones(count, 1, dtype=torch.float64)
-    if name in ("mixup", "everything"):
-        # Partners within quarters of the batch, so that they are local with 1, 2 and 4 processes.
-        partner = torch.cat([torch.arange(start, start + 3).roll(1) for start in range(0, count, 3)])
-        share = 0.3 + 0.4 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
-        targets, weights = torch.stack([groups, groups[partner]], 1), torch.cat([share, 1 - share], 1)
-    return {"image": image, "text": text, "groups": groups, "targets": targets, "weights": weights}
+Found = dict[str, Tensor]
 
 
-CASES = ("plain", "duplicates", "missing", "mixup", "everything")
-
-
-def reference_gradients(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    raw = parts["image"].clone().requires_grad_()
-    log_tau = torch.tensor(math.log(0.2), dtype=torch.float64, requires_grad=True)
-    unit = torch.nn.functional.normalize(raw, dim=-1)
-    loss = reference(unit, parts["text"], parts["groups"], parts["targets"], parts["weights"], log_tau.exp())
+def gradients(model: nn.Module, loss: Tensor, features: Tensor) -> Found:
     loss.backward()
-    assert raw.grad is not None and log_tau.grad is not None
-    return loss.detach(), raw.grad, log_tau.grad
+    assert features.grad is not None
+    named = {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
+    assert None not in named.values()
+    return {"loss": loss.detach(), "features": features.grad, **named}  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_one_process_equals_the_explicit_sums(name: str) -> None:
-    parts = case(name)
-    loss, gradient, tau_gradient = reference_gradients(parts)
-    raw = parts["image"].clone().requires_grad_()
-    log_tau = torch.tensor(math.log(0.2), dtype=torch.float64, requires_grad=True)
-    unit = torch.nn.functional.normalize(raw, dim=-1)
-    found = alignment_loss(unit, Texts(parts["text"], parts["groups"]), parts["targets"], parts["weights"], log_tau.exp())
-    found.backward()
-    torch.testing.assert_close(found.detach(), loss, rtol=1e-12, atol=0)
-    torch.testing.assert_close(raw.grad, gradient, rtol=1e-10, atol=1e-14)
-    torch.testing.assert_close(log_tau.grad, tau_gradient, rtol=1e-10, atol=1e-14)
+@functools.cache
+def expected(case: Case) -> Found:
+    batch = batch_of(case)
+    features = batch.features.clone().requires_grad_()
+    model = Model(case, batch.texts.vectors_Bd.shape[1])
+    loss = explicit(model, features, batch)
+    if not loss:  # nothing takes part: no gradient either
+        loss = loss + sum(0 * parameter.sum() for parameter in model.parameters())
+    return gradients(model, loss, features)
+
+
+def compare(found: Found, case: Case) -> None:
+    assert found.keys() == expected(case).keys()
+    for name, value in expected(case).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{case}, {n}: {text}")
+        assert found[name].isfinite().all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_process_equals_the_explicit_sums(case: Case) -> None:
+    batch = batch_of(case)
+    features = batch.features.clone().requires_grad_()
+    model = Model(case, batch.texts.vectors_Bd.shape[1])
+    loss = model(features, batch.texts, batch.targets, batch.weights, batch.negatives)
+    found = gradients(model, loss, features)
+    compare(found, case)
+    if case.content != "none":
+        assert all(value.abs().max() > 1e-4 for value in found.values()), "everything learns"
 
 
 def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world)
-    results: dict[str, Any] = {}
-    for name in CASES:
-        parts = case(name)
-        size = len(parts["image"]) // world
-        mine = slice(rank * size, (rank + 1) * size)
-        raw = parts["image"][mine].clone().requires_grad_()
-        log_tau = torch.tensor(math.log(0.2), dtype=torch.float64, requires_grad=True)
-        gather = TextGather(parts["text"][mine], parts["groups"][mine])
-        unit = torch.nn.functional.normalize(raw, dim=-1)
-        loss = alignment_loss(unit, gather.wait(), parts["targets"][mine], parts["weights"][mine], log_tau.exp())
-        loss.backward()
-        assert log_tau.grad is not None and raw.grad is not None
-        shared = log_tau.grad.clone()
-        dist.all_reduce(shared)
-        # What DDP does with the gradient of a shared parameter, and with what comes through an image's own feature.
-        results[name] = {"loss": loss.detach(), "image": raw.grad / world, "tau": shared / world}
+    results: dict[str, Found] = {}
+    for case in CASES:
+        batch = batch_of(case)
+        mine, count = batch.part(rank, world), len(batch.features)
+        features = mine.features.clone().requires_grad_()
+        model = DistributedDataParallel(Model(case, batch.texts.vectors_Bd.shape[1]))
+        size = math.ceil(count / world) if count % world else None
+        gather = TextGather(mine.texts.vectors_Bd, mine.texts.groups_B, size)
+        loss = model(features, gather.wait(), mine.targets, mine.weights, batch.negatives)
+        results[str(case)] = gradients(model, loss, features)
+        results[str(case)]["features"] /= world  # as DDP does for all that is shared
     torch.save(results, f"{folder}/rank-{world}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -112,31 +267,76 @@ def _rank(rank: int, world: int, folder: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_have_the_gradient_of_one_on_the_joint_batch(world: int, tmp_path: Path) -> None:
+    """DDP's gradients of all parameters, and each image's own; 10 and 3 images do not divide by 4, and leave a process empty."""
     mp.spawn(_rank, args=(world, str(tmp_path)), nprocs=world, join=True)
     ranks = [torch.load(tmp_path / f"rank-{world}-{rank}.pt", weights_only=True) for rank in range(world)]
-    for name in CASES:
-        loss, gradient, tau_gradient = reference_gradients(case(name))
-        joint = torch.cat([rank[name]["image"] for rank in ranks])
-        torch.testing.assert_close(joint, gradient, rtol=1e-6, atol=1e-13)
+    for case in CASES:
+        joint = torch.cat([rank[str(case)]["features"] for rank in ranks])
         for rank in ranks:
-            torch.testing.assert_close(rank[name]["loss"], loss, rtol=1e-10, atol=0)
-            torch.testing.assert_close(rank[name]["tau"], tau_gradient, rtol=1e-6, atol=1e-13)
+            compare(rank[str(case)] | {"features": joint}, case)
+            assert torch.equal(rank[str(case)]["loss"], ranks[0][str(case)]["loss"])
 
 
-def test_the_loss_is_float32_under_autocast_and_in_half_precision() -> None:
-    parts = case("plain")
-    image = torch.nn.functional.normalize(parts["image"], dim=-1).bfloat16()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_is_float32_under_autocast_and_in_half_precision(variant: Variant) -> None:
+    batch = batch_of(Case(variant, "duplicates"))
+    image = nn.functional.normalize(batch.features[:, :DIM], dim=-1).bfloat16()
+    texts = Texts(batch.texts.vectors_Bd.float(), batch.texts.groups_B)
     with torch.autocast("cpu", torch.bfloat16):
-        found = alignment_loss(image, Texts(parts["text"].float(), parts["groups"]), parts["targets"], parts["weights"], 0.2)
-    assert found.dtype == torch.float32
+        found = alignment_loss(image, texts, batch.targets, batch.weights, TAU, variant=variant)
+        projected = TextProjection(DIM, 3)(texts.vectors_Bd)
+    exact = alignment_loss(image.double(), texts, batch.targets, batch.weights, TAU, variant=variant)
+    assert found.dtype == projected.dtype == torch.float32 and exact.dtype == torch.float64
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
 
 def test_perfect_alignment_of_equal_captions_costs_the_entropy_of_their_share_and_no_more() -> None:
     """Three views of one picture among distinct others: true positives are no negatives of each other."""
     text = torch.eye(4).repeat_interleave(3, 0)
     groups = torch.arange(4).repeat_interleave(3)
-    loss = alignment_loss(text.clone(), Texts(text, groups), groups[:, None], torch.ones(12, 1), 0.01)
-    assert loss.item() == pytest.approx(math.log(3), abs=1e-4)
+    own = (groups[:, None], torch.ones(12, 1))
+    texts = Texts(text, groups)
+    assert alignment_loss(text.clone(), texts, *own, 0.01).item() == pytest.approx(math.log(3), abs=1e-4)
+    assert alignment_loss(text, texts, *own, 0.01, variant="cosine").item() == pytest.approx(0, abs=1e-6)
+    assert alignment_loss(text, texts, *own, 0.01, variant="sigmoid", bias=-50).item() == pytest.approx(0, abs=1e-6)
     pushed = text.clone().requires_grad_()
-    alignment_loss(pushed, Texts(text, groups), groups[:, None], torch.ones(12, 1), 0.01).backward()
+    alignment_loss(pushed, texts, *own, 0.01).backward()
     assert pushed.grad is not None and pushed.grad.abs().max() < 1e-4, "nothing left to push"
+
+
+def test_an_images_own_text_from_the_store_is_no_negative() -> None:
+    image, texts = torch.eye(4)[:1], Texts(torch.eye(4)[:1], torch.tensor([0]))
+    same = Texts(texts.vectors_Bd.repeat(50, 1), torch.zeros(50, dtype=torch.int64))
+    own, other = torch.tensor([[0]]), replace(same, groups_B=same.groups_B + 7)
+    assert alignment_loss(image, texts, own, torch.ones(1, 1), TAU, negatives=same) == 0, "nothing to tell apart"
+    told_apart = alignment_loss(image, texts, own, torch.ones(1, 1), TAU, negatives=other)
+    assert told_apart > 1
+    # A partner of weight 0 is none: its texts are negatives like all others.
+    weightless = alignment_loss(image, texts, torch.tensor([[0, 7]]), torch.tensor([[1.0, 0.0]]), TAU, negatives=other)
+    assert weightless == told_apart
+
+
+def test_what_a_variant_has_no_use_for_is_refused() -> None:
+    texts = Texts(torch.eye(2), torch.arange(2))
+    arguments = (torch.eye(2), texts, texts.groups_B[:, None], torch.ones(2, 1), TAU)
+    with pytest.raises(ValueError, match="cosine: has no negatives"):
+        alignment_loss(*arguments, variant="cosine", negatives=texts)
+    with pytest.raises(ValueError, match="symmetric: has no bias"):
+        alignment_loss(*arguments, bias=0.0)
+    with pytest.raises(ValueError, match="2 texts, but size=1"):
+        TextGather(torch.eye(2), torch.arange(2), 1)
+
+
+def test_the_text_projection_starts_orthogonal_or_from_a_basis_and_keeps_empty_rows() -> None:
+    raw = nn.functional.normalize(torch.randn(6, TEXT_DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
+    raw[2] = 0
+    random = TextProjection(TEXT_DIM, DIM)
+    torch.testing.assert_close(random.weight @ random.weight.T, torch.eye(DIM))
+    found = random(raw)
+    torch.testing.assert_close(found.norm(dim=1), torch.tensor([1.0, 1, 0, 1, 1, 1]))
+    found.sum().backward()
+    assert random.weight.grad is not None and random.weight.grad.isfinite().all()
+    basis = torch.linalg.qr(torch.randn(TEXT_DIM, DIM)).Q
+    torch.testing.assert_close(TextProjection(TEXT_DIM, DIM, basis)(raw), nn.functional.normalize(raw @ basis, dim=-1))
+    with pytest.raises(ValueError, match=r"must be \(9, 5\)"):
+        TextProjection(TEXT_DIM, DIM, basis.T)

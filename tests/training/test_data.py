@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,59 +15,112 @@ from PIL import Image
 
 from pipeline.store import Store
 from training import targets
-from training.data import Augment, Batch, Loader, Rows, _group, _random_box
+from training.augment import Augment, random_box
+from training.data import Batch, DecoderSpec, Loader, ThreadDecoding, _group
+from training.order import Rows, Sequence
 
 MakeStore = Callable[..., Path]
 
 
-def loader(store: Store, found: targets.Targets | None, seed: int = 0) -> Loader:
-    augment = Augment(size=16, crop_scale=0.5, flip=0.5, crop_pct=0.875, interpolation="bicubic", seed=seed)
-    return Loader(store, found, augment, threads=2, window=2)
+def augment(**changed: Any) -> Augment:
+    settings = {"size": 16, "crop_scale": 0.5, "flip": 0.5, "crop_pct": 0.875, "interpolation": "bicubic", "seed": 0}
+    return Augment(**(settings | changed))
 
 
-def test_an_epoch_holds_every_row_once_in_an_order_of_seed_and_epoch_alone(tmp_path: Path, make_store: MakeStore) -> None:
-    rows = Rows(Store(str(make_store(tmp_path / "s", train=57, shard_rows=10))), "train")
-    first = rows.shuffled(0, 0, 2)
-    assert len({tuple(pair) for pair in first}) == len(first) == 57
-    np.testing.assert_array_equal(first, rows.shuffled(0, 0, 2))
-    for other in (rows.shuffled(0, 1, 2), rows.shuffled(1, 0, 2)):
-        assert (first != other).any() and {tuple(p) for p in other} == {tuple(p) for p in first}
+def loader(store: Store, found: targets.Targets | None, **changed: Any) -> Loader:
+    spec = DecoderSpec(store=store.uri, targets=found, augment=augment(**changed), keep=3)
+    return Loader(ThreadDecoding(spec.build(), 2), lookahead=2)
 
 
-def test_rows_mix_within_a_window_of_shards_only(tmp_path: Path, make_store: MakeStore) -> None:
-    rows = Rows(Store(str(make_store(tmp_path / "s", train=60, shard_rows=10))), "train")
-    order = rows.shuffled(0, 0, 2)
-    windows = [set(order[start : start + 20, 0]) for start in range(0, 60, 20)]
-    assert all(len(window) == 2 for window in windows)
-    assert not windows[0] & windows[1]
+def sequence(store: Store, batch: int, **settings: Any) -> Sequence:
+    return Sequence(Rows(store, "train"), seed=0, window=2, batch=batch, **settings)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_what_a_step_sees_does_not_depend_on_the_number_of_workers(tmp_path: Path, make_store: MakeStore, world: int) -> None:
     store = Store(str(make_store(tmp_path / "s", train=50)))
     found = targets.load(store, embeddings="", dim=4, split="train")
-    order = Rows(store, "train").shuffled(0, 3, 2)
-    alone = list(loader(store, found).train(order, 8, 0, 1, 3))
-    shares = [list(loader(store, found).train(order, 8, rank, world, 3)) for rank in range(world)]
-    assert len(alone) == 50 // 8
+    alone = list(loader(store, found).train(sequence(store, 8), 3, 9, 0, 1))
+    shares = [list(loader(store, found).train(sequence(store, 8), 3, 9, rank, world)) for rank in range(world)]
+    assert len(alone) == 6, "two of them in the second pass"
     for step, whole in enumerate(alone):
         for field in ("images", "labels", "texts", "groups"):
             joint = torch.cat([getattr(share[step], field) for share in shares])
             assert torch.equal(joint, getattr(whole, field)), field
+        assert whole.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_loader_that_starts_later_goes_on_with_the_very_same_batches(tmp_path: Path, make_store: MakeStore) -> None:
+    store = Store(str(make_store(tmp_path / "s", train=50)))
+    straight = list(loader(store, None).train(sequence(store, 8), 0, 12, 0, 1))
+    for start in (1, 6, 7):
+        later = list(loader(store, None).train(sequence(store, 8), start, 12, 0, 1))
+        assert len(later) == 12 - start
+        for mine, other in zip(later, straight[start:], strict=True):
+            assert torch.equal(mine.images, other.images) and (mine.samples == other.samples).all()
+
+
+def test_views_of_a_picture_differ_and_come_from_one_decoding(
+    tmp_path: Path, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import images
+
+    store = Store(str(make_store(tmp_path / "s", train=50)))
+    decoded: list[int] = []
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda data, **kw: decoded.append(1) or decode(data, **kw))  # type: ignore[func-returns-value]
+    batch = next(loader(store, None).train(sequence(store, 12, repeats=3), 0, 1, 0, 1))
+    assert len(decoded) == 4
+    views = batch.images.reshape(4, 3, -1)
+    assert all(not torch.equal(view[0], view[1]) and not torch.equal(view[1], view[2]) for view in views)
+    assert torch.equal(batch.labels.reshape(4, 3).amax(1), batch.labels.reshape(4, 3).amin(1))
+
+
+def test_timms_policies_draw_from_the_seed_alone() -> None:
+    rng = np.random.default_rng(0)
+    sink = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(sink, "PNG")
+    sample = np.array([[2, 0, 5, 0]])
+    plain = augment(size=32).train(sink.getvalue(), 60, 40, sample)[0]
+    for settings in ({"auto_augment": "rand-m9-mstd0.5-inc1"}, {"color_jitter": 0.4}, {"auto_augment": "3a"}):
+        policy = augment(size=32, **settings)
+        assert policy.needs_own_process and not augment().needs_own_process
+        first = policy.train(sink.getvalue(), 60, 40, sample)[0]
+        torch.rand(3), np.random.rand(3), random.random()
+        np.testing.assert_array_equal(first, policy.train(sink.getvalue(), 60, 40, sample)[0])
+        others = [policy.train(sink.getvalue(), 60, 40, np.array([[2, 0, 5, view]]))[0] for view in range(4)]
+        assert any((other != first).any() for other in others) and (first != plain).any()
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_that_keeps_every_crop_sharp() -> None:
+    """The same crop from all pixels and from a fraction differs by less than a pixel's shift, and has as much detail."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8))
+    sinks = [io.BytesIO(), io.BytesIO()]
+    picture = small.resize((1600, 1200), Image.Resampling.BICUBIC)
+    picture.save(sinks[0], "JPEG", quality=95)
+    picture.save(sinks[1], "PNG")
+    for row in range(8):
+        sample = np.array([[0, 0, row, 0]])
+        jpeg, png = (augment(size=64, crop_scale=0.2).train(sink.getvalue(), 1600, 1200, sample)[0].astype(int) for sink in sinks)
+        shifted = np.abs(png[:, 1:] - png[:, :-1]).mean()
+        assert np.abs(jpeg - png).mean() < shifted
+        detail = [np.abs(np.diff(view, axis=0)).mean() + np.abs(np.diff(view, axis=1)).mean() for view in (jpeg, png)]
+        assert detail[0] == pytest.approx(detail[1], rel=0.1)
 
 
 def test_evaluation_sees_every_row_once_whatever_the_workers(tmp_path: Path, make_store: MakeStore) -> None:
     store = Store(str(make_store(tmp_path / "s", val=23)))
     order = Rows(store, "val").in_order()
-    counts = [sum(len(batch.labels) for batch in loader(store, None).evaluate(order, 4, rank, 3)) for rank in range(3)]
-    assert sum(counts) == 23
+    batches = [list(loader(store, None).evaluate(order, 4, rank, 3)) for rank in range(3)]
+    seen = [tuple(sample) for share in batches for batch in share for sample in batch.samples[:, 1:3].tolist()]
+    assert len(seen) == len(set(seen)) == 23
 
 
 def test_texts_belong_to_their_pictures_and_equal_captions_share_a_group(tmp_path: Path, make_store: MakeStore) -> None:
     store = Store(str(make_store(tmp_path / "s", classes=3, train=40, missing_captions=2)))
     found = targets.load(store, embeddings="", dim=0, split="train")
-    order = Rows(store, "train").in_order()
-    batches: list[Batch] = list(loader(store, found).train(order, 10, 0, 1, 0))
+    batches: list[Batch] = list(loader(store, found).evaluate(Rows(store, "train").in_order(), 10, 0, 1))
     vectors: dict[int, torch.Tensor] = {}
     for batch in batches:
         assert batch.texts is not None and batch.groups is not None
@@ -86,7 +142,7 @@ def test_a_row_with_a_bad_picture_is_left_out(tmp_path: Path, make_store: MakeSt
     rows[3] |= {"error": "damaged", "image": None}
     store.write_shard("images", "", 0, type(table).from_pylist(rows, schema=table.schema), seconds=0)
     assert len(Rows(store, "train")) == 19
-    assert [0, 3] not in Rows(store, "train").in_order().tolist()
+    assert [0, 3] not in Rows(store, "train").in_order()[:, 1:3].tolist()
 
 
 def test_shards_of_different_rows_are_never_paired(tmp_path: Path, make_store: MakeStore) -> None:
@@ -95,14 +151,14 @@ def test_shards_of_different_rows_are_never_paired(tmp_path: Path, make_store: M
     store.write_shard("captions", "test", 0, table.take(list(reversed(range(len(table))))), seconds=0)
     found = targets.load(store, embeddings="", dim=0, split="train")
     with pytest.raises(ValueError, match="different rows"):
-        list(loader(store, found).train(Rows(store, "train").in_order(), 4, 0, 1, 0))
+        list(loader(store, found).evaluate(Rows(store, "train").in_order(), 4, 0, 1))
 
 
 def test_crops_lie_in_the_picture_and_keep_the_share_asked_for() -> None:
     rng = np.random.default_rng(0)
     for width, height in ((100, 60), (31, 200), (64, 64)):
         for _ in range(200):
-            left, top, right, bottom = _random_box(rng, width, height, 0.3)
+            left, top, right, bottom = random_box(rng, width, height, 0.3)
             assert 0 <= left < right <= width and 0 <= top < bottom <= height
             assert (right - left) * (bottom - top) >= 0.3 * width * height * 0.999
 
@@ -114,8 +170,7 @@ def test_evaluation_crops_as_timm_validates(tmp_path: Path) -> None:
     picture = Image.fromarray(rng.integers(0, 255, (90, 130, 3), dtype=np.uint8))
     picture.save(tmp_path / "p.png")
     for kind in ("bicubic", "bilinear"):
-        augment = Augment(size=64, crop_scale=1, flip=0, crop_pct=0.875, interpolation=kind, seed=0)
-        found = augment.evaluate((tmp_path / "p.png").read_bytes())
+        found = augment(size=64, interpolation=kind).evaluate((tmp_path / "p.png").read_bytes())
         reference = create_transform(64, is_training=False, interpolation=kind, crop_pct=0.875, use_prefetcher=True)
         np.testing.assert_array_equal(found, np.asarray(reference(picture)).transpose(1, 2, 0))
 

@@ -13,23 +13,32 @@ import torch
 
 from training import backbones, checkpoint, loop
 from training.config import TrainConfig
-from training.objectives.align import AlignTask
+from training.losses import TextGather
+from training.mixing import text_targets
+from training.objectives.align import Alignment, AlignTask, CrossEntropy, Goal
+from training.step import Stepper
+from training.watch import NotFiniteError
 
 BACKBONES = [
     ("resnet18", 64), ("resnet50", 64), ("vit_tiny_patch16_224", 64), ("convnext_atto", 64), ("hiera_tiny_224", 224),
 ]  # fmt: skip
 
 
+def goal(texts: torch.Tensor) -> Goal:
+    groups = torch.arange(len(texts))
+    return Goal(TextGather(texts, groups), *text_targets(groups))
+
+
 @pytest.mark.parametrize(("name", "size"), BACKBONES)
 def test_a_backbone_is_built_and_takes_one_step(name: str, size: int) -> None:
     torch.manual_seed(0)
     model = backbones.build(name, num_classes=7, image_size=size)
-    task = AlignTask(model, weight=0.3, dim=16, head="mlp", temperature=0.2, learn_temperature=True, label_smoothing=0.1)
+    task = AlignTask(model, Alignment(weight=0.3, dim=16, learn_temperature=True), CrossEntropy(0.1))
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     before = {key: value.clone() for key, value in task.named_parameters()}
     images, labels = torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 3])
     texts = torch.nn.functional.normalize(torch.randn(4, 16), dim=-1)
-    parts = task(images, labels, texts, torch.arange(4))
+    parts = task(images, labels, goal(texts))
     parts["loss"].backward()
     optimizer.step()
     still = [key for key, value in task.named_parameters() if torch.equal(value, before[key]) and value.grad is None]
@@ -82,24 +91,30 @@ def test_the_papers_head() -> None:
 
 
 def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
+    from timm.utils import ModelEmaV3
+
     config = TrainConfig(store="s", backbone="test_resnet", optimizer="adamw", seed=0)
     task = loop.build_task(config, 5, 16)
-    optimizer = torch.optim.AdamW(task.parameters())
-    parts = task(
-        torch.randn(4, 3, 64, 64), torch.arange(4), torch.nn.functional.normalize(torch.randn(4, 16), dim=-1), torch.arange(4)
-    )
+    optimizer, ema = backbones.optimizer(config, task), ModelEmaV3(task, decay=0.5)
+    parts = task(torch.randn(4, 3, 64, 64), torch.arange(4), goal(torch.nn.functional.normalize(torch.randn(4, 16), dim=-1)))
     parts["loss"].backward()
     optimizer.step()
-    history = [{"epoch": 1.0, "top1": 10.0}]
-    checkpoint.save(str(tmp_path), task, optimizer, checkpoint.State(epoch=1, history=history))
-    draw = torch.rand(3)
+    ema.update(task)
+    state = checkpoint.State(step=7, history=[{"epoch": 1.0, "top1": 10.0}], sums={"loss": 0.1 + 0.2}, seconds=1.5)
+    snapshot = checkpoint.Snapshot.take(task, optimizer, ema, state)
+    expected = {name: value.clone() for name, value in task.state_dict().items()}
+    averaged = {name: value.clone() for name, value in ema.module.state_dict().items()}
+    with torch.no_grad():  # what happens between taking and writing does not count
+        for parameter in [*task.parameters(), *ema.module.parameters()]:
+            parameter.add_(1)
+    snapshot.write(str(tmp_path / "c"))
     other = loop.build_task(TrainConfig(**(asdict(config) | {"seed": 9})), 5, 16)
-    other_optimizer = torch.optim.AdamW(other.parameters())
-    state = checkpoint.load(str(tmp_path), other, other_optimizer)
-    assert (state.epoch, state.history) == (1, history)
-    assert torch.equal(torch.rand(3), draw)
-    for name, value in task.state_dict().items():
+    other_optimizer, other_ema = backbones.optimizer(config, other), ModelEmaV3(other, decay=0.5)
+    assert checkpoint.load(str(tmp_path / "c"), other, other_optimizer, other_ema) == state
+    for name, value in expected.items():
         assert torch.equal(value, other.state_dict()[name]), name
+    for name, value in averaged.items():
+        assert torch.equal(value, other_ema.module.state_dict()[name]), name
     mine, found = optimizer.state_dict(), other_optimizer.state_dict()
     assert mine["param_groups"] == found["param_groups"]
     for key, values in mine["state"].items():
@@ -107,19 +122,20 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(found["state"][key][name])), (key, name)
 
 
-def run_alone(config: TrainConfig, folder: Path, resume: str | None = None, stop_after: int | None = None) -> Path:
+class StopError(Exception):
+    """Stands for a kill."""
+
+
+def run_alone(config: TrainConfig, folder: Path, resume: str | None = None, stop_at: int | None = None) -> Path:
     """The per-worker loop in this process; returns the last checkpoint's folder."""
     last: list[Path] = []
 
-    class StopError(Exception):
-        pass
-
-    def report(metrics: dict[str, float], save: Callable[[str], None]) -> None:
-        target = folder / f"epoch-{metrics['epoch']}"
-        target.mkdir(parents=True)
-        save(str(target))
+    def report(metrics: dict[str, float] | None, take: Callable[[], checkpoint.Snapshot]) -> None:
+        snapshot = take()
+        target = folder / f"step-{snapshot.content['step']}"
+        snapshot.write(str(target))
         last.append(target)
-        if metrics["epoch"] == stop_after:
+        if snapshot.content["step"] == stop_at:
             raise StopError
 
     with contextlib.suppress(StopError):
@@ -127,21 +143,80 @@ def run_alone(config: TrainConfig, folder: Path, resume: str | None = None, stop
     return last[-1]
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path, make_store: Callable[..., Path]) -> None:
-    store = make_store(tmp_path / "s", train=48)
+EVERYTHING = {
+    "mixup": 0.8, "cutmix": 1.0, "erase": 0.5, "drop_path": 0.2, "ema": 0.9, "accumulate": 2, "store_negatives": 5, "repeats": 2,
+    "learn_temperature": True, "clip_grad": 1.0, "text_projection": "learned",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["plain", "everything"])
+def test_a_run_stopped_anywhere_ends_with_the_weights_of_an_uninterrupted_one(
+    tmp_path: Path, make_store: Callable[..., Path], kind: str
+) -> None:
+    """Bit for bit, also from inside an epoch; 50 rows in batches of 16, so that epochs end inside a batch."""
+    store = make_store(tmp_path / "s", train=50)
     config = TrainConfig(
-        store=str(store), backbone="test_resnet", image_size=32, epochs=3, batch_size=16, projection_dim=4, warmup_epochs=1.0
-    )
+        store=str(store), backbone="test_resnet" if kind == "plain" else "vit_tiny_patch16_224", image_size=32, epochs=3,
+        batch_size=16, projection_dim=4, warmup_epochs=1.0, checkpoint_steps=1, **(EVERYTHING if kind == "everything" else {}),
+    )  # fmt: skip
     straight = run_alone(config, tmp_path / "straight")
-    stopped = run_alone(config, tmp_path / "stopped", stop_after=2)
-    resumed = run_alone(config, tmp_path / "resumed", resume=str(stopped))
+    assert straight.name == "step-10", "150 samples"
     from safetensors.torch import load_file
 
-    expected, found = load_file(straight / "model.safetensors"), load_file(resumed / "model.safetensors")
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        assert torch.equal(value, found[name]), name
-    assert [m["epoch"] for m in checkpoint.read_state(str(resumed))["history"]] == [1, 2, 3]
+    for stop in (1, 4, 6, 9):
+        stopped = run_alone(config, tmp_path / f"stopped-{stop}", stop_at=stop)
+        assert stopped.name == f"step-{stop}"
+        resumed = run_alone(config, tmp_path / f"resumed-{stop}", resume=str(stopped))
+        for file in ("model", "optimizer", *(["ema"] if config.ema else [])):
+            expected, found = (load_file(folder / f"{file}.safetensors") for folder in (straight, resumed))
+            assert expected.keys() == found.keys()
+            for name, value in expected.items():
+                assert torch.equal(value, found[name]), (stop, file, name)
+        measured = [[m["cross_entropy"], m["top1"], m["samples"]] for m in checkpoint.read_state(str(resumed))["history"]]
+        assert measured == [
+            [m["cross_entropy"], m["top1"], m["samples"]] for m in checkpoint.read_state(str(straight))["history"]
+        ]
+    assert [m["samples"] for m in checkpoint.read_state(str(straight))["history"]] == [64, 48, 48]
+
+
+def test_a_batch_computed_in_parts_has_the_gradient_of_the_whole(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+    """Without BatchNorm, whose statistics are a part's own; with learned temperature and text projection."""
+    store = make_store(tmp_path / "s", train=48)
+    ends = {}
+    for parts in (1, 3):
+        config = TrainConfig(
+            store=str(store), backbone="vit_tiny_patch16_224", image_size=32, epochs=1, batch_size=24, projection_dim=4,
+            optimizer="momentum", lr=0.1, warmup_epochs=0, accumulate=parts, learn_temperature=True, text_projection="learned",
+            alignment_weight=1.0,
+        )  # fmt: skip
+        ends[parts] = run_alone(config, tmp_path / f"parts-{parts}")
+    from safetensors.torch import load_file
+
+    whole, in_parts = (load_file(ends[parts] / "model.safetensors") for parts in (1, 3))
+    start = loop.build_task(config, 3, 4, 8).state_dict()
+    moved = max(float((whole[name] - start[name]).abs().max()) for name in whole)
+    for name, value in whole.items():
+        assert (value - in_parts[name]).abs().max() < 1e-4 * moved, name
+    first, second = (checkpoint.read_state(str(ends[parts]))["history"][0] for parts in (1, 3))
+    assert first["alignment"] == pytest.approx(second["alignment"], rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_pictures(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+    store = make_store(tmp_path / "s", train=48)
+    config = TrainConfig(
+        store=str(store),
+        backbone="test_resnet",
+        image_size=32,
+        epochs=30,
+        batch_size=16,
+        projection_dim=4,
+        lr=1e25,
+        warmup_epochs=0,
+    )
+    with pytest.raises(
+        NotFiniteError, match=r"step \d+: the loss is no finite number. The batch: train/\d/\d-\d\.jpg, .*lower --lr"
+    ):
+        run_alone(config, tmp_path / "run")
 
 
 def test_training_learns_what_there_is_to_learn(tmp_path: Path, make_store: Callable[..., Path]) -> None:
@@ -166,16 +241,18 @@ def test_training_learns_what_there_is_to_learn(tmp_path: Path, make_store: Call
 
 def test_learning_rate_warms_up_and_ends_at_its_minimum() -> None:
     config = TrainConfig(store="s", epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1)
-    rates = [loop.learning_rate(config, step, 5) for step in range(50)]
+    stepper = Stepper.__new__(Stepper)
+    stepper.config, stepper.warmup_steps, stepper.steps = config, 10, 50
+    rates = [stepper.learning_rate(step) for step in range(50)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.1) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_all_faults_of_the_settings_are_told_together() -> None:
     with pytest.raises(ValueError) as error:
-        TrainConfig(store="s", alignment_weight=-1, temperature=0, batch_size=5, workers=2, lr=-1)
+        TrainConfig(store="s", alignment_weight=-1, temperature=0, batch_size=1, workers=2, lr=-1)
     told = str(error.value)
-    assert len(told.splitlines()) == 4 and "pass --batch-size 4" in told
+    assert len(told.splitlines()) == 4 and "fewer than one image for each of 2 workers" in told
     with pytest.raises(ValueError, match="batch_size=1: the contrastive loss needs negatives"):
         TrainConfig(store="s", batch_size=1)
 
@@ -186,6 +263,7 @@ def test_every_preset_is_valid_and_builds() -> None:
     for name in PRESETS:
         config = TrainConfig(store="s", **preset(name))
         assert timm.is_model(config.backbone), name
-        backbones.probe(config.backbone, config.image_size)
+        backbones.probe(config.backbone, config.image_size, config.patch_size, small_stem=config.small_stem)
+        backbones.check_optimizer(config.optimizer)
     with pytest.raises(ValueError, match="choose one of small-64"):
         preset("nope")

@@ -1,0 +1,79 @@
+"""A real cluster of two nodes on loopback, and drivers in processes of their own, for tests that kill parts of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+NODE = {"num_cpus": 6, "object_store_memory": 300 * 2**20, "include_dashboard": False}
+
+
+class TwoNodes:
+    """A head and a worker node; the worker's raylet can be killed and replaced. Everything killed was started here."""
+
+    def __init__(self, head: dict[str, Any] | None = None, worker: dict[str, Any] | None = None) -> None:
+        """Takes changes to the settings of a node, such as its number of CPUs."""
+        from ray.cluster_utils import Cluster
+
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # loopback only
+        self._worker_settings = NODE | (worker or {})
+        self._cluster = Cluster(initialize_head=True, connect=False, head_node_args=NODE | (head or {}))
+        self._worker = self._cluster.add_node(**self._worker_settings)
+        self._drivers: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def run(self, arguments: list[str], **settings: str) -> subprocess.Popen[bytes]:
+        """`python ARGUMENTS` as a driver in a process group of its own; its output goes to the file NODES_LOG names, if any."""
+        environment = {**os.environ, "RAY_ADDRESS": self.address, "HF_HUB_OFFLINE": "1", **settings}
+        log = open(os.environ.get("NODES_LOG", os.devnull), "ab")  # noqa: SIM115
+        driver = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, start_new_session=True, stderr=log, stdout=log
+        )
+        self._drivers.append(driver)
+        return driver
+
+    def raylets(self) -> list[int]:
+        nodes: list[Any] = [self._cluster.head_node, self._worker]
+        return [info.process.pid for node in nodes for info in node.all_processes["raylet"]]
+
+    def actors(self, name: str, *, worker_node: bool = False) -> list[psutil.Process]:
+        """Processes of actors of that name, below our own raylets; an engine in a process of its own is below its actor."""
+        found = []
+        for pid in self.raylets()[1 if worker_node else 0 :]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        if name in " ".join(process.cmdline()):
+                            found.append(process)
+        return found
+
+    def kill_raylet(self, *, replace: bool = True) -> None:
+        """The worker node dies at once; a new one takes its place, unless not."""
+        os.kill(self._worker.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        time.sleep(1)
+        with contextlib.suppress(Exception):  # what is left of a node whose raylet is gone
+            self._cluster.remove_node(self._worker, allow_graceful=False)
+        if replace:
+            self.add_worker_node()
+
+    def add_worker_node(self) -> None:
+        """After one was lost."""
+        self._worker = self._cluster.add_node(**self._worker_settings)
+
+    def stop(self) -> None:
+        for driver in self._drivers:
+            if driver.poll() is None:  # of a test that failed
+                os.killpg(driver.pid, signal.SIGKILL)
+        self._cluster.shutdown()

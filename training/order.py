@@ -1,0 +1,101 @@
+"""Which samples a step sees: an endless, seeded sequence of passes over the usable rows, cut into global batches.
+
+Pass p visits every row once (`repeats` times in a row under repeated augmentation), in an order that is a function of (seed, p)
+alone: shards are shuffled, and rows are shuffled within windows of shards. Global batch n is samples [n B, (n + 1) B) of the
+sequence, whatever the number of workers; so a run resumed at step n, on more or fewer workers, goes on with the very next
+sample. A batch may reach into the next pass, so that none is short and no row is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.store import Store
+
+Array = npt.NDArray[Any]
+PASS, SHARD, ROW, REPEAT = range(4)
+"""Columns of a sample."""
+
+
+class Rows:
+    """The usable rows of a split: those whose picture decodes."""
+
+    def __init__(self, store: Store, split: str) -> None:
+        self.rows: dict[int, Array] = {}
+        receipts = store.receipts("images")
+        for shard in store.split_shards(split):
+            if receipts[shard].failed:
+                errors = store.read_shard("images", "", shard, ["error"])["error"]
+                self.rows[shard] = np.flatnonzero([error is None for error in errors.to_pylist()])
+            else:
+                self.rows[shard] = np.arange(receipts[shard].rows)
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self.rows.values())
+
+    def in_order(self) -> Array:
+        """[n, 4] samples, as stored."""
+        return _samples(0, np.concatenate([_pairs(shard, rows) for shard, rows in self.rows.items()]), 1)
+
+    def shuffled(self, seed: int, number: int, window: int) -> Array:
+        """[n, 2] of (shard, row) in the order of one pass."""
+        rng = np.random.default_rng([seed, number])
+        shards = rng.permutation(list(self.rows))
+        parts = []
+        for start in range(0, len(shards), window):
+            pairs = np.concatenate([_pairs(shard, self.rows[shard]) for shard in shards[start : start + window]])
+            parts.append(rng.permutation(pairs))
+        return np.concatenate(parts)
+
+
+class Sequence:
+    """All samples of a run, in order; `batch` is the global batch size B."""
+
+    def __init__(self, rows: Rows, *, seed: int, window: int, batch: int, repeats: int = 1) -> None:
+        self.batch, self.epoch_samples = batch, len(rows)
+        self._rows, self._seed, self._window, self._repeats = rows, seed, window, repeats
+        self._passes: dict[int, Array] = {}
+
+    def steps(self, epochs: int) -> int:
+        """Steps after which that many epochs are done. An epoch is as many samples as there are rows."""
+        return math.ceil(epochs * self.epoch_samples / self.batch)
+
+    def share(self, step: int, rank: int, world: int) -> Array:
+        """[b, 4] samples of one worker at a step; b differs by at most one between workers.
+
+        The batch is dealt out by shard, so that a worker opens about 1/world of a window's shards and not all of them.
+        """
+        whole = self._slice(step * self.batch, (step + 1) * self.batch)
+        whole = whole[np.lexsort((whole[:, REPEAT], whole[:, ROW], whole[:, SHARD], whole[:, PASS]))]
+        return np.array_split(whole, world)[rank]
+
+    def _slice(self, start: int, stop: int) -> Array:
+        length = self.epoch_samples * self._repeats
+        parts = []
+        while start < stop:
+            number, offset = divmod(start, length)
+            end = min(stop, (number + 1) * length)
+            parts.append(self._pass(number)[offset : end - number * length])
+            start = end
+        return np.concatenate(parts)
+
+    def _pass(self, number: int) -> Array:
+        if number not in self._passes:
+            for old in [n for n in self._passes if n < number - 1]:
+                del self._passes[old]
+            self._passes[number] = _samples(number, self._rows.shuffled(self._seed, number, self._window), self._repeats)
+        return self._passes[number]
+
+
+def _pairs(shard: int, rows: Array) -> Array:
+    return np.stack([np.full(len(rows), shard), rows], axis=1)
+
+
+def _samples(number: int, pairs: Array, repeats: int) -> Array:
+    views = np.tile(np.arange(repeats), len(pairs))
+    many = np.repeat(pairs, repeats, axis=0)
+    return np.column_stack([np.full(len(many), number), many, views])
