@@ -16,8 +16,8 @@ from training.presets import PRESETS, preset, preset_name
 
 VERBS = {
     "train": "train a backbone, aligned or as the baseline",
-    "evaluate": "top-1 and top-5 of a run",
-    "export": "a run's backbone as a plain timm model",
+    "evaluate": "judge a run: accuracy, calibration, retrieval, k-NN, zero-shot",
+    "export": "a run's backbone as a timm folder, ONNX or torch.export",
 }
 
 

@@ -114,6 +114,7 @@ def find(run: str, which: str = "last") -> str:
     if locations.is_local(run):
         return best
     copy = os.path.join(tempfile.mkdtemp(prefix="gpt4image-"), best.rpartition("/")[2])
+    os.makedirs(copy)
     fs.copy_files(best, copy, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
     return copy
 

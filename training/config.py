@@ -170,15 +170,13 @@ class TrainConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 faults.append(f"{name}={getattr(self, name)}: must be 0 or more.")
-        if self.batch_size < max(self.workers, 1) * self.accumulate:
+        if self.batch_size < 2 * max(self.workers, 1) * self.accumulate:  # BatchNorm has no statistics of one
             faults.append(
-                f"batch_size={self.batch_size}: fewer than one image for each of {max(self.workers, 1)} workers x "
+                f"batch_size={self.batch_size}: fewer than two images for each of {max(self.workers, 1)} workers x "
                 f"{self.accumulate} parts; pass a larger --batch-size, or less --workers or --accumulate."
             )
         if self.min_workers and (not self.workers or self.min_workers > self.workers):
             faults.append(f"min_workers={self.min_workers}: needs --workers of at least as many (now {self.workers}).")
-        if self.alignment_weight > 0 and self.batch_size == 1:
-            faults.append("batch_size=1: the contrastive loss needs negatives; pass --batch-size 2 or more.")
         if self.alignment == "cosine" and (self.store_negatives or self.learn_temperature):
             faults.append("alignment=cosine: has neither negatives nor a temperature; leave the flags for them out.")
         if self.text_projection == "learned" and self.alignment == "cosine":

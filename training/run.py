@@ -12,6 +12,7 @@ import os
 import secrets
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -192,9 +193,11 @@ class _DecodingActor:
 
         torch.set_num_threads(1)
         self._decoder = spec.build()
+        self._alone = threading.Lock()  # views draw from global generators, which are seeded for each
 
     def decode(self, samples: data.Array, train: bool) -> data.Part:
-        return self._decoder(samples, train)
+        with self._alone:
+            return self._decoder(samples, train)
 
     def prefetch(self, shards: list[int]) -> None:
         self._decoder.prefetch(shards)

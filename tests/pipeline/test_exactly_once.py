@@ -19,72 +19,21 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from pipeline.store import Store
+from tests.nodes import ROOT, TwoNodes
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.slow
 KILLS = 20
-NODE = {"num_cpus": 6, "object_store_memory": 300 * 2**20, "include_dashboard": False}
-
-
-class TwoNodes:
-    """A head and a worker node on loopback; the worker's raylet can be killed and replaced."""
-
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._cluster = Cluster(initialize_head=True, connect=False, head_node_args=NODE)
-        self._worker = self._cluster.add_node(**NODE)
-
-    @property
-    def address(self) -> str:
-        return str(self._cluster.address)
-
-    def raylets(self) -> list[int]:
-        return [info.process.pid for node in self._nodes() for info in node.all_processes["raylet"]]
-
-    def _nodes(self) -> list[Any]:
-        return [self._cluster.head_node, self._worker]
-
-    def actors(self, name: str) -> list[psutil.Process]:
-        """Processes of actors of a step, below our own raylets; an engine in a process of its own is below its actor."""
-        found = []
-        for pid in self.raylets():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for process in psutil.Process(pid).children(recursive=True):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        title = " ".join(process.cmdline())
-                        if name in title:
-                            found.append(process)
-        return found
-
-    def kill_raylet(self) -> None:
-        os.kill(self._worker.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-        time.sleep(1)
-        with contextlib.suppress(Exception):  # what is left of a node whose raylet is gone
-            self._cluster.remove_node(self._worker, allow_graceful=False)
-        self._worker = self._cluster.add_node(**NODE)
-
-    def stop(self) -> None:
-        self._cluster.shutdown()
-
-
-DRIVERS: list[subprocess.Popen[bytes]] = []
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[TwoNodes]:
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     cluster = TwoNodes()
     yield cluster
-    for driver in DRIVERS:
-        if driver.poll() is None:  # of a test that failed
-            os.killpg(driver.pid, signal.SIGKILL)
     cluster.stop()
 
 
@@ -114,11 +63,7 @@ def described(fresh: Path, nodes: TwoNodes, name: str) -> Path:
 
 def run(nodes: TwoNodes, arguments: list[str], **settings: str) -> subprocess.Popen[bytes]:
     """A driver in a process group of its own."""
-    environment = {**os.environ, "RAY_ADDRESS": nodes.address, "HF_HUB_OFFLINE": "1", **settings}
-    command = [sys.executable, "-m", "pipeline", *arguments]
-    log = open(os.environ.get("EXACTLY_ONCE_LOG", os.devnull), "ab")  # noqa: SIM115
-    DRIVERS.append(subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stderr=log, stdout=log))
-    return DRIVERS[-1]
+    return nodes.run(["-m", "pipeline", *arguments], **settings)
 
 
 def files_of(store: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from pipeline.store import Store
 from training import checkpoint, loop
@@ -51,6 +52,29 @@ def test_two_workers_end_where_one_process_ends(trained: Path, tmp_path: Path) -
     two = json.loads((trained / "result.json").read_text())["history"]
     assert history[0]["alignment"] == pytest.approx(two[0]["alignment"], rel=0.05)
     assert history[0]["cross_entropy"] == pytest.approx(two[0]["cross_entropy"], rel=0.15)
+
+
+def test_a_run_on_an_object_store_with_decoding_actors_ends_with_the_same_weights(
+    trained: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where pictures are decoded and where a run is kept changes nothing; the same command there finds it complete."""
+    command = ["train", "--store", read_config(str(trained)).store, *SMALL, "--epochs", "2", "--run", f"{bucket}/runs/there"]
+    command += ["--loader", "actors", "--loader-workers", "1", "--tracking-uri", "none"]
+    assert main(command) == 0
+    here, there = (load_file(Path(checkpoint.find(run)) / "model.safetensors") for run in (str(trained), f"{bucket}/runs/there"))
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        assert torch.equal(value, there[name]), name
+    assert main(command) == 0 and "complete; nothing to do" in capsys.readouterr().err
+    assert main(["evaluate", f"{bucket}/runs/there", "--json"]) == 0
+    last = json.loads((trained / "result.json").read_text())["last"]
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(last["top1"], abs=1e-3)
+
+
+def test_timms_augmentation_runs_in_actors_by_itself(trained: Path, tmp_path: Path) -> None:
+    command = ["train", "--store", read_config(str(trained)).store, *SMALL, "--run", str(tmp_path / "run")]
+    assert main([*command, "--auto-augment", "rand-m9-mstd0.5-inc1", "--loader-workers", "1", "--tracking-uri", "none"]) == 0
+    assert read_config(str(tmp_path / "run")).loader == "actors"
 
 
 def test_the_same_command_again_finds_the_run_complete(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
