@@ -100,7 +100,10 @@ def prepare(folder: Path, rows: int) -> None:
         vectors = rng.normal(size=(len(ids), 384)).astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         captions = [{"id": key, "caption": f"caption {key}"} for key in ids]
-        embeddings = [{"id": key, "embedding": v, "tokens": 4, "truncated": False} for key, v in zip(ids, vectors, strict=True)]
+        embeddings = [
+            {"id": key, "embedding": v, "tokens": 4, "truncated": False, "error": None}
+            for key, v in zip(ids, vectors, strict=True)
+        ]
         store.write_shard("captions", "drawn", shard, pa.Table.from_pylist(captions, schema=CAPTIONS), seconds=0)
         store.write_shard("embeddings", "drawn", shard, embeddings_table(embeddings, 384), seconds=0)
 
