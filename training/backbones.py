@@ -71,20 +71,26 @@ def shrink_stem(name: str, model: nn.Module) -> nn.Module:
 
 
 def optimizer(config: TrainConfig, task: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; norms and biases without weight decay, layers of the backbone with their factors."""
+    """timm's optimizer of that name; norms, biases and what the backbone names do not decay, layers have their factors."""
     from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 
     settings: dict[str, Any] = {
         "opt": config.optimizer, "lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum
     }  # fmt: skip
+    if config.optimizer in ("adam", "adamw", "momentum", "sgd"):  # torch's own, which have one kernel for all parameters
+        settings["fused"] = True
+    backbone: Any = task.backbone
+    kept = set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()
     if config.layer_decay == 1:
-        return create_optimizer_v2(task, **settings)
-    backbone: nn.Module = task.backbone  # type: ignore[assignment]
-    groups = param_groups_layer_decay(backbone, config.weight_decay, layer_decay=config.layer_decay)
-    others = nn.ModuleDict({name: module for name, module in task.named_children() if name != "backbone"})
-    groups += param_groups_weight_decay(others, config.weight_decay)
-    own = [parameter for parameter in task.parameters(recurse=False) if parameter.requires_grad]
-    groups += [{"params": own, "weight_decay": 0.0}] if own else []
+        groups = param_groups_weight_decay(task, config.weight_decay, no_weight_decay_list={f"backbone.{name}" for name in kept})
+    else:
+        groups = param_groups_layer_decay(
+            backbone, config.weight_decay, no_weight_decay_list=kept, layer_decay=config.layer_decay
+        )
+        others = nn.ModuleDict({name: module for name, module in task.named_children() if name != "backbone"})
+        groups += param_groups_weight_decay(others, config.weight_decay)
+        own = [parameter for parameter in task.parameters(recurse=False) if parameter.requires_grad]
+        groups += [{"params": own, "weight_decay": 0.0}] if own else []
     return create_optimizer_v2(groups, **settings)
 
 

@@ -74,6 +74,7 @@ def load(folder: str, task: nn.Module, optimizer: torch.optim.Optimizer | None =
     content = read_state(folder)
     if optimizer is not None:
         optimizer.load_state_dict(_unflatten(load_file(os.path.join(folder, "optimizer.safetensors")), content["optimizer"]))
+        _match_layouts(optimizer)
     if ema is not None:
         ema.module.load_state_dict(load_file(os.path.join(folder, "ema.safetensors")))
     return State(**{name: content[name] for name in ("step", "history", "sums", "seconds")})
@@ -123,19 +124,34 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
+def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Lays moments out as their parameters are: fused optimizers walk both in memory order and do not look at strides."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, values in state["state"].items():
         for name, value in values.items():
             (tensors if isinstance(value, Tensor) else scalars)[f"{index}.{name}"] = value
-    return tensors, {"groups": state["param_groups"], "scalars": scalars}
+    groups = []
+    for number, group in enumerate(state["param_groups"]):
+        tensors |= {f"group-{number}.{name}": value for name, value in group.items() if isinstance(value, Tensor)}
+        groups.append({name: value for name, value in group.items() if not isinstance(value, Tensor)})
+    return tensors, {"groups": groups, "scalars": scalars}
 
 
 def _unflatten(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in plain["groups"]]
     for key, value in {**tensors, **plain["scalars"]}.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in plain["groups"]]
+        if index.startswith("group-"):
+            groups[int(index.removeprefix("group-"))][name] = value
+        else:
+            state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": groups}

@@ -29,7 +29,7 @@ Parts = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Norm:
-    """Normalises uint8 images on the device: (x / 255 - mean) / std."""
+    """Normalises uint8 images on the device: (x / 255 - mean) / std, in place after the conversion."""
 
     mean: Tensor
     std: Tensor
@@ -37,7 +37,7 @@ class Norm:
 
     def __call__(self, images: Tensor) -> Tensor:
         """[b, 3, S, S] uint8 to float32."""
-        scaled = (images.float() / 255 - self.mean) / self.std
+        scaled = images.float().mul_(1 / (255 * self.std)).sub_(self.mean / self.std)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return scaled.contiguous(memory_format=layout)
 

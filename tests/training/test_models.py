@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -199,6 +201,67 @@ def test_a_batch_computed_in_parts_has_the_gradient_of_the_whole(tmp_path: Path,
         assert (value - in_parts[name]).abs().max() < 1e-4 * moved, name
     first, second = (checkpoint.read_state(str(ends[parts]))["history"][0] for parts in (1, 3))
     assert first["alignment"] == pytest.approx(second["alignment"], rel=1e-4)
+
+
+SWITCHES: dict[str, tuple[str, dict[str, Any], float]] = {
+    # name: (backbone, settings, how far the weights may end from those of the plain run, as a share of the way they went)
+    "activations computed again": ("vit_tiny_patch16_224", {"checkpoint_activations": True}, 1e-4),
+    "contiguous memory": ("test_resnet", {"channels_last": False}, 1e-2),
+    "bfloat16": ("vit_tiny_patch16_224", {"precision": "bfloat16"}, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_what_only_saves_time_or_memory_changes_nothing_else(tmp_path: Path, make_store: Callable[..., Path], name: str) -> None:
+    backbone, changed, tolerance = SWITCHES[name]
+    store = make_store(tmp_path / "s", train=32)
+    config = TrainConfig(
+        store=str(store), backbone=backbone, image_size=32, epochs=1, batch_size=16, projection_dim=4, warmup_epochs=0,
+        optimizer="momentum", lr=0.05, weight_decay=0.0,
+    )  # fmt: skip
+    from safetensors.torch import load_file
+
+    plain = load_file(run_alone(config, tmp_path / "plain") / "model.safetensors")
+    switched = load_file(run_alone(replace(config, **changed), tmp_path / "switched") / "model.safetensors")
+    assert plain.keys() == switched.keys()
+    start = loop.build_task(config, 3, 4).state_dict()
+    names = [name for name, value in plain.items() if value.is_floating_point()]
+    way = sum(float((plain[name] - start[name]).square().sum()) for name in names) ** 0.5
+    apart = sum(float((plain[name] - switched[name]).square().sum()) for name in names) ** 0.5
+    assert apart < tolerance * way
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"loss": "bce", "label_smoothing": 0.1, "mixup": 0.5}, {"clip_grad": 0.02, "clip_mode": "agc"}, {"optimizer": "lamb"},
+        {"alignment": "sigmoid"}, {"alignment": "cosine"}, {"alignment": "image-to-text", "store_negatives": 8},
+        {"small_stem": True, "backbone": "resnet18"}, {"layer_decay": 0.7, "backbone": "vit_tiny_patch16_224"},
+    ],
+)  # fmt: skip
+def test_other_ways_learn_too(tmp_path: Path, make_store: Callable[..., Path], changed: dict[str, Any]) -> None:
+    store = make_store(tmp_path / "s", train=60, val=30)
+    settings = {"backbone": "test_resnet", "image_size": 32, "epochs": 5, "batch_size": 20, "projection_dim": 4, "lr": 3e-3}
+    last = run_alone(TrainConfig(store=str(store), **(settings | changed)), tmp_path / "run")
+    history = checkpoint.read_state(str(last))["history"]
+    assert history[-1]["cross_entropy"] < history[0]["cross_entropy"]
+    assert history[-1]["alignment"] < history[0]["alignment"] and history[-1]["retrieval_rank"] >= 1
+
+
+def test_layers_below_learn_more_slowly_and_norms_do_not_decay() -> None:
+    config = TrainConfig(store="s", backbone="vit_tiny_patch16_224", layer_decay=0.5, image_size=32, learn_temperature=True)
+    task = loop.build_task(config, 3, 4)
+    optimizer = backbones.optimizer(config, task)
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(task.named_parameters())
+    assert len(of) == len(parameters)
+    scales = [of[id(parameters[f"backbone.blocks.{n}.attn.qkv.weight"])]["lr_scale"] for n in range(12)]
+    assert all(low == pytest.approx(high / 2) for low, high in itertools.pairwise(scales))
+    assert of[id(parameters["head.layers.0.weight"])].get("lr_scale", 1.0) == 1.0
+    for name, parameter in parameters.items():
+        assert of[id(parameter)]["weight_decay"] == (
+            0.0 if parameter.ndim < 2 or "pos_embed" in name or "cls" in name else 0.05
+        ), name
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_pictures(tmp_path: Path, make_store: Callable[..., Path]) -> None:
