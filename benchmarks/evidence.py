@@ -68,7 +68,7 @@ def sets(options: argparse.Namespace) -> list[tuple[str, Any, list[str]]]:
     if not options.no_scenes:
         found.append(("scenes", scenes, ["--preset", "scenes"]))
     if options.images:
-        recipe = ["--preset", "small-32", "--no-small-stem", "--image-size", str(options.size), "--batch-size", "64"]
+        recipe = ["--preset", "small-32", "--image-size", str(options.size), "--batch-size", "64"]
         name = Path(options.images).name
         found.append((name, lambda place, count: given(place, count, options), [*recipe, "--lr", "2e-3"]))
     return found

@@ -34,7 +34,8 @@ _DEIT: _Settings = {
 PRESETS: dict[str, _Settings] = {
     # Small pictures from nothing; the defaults.
     "small-64": {},
-    "small-32": {"image_size": 32, "crop_scale": 0.5, "small_stem": True},
+    "small-32": {"image_size": 32, "crop_scale": 0.5},
+    "small-32-resnet": {"image_size": 32, "crop_scale": 0.5, "small_stem": True},
     "small-64-vit": {
         "backbone": "vit_tiny_patch16_224",
         "patch_size": 8,
