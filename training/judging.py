@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Array = npt.NDArray[Any]
 
@@ -144,10 +147,13 @@ def caption_ranks(z: Array, texts: Array, own: Array) -> Array:
     ranks = np.empty(len(z), np.int64)
     for start, stop in _blocks(len(z), len(texts)):
         cosines = torch.from_numpy(z[start:stop]).to(device) @ texts_Md.T
-        mine = cosines.gather(1, torch.from_numpy(own[start:stop]).to(device)[:, None])
-        # Not "above": what is no number (a broken model) must not rank first.
-        ranks[start:stop] = (~(cosines < mine)).sum(1).cpu().numpy()
+        ranks[start:stop] = ranks_of(cosines, torch.from_numpy(own[start:stop]).to(device)).cpu().numpy()
     return ranks
+
+
+def ranks_of(cosines: Tensor, own: Tensor) -> Tensor:
+    """[n] rank, from 1, of entry `own` ([n]) in each row of [n, M] cosines; ties, and what is no number, count against it."""
+    return (~(cosines < cosines.gather(1, own[:, None]))).sum(1)
 
 
 def retrieval(ranks: Array) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.store import Store
-from training import backbones, checkpoint, targets
+from training import backbones, checkpoint, judging, targets
 from training.augment import Augment
 from training.config import TrainConfig
 from training.data import DecoderSpec, Decoding, Loader, ThreadDecoding, lookahead
@@ -215,8 +215,7 @@ def caption_ranks(z_bd: Tensor, texts_bd: Tensor, groups_b: Tensor) -> Tensor:
     one_of = torch.zeros(len(different), dtype=torch.long, device=place.device)
     one_of[place] = torch.arange(len(place), device=place.device)
     cosines = z_bd[kept].float() @ texts_bd[kept][one_of].float().T
-    own = cosines.gather(1, place[:, None])
-    return 1 + (cosines > own).sum(1)
+    return judging.ranks_of(cosines, place)
 
 
 def _moving_average(config: TrainConfig, task: AlignTask) -> Any:

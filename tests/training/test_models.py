@@ -264,6 +264,16 @@ def test_layers_below_learn_more_slowly_and_norms_do_not_decay() -> None:
         ), name
 
 
+def test_a_collapsed_model_ranks_its_captions_last() -> None:
+    """As `evaluate` does it: five pictures, four different captions, one picture without any."""
+    texts = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    groups = torch.tensor([3, 3, 7, -1, 9, 11])
+    texts[1] = texts[0]
+    assert loop.caption_ranks(texts, texts, groups).tolist() == [1] * 5
+    assert loop.caption_ranks(torch.zeros(6, 8), texts, groups).tolist() == [4] * 5
+    assert loop.caption_ranks(torch.full((6, 8), torch.nan), texts, groups).tolist() == [4] * 5
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_pictures(tmp_path: Path, make_store: Callable[..., Path]) -> None:
     store = make_store(tmp_path / "s", train=48)
     config = TrainConfig(
