@@ -2,7 +2,7 @@
 
 A *place* names a picture below a source: `train/dog/1.jpg`, or `shard-07.tar#512-20480` for 20,480 bytes from offset 512.
 Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and so on), never
-from the address, since addresses are recorded in the store.
+from the address, since addresses are recorded in the store. `gs://anonymous@BUCKET` is a public one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """
     if "://" not in uri:
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    if urlsplit(uri).password is not None or urlsplit(uri).username is not None:
+    if urlsplit(uri).password is not None or urlsplit(uri).username not in (None, "anonymous"):
         message = f"{urlsplit(uri).scheme}://...: credentials do not belong into an address; set them in the environment."
         raise ValueError(message)
     filesystem, root = _file_system(uri)
@@ -36,11 +36,24 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 def _file_system(uri: str) -> tuple[fs.FileSystem, str]:
     # Kept: a file system of its own for every picture would open a connection of its own for every picture.
     try:
-        filesystem, root = fs.FileSystem.from_uri(uri)
+        filesystem, root = _google(uri) if uri.startswith(("gs://", "gcs://")) else fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
         message = f"{uri}: cannot be opened ({error}); known are paths, file://, s3://BUCKET/KEY and gs://BUCKET/KEY."
         raise ValueError(message) from None
     return filesystem, str(root)
+
+
+def _google(uri: str) -> tuple[fs.FileSystem, str]:
+    """STORAGE_EMULATOR_HOST, which Google's own clients know, is to gs:// what AWS_ENDPOINT_URL is to s3://."""
+    parts = urlsplit(uri)
+    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
+        there = urlsplit(emulator if "://" in emulator else f"http://{emulator}")
+        google = fs.GcsFileSystem(anonymous=True, scheme=there.scheme, endpoint_override=there.netloc)
+        return google, f"{parts.hostname}{parts.path}"
+    # Google's client asks again for a quarter of an hour when there are no credentials, or no network.
+    limit = "" if "retry_limit_seconds" in parts.query else f"{'&' if parts.query else '?'}retry_limit_seconds=60"
+    filesystem, root = fs.FileSystem.from_uri(uri + limit)
+    return filesystem, root
 
 
 def join(root: str, place: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -41,9 +42,38 @@ def bucket() -> Iterator[str]:
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
+# A server of its own process, since pyarrow's client for it waits with the interpreter's lock held; of many threads, since it
+# would otherwise answer nobody while one client reads a part of a file.
+GOOGLE = """
+import sys
+from http.server import ThreadingHTTPServer
+from types import SimpleNamespace
+from gcp_storage_emulator import server
+server.server = SimpleNamespace(HTTPServer=ThreadingHTTPServer)
+server.RequestHandler.log_message = lambda *_: None
+server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket="pictures").start()
+print("ready", flush=True)
+"""
+
+
 @pytest.fixture(scope="session")
-def ray_session(bucket: str) -> Iterator[None]:
-    """One local Ray for all tests that need it; verbs called in this process join it. Its workers know the bucket."""
+def gs_bucket() -> Iterator[str]:
+    """A bucket of a server on loopback that speaks Google Cloud Storage's protocol."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-c", GOOGLE, str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert server.stdout is not None and server.stdout.readline() == b"ready\n"
+    os.environ["STORAGE_EMULATOR_HOST"] = f"http://127.0.0.1:{port}"
+    yield "gs://pictures"
+    server.kill()
+    server.wait()
+    del os.environ["STORAGE_EMULATOR_HOST"]
+
+
+@pytest.fixture(scope="session")
+def ray_session(bucket: str, gs_bucket: str) -> Iterator[None]:
+    """One local Ray for all tests that need it; verbs called in this process join it. Its workers know the buckets."""
     from pipeline.session import start_ray
 
     start_ray()

@@ -1,4 +1,4 @@
-"""Tars, Parquet files, lists and image folders give the same rows, from a disk and from an S3 server."""
+"""Tars, Parquet files, lists and image folders give the same rows, from a disk, from S3 and from Google's storage."""
 
 from __future__ import annotations
 
@@ -120,17 +120,17 @@ def check(store: Store, pictures: Pictures) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", ["disk", "s3"])
+@pytest.mark.parametrize("where", ["disk", "s3", "gs"])
 def test_every_kind_of_source_gives_the_same_rows(
-    kind: str, where: str, pictures: Pictures, tmp_path: Path, bucket: str, ray_session: None
+    kind: str, where: str, pictures: Pictures, tmp_path: Path, bucket: str, gs_bucket: str, ray_session: None
 ) -> None:
     images = WRITERS[kind](pictures, tmp_path / kind)
     store = str(tmp_path / "store")
-    if where == "s3":
-        folder = str(tmp_path / kind)
-        uri = upload(folder, f"{bucket}/{kind}")
+    if where != "disk":
+        folder, there = str(tmp_path / kind), {"s3": bucket, "gs": gs_bucket}[where]
+        uri = upload(folder, f"{there}/{kind}")
         images = images.replace(folder, uri)
-        store = f"{bucket}/{kind}-store"
+        store = f"{there}/{kind}-store"
     config = SourceConfig(images=images, store=store, shard_rows=5, max_failure_rate=0.1)
     run.ingest(config)
     opened = Store(store)
