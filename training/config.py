@@ -117,6 +117,8 @@ class TrainConfig:
     """Data-parallel processes; 0: one for each GPU of the cluster, or two on a cluster without GPUs."""
     min_workers: int = 0
     """Elastic training: go on with as few workers as this when nodes are lost, and with up to --workers when they are back."""
+    resize_seconds: float = 60
+    """Elastic training: how often to look whether nodes have come back; growing restarts the workers from the last checkpoint."""
     threads: int = 0
     """CPU threads of a worker that has no GPU; 0: this machine's cores, shared out. More threads than cores are far slower."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -199,8 +201,9 @@ class TrainConfig:
 
 
 _NOT_NEGATIVE = (
-    "workers", "min_workers", "threads", "projection_dim", "warmup_epochs", "warmup_lr", "max_failures", "weight_decay", "min_lr",
-    "patch_size", "store_negatives", "clip_grad", "color_jitter", "mixup", "cutmix", "checkpoint_minutes", "checkpoint_steps",
+    "workers", "min_workers", "resize_seconds", "threads", "projection_dim", "warmup_epochs", "warmup_lr", "max_failures",
+    "weight_decay", "min_lr", "patch_size", "store_negatives", "clip_grad", "color_jitter", "mixup", "cutmix",
+    "checkpoint_minutes", "checkpoint_steps",
 )  # fmt: skip
 
 

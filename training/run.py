@@ -33,8 +33,8 @@ Result = dict[str, Any]
 
 # What may differ between a run and its resumption: where it runs and how it is watched, not what is computed.
 _FREE = (
-    "run", "workers", "min_workers", "threads", "loader", "loader_workers", "checkpoint_minutes", "checkpoint_steps",
-    "max_failures", "tracking_uri", "experiment", "log_artifacts", "register_as", "parent_run",
+    "run", "workers", "min_workers", "resize_seconds", "threads", "loader", "loader_workers", "checkpoint_minutes",
+    "checkpoint_steps", "max_failures", "tracking_uri", "experiment", "log_artifacts", "register_as", "parent_run",
 )  # fmt: skip
 
 
@@ -71,13 +71,18 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    num_workers: Any = (config.min_workers, config.workers) if config.min_workers else config.workers
+    # Settings of Ray Train V2, which the declared type, V1's, does not know.
+    size: dict[str, Any] = {"num_workers": config.workers}
+    if config.min_workers:
+        size = {
+            "num_workers": (config.min_workers, config.workers),
+            "elastic_resize_monitor_interval_s": config.resize_seconds,
+        }
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": asdict(config), "run_id": run_id},
         scaling_config=ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=gpus, resources_per_worker={"CPU": cpus, "GPU": int(gpus)},
+            **size, use_gpu=gpus, resources_per_worker={"CPU": cpus, "GPU": int(gpus)},
         ),
         run_config=RunConfig(
             name=path.rpartition("/")[2], storage_path=path.rpartition("/")[0], storage_filesystem=filesystem,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.encoders import TextEncoder
+from pipeline.encoders import TextEncoder, _batches
 from pipeline.models import ModelRef, resolve
 
 TEXTS = ["a small red circle", "two dogs run over a wet field towards the camera while it rains", "x", "a small red circle"]
@@ -67,6 +68,37 @@ def test_several_captions_have_one_vector_between_them(minilm: TextEncoder) -> N
     mean = parts.vectors.astype(np.float32).mean(0)
     np.testing.assert_allclose(both.vectors[0].astype(np.float32), mean / np.linalg.norm(mean), atol=2e-3)
     assert both.tokens[0] == sum(parts.tokens)
+
+
+def cost(lengths: list[int], cuts: list[tuple[int, int]]) -> int:
+    """Tokens computed, and 96 for each call."""
+    return sum((stop - start) * lengths[start] + 96 for start, stop in cuts)
+
+
+def test_captions_are_batched_as_cheaply_as_can_be() -> None:
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 9):
+        lengths = sorted(rng.integers(5, 900, count).tolist(), reverse=True)
+        found = _batches(lengths, 4, "cpu")
+        assert [place for start, stop in found for place in range(start, stop)] == list(range(count))
+        ways = [[0, *inner, count] for size in range(count) for inner in itertools.combinations(range(1, count), size)]
+        every = [list(itertools.pairwise(way)) for way in ways]
+        allowed = [
+            way for way in every if all(b - a == 1 or (b - a <= 4 and (b - a) * lengths[a] <= 2048) for a, b in way)
+        ]  # fmt: skip
+        assert found in allowed
+        assert cost(lengths, found) == min(cost(lengths, way) for way in allowed)
+    assert _batches([], 4, "cpu") == []
+    assert _batches([5000, 20], 4, "cpu") == [(0, 1), (1, 2)], "one that is longer than a batch goes alone"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_are_padded_as_their_tokenizer_does(minilm: TextEncoder, monkeypatch: pytest.MonkeyPatch, side: str) -> None:
+    monkeypatch.setattr(minilm._tokenizer, "padding_side", side)
+    ids = [[101, 7, 8, 9, 102], [101, 102], [101, 5, 102]]
+    expected = minilm._tokenizer.pad({"input_ids": ids}, return_tensors="pt", verbose=False)
+    found = minilm._padded(ids, 5)
+    assert all(torch.equal(found[name].cpu(), expected[name]) for name in ("input_ids", "attention_mask"))
 
 
 def word_tokenizer(template: str, special: list[str], limit: int) -> PreTrainedTokenizerFast:

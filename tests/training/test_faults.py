@@ -63,18 +63,23 @@ def epochs_done(run: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def wait_for_epoch(run: Path, epoch: int, driver: Any) -> None:
+def wait_for(arrived: Callable[[], bool], driver: Any) -> None:
     deadline = time.monotonic() + 400
-    while epochs_done(run) < epoch:
-        assert driver.poll() is None and time.monotonic() < deadline, f"ended with {driver.poll()} in epoch {epochs_done(run)}"
+    while not arrived():
+        assert driver.poll() is None and time.monotonic() < deadline, f"the driver's state is {driver.poll()}"
         time.sleep(0.01)
 
 
-def check_samples(run: Path) -> None:
+def wait_for_epoch(run: Path, epoch: int, driver: Any) -> None:
+    wait_for(lambda: epochs_done(run) >= epoch, driver)
+
+
+def check_samples(run: Path, epochs: int = 12) -> None:
     """Every epoch counted its own samples, once each, whatever happened in it."""
     history = json.loads((run / "result.json").read_text())["history"]
-    assert [m["samples"] for m in history] == [12 * (end - begin) for begin, end in itertools.pairwise(ENDS)]
-    assert history[-1]["step"] == STEPS
+    ends = [-(-epoch * 57 // 12) for epoch in range(epochs + 1)]
+    assert [m["samples"] for m in history] == [12 * (end - begin) for begin, end in itertools.pairwise(ends)]
+    assert history[-1]["step"] == ends[-1]
 
 
 def check_same_weights(run: Path, other: Path) -> None:
@@ -86,21 +91,39 @@ def check_same_weights(run: Path, other: Path) -> None:
             assert torch.equal(value, found[name]), (file, name)
 
 
-def test_a_lost_node_leaves_fewer_workers_who_go_on(nodes: TwoNodes, store: Path) -> None:
-    """Elastic: two workers on two nodes, then one; the batches stay what they were.
+def test_an_elastic_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(nodes: TwoNodes, store: Path) -> None:
+    """Two workers on two nodes, then one, then two again; the batches stay what they were.
 
     The first test: Ray keeps what a killed driver had reserved for three minutes, and an elastic run waits for that.
     """
-    run = store.parent / "node"
-    driver = start(nodes, store, run, "--min-workers", "1")
+    run, epochs = store.parent / "node", 120
+    driver = start(nodes, store, run, "--min-workers", "1", "--resize-seconds", "2", "--epochs", str(epochs))
     wait_for_epoch(run, 2, driver)
     assert len(nodes.actors("RayTrainWorker")) == 2 and len(nodes.actors("RayTrainWorker", worker_node=True)) == 1
     nodes.kill_raylet(replace=False)
-    assert driver.wait(500) == 0
+    wait_for_epoch(run, epochs_done(run) + 3, driver)
+    assert len(nodes.actors("RayTrainWorker")) == 1
     nodes.add_worker_node()
-    check_samples(run)
+    wait_for(lambda: len(nodes.actors("RayTrainWorker", worker_node=True)) == 1, driver)
+    grown = epochs_done(run)
+    assert driver.wait(500) == 0
+    assert grown < epochs
+    check_samples(run, epochs)
     history = json.loads((run / "result.json").read_text())["history"]
     assert history[-1]["top1"] > 60, "three classes by their colour"
+
+
+def test_pictures_are_decoded_on_a_node_that_does_not_train(nodes: TwoNodes, store: Path) -> None:
+    """A node has one CPU: where the worker is, its decoder is not."""
+    run = store.parent / "elsewhere"
+    flags = ["--workers", "1", "--loader", "actors", "--loader-workers", "1", "--epochs", "4"]
+    driver = start(nodes, store, run, *flags)
+    wait_for_epoch(run, 1, driver)
+    on_worker_node = [len(nodes.actors(name, worker_node=True)) for name in ("RayTrainWorker", "_DecodingActor")]
+    assert [len(nodes.actors(name)) for name in ("RayTrainWorker", "_DecodingActor")] == [1, 1]
+    assert sorted(on_worker_node) == [0, 1]
+    assert driver.wait(500) == 0
+    check_samples(run, 4)
 
 
 def test_a_run_killed_several_times_ends_with_the_very_same_weights(nodes: TwoNodes, store: Path, uninterrupted: Path) -> None:
