@@ -17,6 +17,10 @@ def start_ray() -> None:
         # Read by Ray when it is imported: without it a laptop's Ray would listen on every interface.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Idle workers end after five seconds: each wakes a hundred times a second, and two threads that compute in step both
+        # wait when one of their cores is taken.
+        os.environ.setdefault("RAY_num_workers_soft_limit", "0")
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "5000")
         _keep_memory()
     import ray
 

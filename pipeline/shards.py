@@ -10,7 +10,9 @@ import hashlib
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import pyarrow as pa
@@ -148,8 +150,9 @@ class CaptionPictures:
         self._loading = Loading(store, variant, f"{actor_name()}-{run}")
         self._loading.begin()
         self._config = smaller(config, self._loading.smaller)
+        self._thread = one_thread()
         try:
-            self._captioner = build_captioner(self._config, model)
+            self._captioner = self._thread.submit(build_captioner, self._config, model).result()
         except Exception as error:
             if is_out_of_memory(error):
                 self._loading.out_of_memory(SMALLEST)
@@ -191,7 +194,17 @@ class CaptionPictures:
         from PIL import Image
 
         pictures = [Image.frombytes("RGB", (row["width"], row["height"]), row["pixels"]) for row in rows]
-        return self._captioner(pictures, [row["prompt"] for row in rows], [row["id"] for row in rows])
+        prompts, ids = [row["prompt"] for row in rows], [row["id"] for row in rows]
+        return self._thread.submit(self._captioner, pictures, prompts, ids).result()
+
+
+def one_thread() -> ThreadPoolExecutor:
+    """The thread that a model is loaded and called in.
+
+    Ray makes an actor in one thread and calls it in another. Each thread that computes has an OpenMP team of its own, and once
+    teams have more threads than there are cores, OpenMP sleeps at each barrier and no longer spins.
+    """
+    return ThreadPoolExecutor(1, thread_name_prefix="model")
 
 
 def _leave(error: BaseException) -> NoReturn:
@@ -239,7 +252,9 @@ class EmbedCaptions:
     """Holds the encoder; one call reads, encodes and writes one shard: captions and vectors are small and need not travel."""
 
     def __init__(self, config: EmbedConfig, model: ModelRef, captions: str, variant: str) -> None:
-        self._encoder = TextEncoder(model, config.pooling or "mean", batch=config.encoder_batch, long_texts=config.long_captions)
+        self._thread = one_thread()
+        load = partial(TextEncoder, model, config.pooling or "mean", batch=config.encoder_batch, long_texts=config.long_captions)
+        self._encoder = self._thread.submit(load).result()
         self._store = Store(config.store)
         self._captions, self._variant = captions, variant
 
@@ -253,7 +268,8 @@ class EmbedCaptions:
         wanted = _rows_to_do(self._store, "embeddings", self._variant, shard, redo, len(source))
         texts = list(zip(wanted, source.take(wanted).to_pylist(), strict=True))
         good = [(row, text) for row, text in texts if text["error"] is None]
-        encoded = self._encoder.averaged([[text["caption"], *(text["others"] or [])] for _, text in good])
+        groups = [[text["caption"], *(text["others"] or [])] for _, text in good]
+        encoded = self._thread.submit(self._encoder.averaged, groups).result()
         made = {
             row: {"embedding": encoded.vectors[n], "tokens": encoded.tokens[n], "truncated": encoded.truncated[n]}
             for n, (row, _) in enumerate(good)
