@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -99,27 +101,43 @@ def main() -> int:
     parser.add_argument("--shard-rows", type=int, default=512, help="pictures a shard (default 512, the product's own)")
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/captioning.md")
     options = parser.parse_args()
+    import torch
+
+    # Without a GPU the engine computes on the cores that decode, too: once it has one core, as a GPU's engine has its device for
+    # itself, and once all, where whatever else runs takes from it.
+    cores = [0] if torch.cuda.is_available() else [1, os.cpu_count() or 1]
+    found: dict[str, dict[str, float]] = {}
+    shares: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         store = _ingested(Path(folder), options)
-        bare = _script(BARE, store)
-        piped = _pipeline(store)
-        llm = _script(RAY_LLM, store)
-    share = piped["rows_per_s"] / bare["rows_per_s"]
-    table = [f"{'':14}{'images/s':>10}{'tokens/s':>10}"]
-    for name, found in (("bare engine", bare), ("pipeline", piped), ("ray.data.llm", llm)):
-        table.append(f"{name:14}{found['rows_per_s']:>10.1f}{found['tokens_per_s']:>10.0f}")
-    table.append(f"share kept {share:.3f} (goal {GOAL}), {options.rows} pictures, from the first shard's receipt to the last's")
+        for count in cores:
+            name = f", {count} cores" if count > 1 else ", 1 core" if count else ""
+            # The bare engine before and after: a machine that is shared changes its speed by more than what is looked for.
+            before, piped, after = _script(BARE, store, count), _pipeline(store, count), _script(BARE, store, count)
+            bare = {key: (before[key] + after[key]) / 2 for key in before}
+            found |= {f"bare engine{name}": bare, f"pipeline{name}": piped}
+            shares[count] = piped["rows_per_s"] / bare["rows_per_s"]
+            spread = [before["rows_per_s"], after["rows_per_s"]]
+            print(f"{name.strip(', ') or 'GPU'}: bare {spread}, pipeline {piped['rows_per_s']}", file=sys.stderr, flush=True)
+        found["ray.data.llm"] = llm = _script(RAY_LLM, store)
+    table = [f"{'':24}{'images/s':>10}{'tokens/s':>10}"]
+    table += [f"{name:24}{speed['rows_per_s']:>10.1f}{speed['tokens_per_s']:>10.0f}" for name, speed in found.items()]
+    said = ", ".join(f"{share:.3f}" + f" with {count} cores" * bool(count) for count, share in shares.items())
+    table.append(f"share kept: {said} (goal {GOAL}); {options.rows} pictures, from the first shard's receipt to the last's")
     table.append(f"ray.data.llm keeps {llm['rows_per_s'] / bare['rows_per_s']:.3f} on the same files")
     record.publish(
         "captioning", "Captioning: share of the bare engine's speed", f"python benchmarks/captioning.py --rows {options.rows}",
-        table, ("ray", "torch", "transformers", "vllm"), save=options.save, value=round(share, 3),
-        unit="share of the bare engine", goal=GOAL, ray_data_llm=round(llm["rows_per_s"] / bare["rows_per_s"], 3),
-        holds=share >= GOAL,
+        table, ("ray", "torch", "transformers", "vllm"), save=options.save,
+        value={str(count or "GPU"): round(share, 3) for count, share in shares.items()},
+        unit="share of the bare engine, by the engine's cores", goal=GOAL,
+        ray_data_llm=round(llm["rows_per_s"] / bare["rows_per_s"], 3), holds=min(shares.values()) >= GOAL,
     )  # fmt: skip
     return 0
 
 
 def _ingested(folder: Path, options: argparse.Namespace) -> str:
+    import ray
+
     from cluster import cli
 
     counts = ["--train-per-class", str(-(-options.rows // CLASSES)), "--val-per-class", "0"]
@@ -129,21 +147,28 @@ def _ingested(folder: Path, options: argparse.Namespace) -> str:
     assert (
         cli.main(["ingest", "--images", str(folder / "scenes"), "--store", store, "--shard-rows", str(options.shard_rows)]) == 0
     )
+    ray.shutdown()  # it would take from the contenders' cores
     return store
 
 
-def _script(code: str, store: str) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-c", code, store], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+def _script(code: str, store: str, cores: int = 0) -> dict[str, float]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cores)} if cores else None
+    command = [sys.executable, "-c", code, store]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     found = json.loads(done.stdout.splitlines()[-1])
     return {"rows_per_s": found["rows"] / found["seconds"], "tokens_per_s": found["tokens"] / found["seconds"]}
 
 
-def _pipeline(store: str) -> dict[str, float]:
+def _pipeline(store: str, cores: int) -> dict[str, float]:
     """Rate between the first receipt and the last, so that loading the engine does not count."""
+    import ray
+
     from cluster import cli
     from pipeline.store import Store
 
-    assert cli.main(["caption", "--store", store]) == 0
+    shutil.rmtree(Path(store) / "captions", ignore_errors=True)
+    assert cli.main(["caption", "--store", store, "--engine-cores", str(cores)]) == 0
+    ray.shutdown()
     opened = Store(store)
     variant = opened.only_variant("captions")
     receipts = Path(store) / "captions" / variant / "receipts"

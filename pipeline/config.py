@@ -141,6 +141,8 @@ class CaptionConfig:
     """Most tokens of prompt, picture and caption together; 0: the preset's or the model's own."""
     replicas: int = 0
     """Captioning actors; 0: one for each GPU of the cluster, or one on a cluster without GPUs."""
+    engine_cores: int = 0
+    """CPU cores of an engine without a GPU; 0: all, with decoding in what it leaves. Fewer leave cores to decoding and to you."""
     engine_batch: int = 0
     """Most pictures that an engine works on at a time; 0: vllm's own choice, 16 for transformers."""
     gpu_memory_utilization: float = 0.85
@@ -189,6 +191,8 @@ class CaptionConfig:
             faults.append(f"engine_batch={self.engine_batch}: must be 0 (the engine's choice) or more.")
         if self.replicas < 0:
             faults.append(f"replicas={self.replicas}: must be 0 (one a GPU) or more.")
+        if self.engine_cores < 0:
+            faults.append(f"engine_cores={self.engine_cores}: must be 0 (all) or more.")
         _raise_faults(faults)
 
 

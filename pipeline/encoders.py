@@ -21,8 +21,8 @@ LongTexts = Literal["cut", "split"]
 # Tokens, padding included, of one forward pass. On cores, activations of 32 MiB and more are mapped afresh for every layer, and
 # filling those pages took three quarters of the time (MiniLM, batches of 256); below it, 1,024 to 4,096 tokens are equally fast.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
-# What one more call costs, in tokens: on cores measured (4 to 12 ms at 8,000 tokens a second), on a GPU assumed.
-_CALL_TOKENS = {"cpu": 96, "cuda": 4096}
+# What one more call costs, in tokens: on cores measured (6 ms at 8,000 tokens a second), on a GPU assumed.
+_CALL_TOKENS = {"cpu": 48, "cuda": 4096}
 SENTENCE_END = re.compile(r"(?<=[.!?;])\s+")
 
 

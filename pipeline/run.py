@@ -125,10 +125,12 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
         # Asking a server needs neither a GPU nor much of a core.
         asks = config.captioner == "openai"
-        engines, gpus, cpus = (config.replicas or 1, 0.0, 1) if asks else _pool(config.replicas, "replicas")
+        engines, gpus, cpus = (config.replicas or 1, 0.0, 1) if asks else _pool(config.replicas, "replicas", config.engine_cores)
+        computes_here = not gpus and not asks
+        crowded = computes_here and engines * cpus >= (os.cpu_count() or 1)
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
         ds = ds.map_batches(
-            shards.PreparePictures, fn_constructor_args=(config, variant, not gpus and not asks), **_shard_batches(), num_cpus=1,
+            shards.PreparePictures, fn_constructor_args=(config, variant, crowded), **_shard_batches(), num_cpus=1,
             compute=_actors(max(spare_cores(), engines)),
         )  # fmt: skip
         # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up. The pool is fixed: a
@@ -167,7 +169,7 @@ def _actors(size: int) -> ray.data.ActorPoolStrategy:
     return ActorPoolStrategy(size=size)
 
 
-def _pool(wanted: int, flag: str) -> tuple[int, float, int]:
+def _pool(wanted: int, flag: str, cores: int = 0) -> tuple[int, float, int]:
     """(actors, GPUs an actor, CPUs an actor) for a stage that holds a model; says at once when the cluster cannot give them."""
     gpus = session.gpus()
     if gpus and wanted > gpus:
@@ -176,8 +178,11 @@ def _pool(wanted: int, flag: str) -> tuple[int, float, int]:
         raise ValueError(message)
     if gpus:
         return wanted or gpus, 1.0, 1
+    if cores > (largest := session.largest_node()):
+        message = f"engine_cores={cores}: the largest node has {largest} CPUs; pass --engine-cores {largest} or fewer."
+        raise ValueError(message)
     # Ray gives an actor as many OpenMP threads as CPUs: an engine without a GPU computes with them, so it gets the cores.
-    return wanted or 1, 0.0, max(1, (os.cpu_count() or 1) // (wanted or 1))
+    return wanted or 1, 0.0, cores or max(1, (os.cpu_count() or 1) // (wanted or 1))
 
 
 def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[str, Any]], chain: Chain, max_rate: float) -> None:

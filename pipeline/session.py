@@ -74,6 +74,13 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def largest_node() -> int:
+    """CPUs, by Ray's count, of the node that has most of them."""
+    import ray
+
+    return int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0))
+
+
 def actor_name() -> str:
     """A name of the actor that this process is, the same after Ray has started it again; `driver` outside of actors."""
     import ray

@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline import locations
-from pipeline.session import start_ray
+from pipeline.session import largest_node, start_ray
 from pipeline.store import Store
 from training import tracking
 from training.config import TrainConfig
@@ -300,7 +300,7 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
         message = "sync_batch_norm: torch computes it on GPUs only, and the cluster has none; leave the flag out."
         raise ValueError(message)
     # Ray gives a worker as many OpenMP threads as CPUs; decoding threads come on top.
-    largest = int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0))
+    largest = largest_node()
     cpus = 2 if gpus else config.threads or max(1, min((os.cpu_count() or 1) // workers, largest))
     if cpus > largest:
         message = (

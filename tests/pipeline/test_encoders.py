@@ -71,8 +71,8 @@ def test_several_captions_have_one_vector_between_them(minilm: TextEncoder) -> N
 
 
 def cost(lengths: list[int], cuts: list[tuple[int, int]]) -> int:
-    """Tokens computed, and 96 for each call."""
-    return sum((stop - start) * lengths[start] + 96 for start, stop in cuts)
+    """Tokens computed, and 48 for each call."""
+    return sum((stop - start) * lengths[start] + 48 for start, stop in cuts)
 
 
 def test_captions_are_batched_as_cheaply_as_can_be() -> None:

@@ -338,3 +338,19 @@ def test_every_preset_is_valid_and_builds() -> None:
         backbones.check_optimizer(config.optimizer)
     with pytest.raises(ValueError, match="choose one of small-64"):
         preset("nope")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+    """torch.compile, forward and backward; the last batch of an evaluation is a smaller one."""
+    from safetensors.torch import load_file
+
+    config = TrainConfig(
+        store=str(make_store(tmp_path / "s", train=32)), backbone="test_resnet", image_size=32, epochs=2, batch_size=16,
+        projection_dim=4, warmup_epochs=0.0,
+    )  # fmt: skip
+    plain = run_alone(config, tmp_path / "plain")
+    compiled = run_alone(replace(config, compile=True), tmp_path / "compiled")
+    expected, found = (load_file(folder / "model.safetensors") for folder in (plain, compiled))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
