@@ -46,7 +46,7 @@ class TwoNodes:
 
     def raylets(self) -> list[int]:
         nodes: list[Any] = [self._cluster.head_node, self._worker]
-        return [info.process.pid for node in nodes for info in node.all_processes["raylet"]]
+        return [info.process.pid for node in nodes for info in node.all_processes.get("raylet", [])]
 
     def actors(self, name: str, *, worker_node: bool = False) -> list[psutil.Process]:
         """Processes of actors of that name, below our own raylets; an engine in a process of its own is below its actor."""
