@@ -21,6 +21,9 @@ def start_ray() -> None:
         # wait when one of their cores is taken.
         os.environ.setdefault("RAY_num_workers_soft_limit", "0")
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "5000")
+        # Of the same cost: an actor that watches for the loss of spot machines, and metrics for a dashboard that does not run.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
         _keep_memory()
     import ray
 
