@@ -140,9 +140,11 @@ class CaptionConfig:
     context_length: int = 0
     """Most tokens of prompt, picture and caption together; 0: the preset's or the model's own."""
     replicas: int = 0
-    """Captioning actors; 0: one for each GPU of the cluster, or one on a cluster without GPUs."""
+    """Engines; 0: one for each GPU. Without GPUs: one for each core if the model is small (and the store is not), else one with
+    all cores."""
     engine_cores: int = 0
-    """CPU cores of an engine without a GPU; 0: all, with decoding in what it leaves. Fewer leave cores to decoding and to you."""
+    """CPU cores of an engine without a GPU; 0: the cores shared out. A number and no --replicas: one engine, and the other cores
+    are left to decoding and to you."""
     engine_batch: int = 0
     """Most pictures that an engine works on at a time; 0: vllm's own choice, 16 for transformers."""
     gpu_memory_utilization: float = 0.85
@@ -190,7 +192,7 @@ class CaptionConfig:
         if self.engine_batch < 0:
             faults.append(f"engine_batch={self.engine_batch}: must be 0 (the engine's choice) or more.")
         if self.replicas < 0:
-            faults.append(f"replicas={self.replicas}: must be 0 (one a GPU) or more.")
+            faults.append(f"replicas={self.replicas}: must be 0 (the machine's share) or more.")
         if self.engine_cores < 0:
             faults.append(f"engine_cores={self.engine_cores}: must be 0 (all) or more.")
         _raise_faults(faults)
@@ -217,7 +219,8 @@ class EmbedConfig:
     encoder_batch: int = 256
     """Most captions in a forward pass; taken in order of length, and fewer where they are long, so that little is padding."""
     encoder_replicas: int = 0
-    """Encoding actors; 0: one for each GPU of the cluster, or one on a cluster without GPUs."""
+    """Encoders; 0: one for each GPU. Without GPUs: one for each core if the model is small (and the store is not), else one with
+    all cores."""
     max_failure_rate: float = 0.01
     """Stop (exit code 3) when more than this share of all rows has failed."""
 
@@ -315,8 +318,8 @@ class EstimateConfig(DescribeConfig):
 
     store: tyro.conf.Suppress[str] = "-"
     limit: tyro.conf.Suppress[int] = 0
-    sample: int = 1536
-    """Pictures to describe: three shards tell the steady rate from the start; fewer are less sure."""
+    sample: int = 0
+    """Pictures to describe; 0: three shards for each engine, which tell the steady rate from the start. Fewer are less sure."""
     gpus: int = 0
     """GPUs of the real run; 0: as many engines as the sample ran on."""
     price_per_gpu_hour: float = 0.0
@@ -329,8 +332,8 @@ class EstimateConfig(DescribeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         faults = [] if self.images else ["images: name what is to be described, with --images."]
-        if self.sample < 1 or self.gpus < 0 or min(self.price_per_gpu_hour, *self.price_per_million_tokens) < 0:
-            faults.append("sample must be at least 1; gpus and prices at least 0.")
+        if self.sample < 0 or self.gpus < 0 or min(self.price_per_gpu_hour, *self.price_per_million_tokens) < 0:
+            faults.append("sample, gpus and prices must be at least 0.")
         _raise_faults(faults)
 
 

@@ -13,16 +13,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline import run, session, sources
+from pipeline import models, placement, run, session, sources
 from pipeline.config import CaptionConfig, EmbedConfig, EstimateConfig, SourceConfig
-from pipeline.store import Stage, Store
+from pipeline.store import STAGES, Stage, Store
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
     """One stage: seconds until it runs steadily, seconds and bytes an image from then on."""
 
-    stage: str
+    stage: Stage
     start_s: float
     seconds_per_image: float
     bytes_per_image: float
@@ -52,20 +52,36 @@ def estimate(config: EstimateConfig) -> Estimate:
         ValueError: wrong settings, or there is nothing to describe.
     """
     whole = sources.plan(config.part(SourceConfig)).dataset
+    begun = time.monotonic()
+    session.start_ray()
+    ray_s = time.monotonic() - begun
+    actors = _actors(config, whole.shards)
+    sample = config.sample or 3 * config.shard_rows * max(actors["captions"], actors["embeddings"])
     with tempfile.TemporaryDirectory(prefix="gpt4image-estimate-") as folder:
-        part = replace(config, store=os.path.join(folder, "store"), limit=min(config.sample, whole.rows))
-        begun = time.monotonic()
-        session.start_ray()
-        ray_s = time.monotonic() - begun
+        part = replace(
+            config, store=os.path.join(folder, "store"), limit=min(sample, whole.rows), replicas=actors["captions"],
+            encoder_replicas=actors["embeddings"],
+        )  # fmt: skip
         seconds = {
             "images": _timed(lambda: run.ingest(part.part(SourceConfig))),
             "captions": _timed(lambda: run.caption(part.part(CaptionConfig))),
             "embeddings": _timed(lambda: run.embed(part.part(EmbedConfig))),
         }
         store = Store(part.store)
-        stages = [_cost(store, stage, seconds[stage]) for stage in ("images", "captions", "embeddings")]
+        stages = [_cost(store, stage, seconds[stage], actors[stage]) for stage in STAGES]
         counts = _counts(store)
-    return _scaled(config, whole.rows, ray_s, stages, counts)
+    return _scaled(config, whole.rows, ray_s, stages, actors, counts)
+
+
+def _actors(config: EstimateConfig, shards: int) -> dict[Stage, int]:
+    """How many actors would do each stage of the whole: the sample is done by as many, though it has fewer shards."""
+    captions, embeddings = config.part(CaptionConfig), config.part(EmbedConfig)
+    encoder = models.resolve(embeddings.encoder, embeddings.encoder_revision)
+    return {
+        "images": session.spare_cores(),
+        "captions": placement.captioners(captions, run.captioner_model(captions), shards).actors,
+        "embeddings": placement.encoders(embeddings, encoder, shards).actors,
+    }
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -74,19 +90,29 @@ def _timed(work: Callable[[], object]) -> float:
     return time.monotonic() - begun
 
 
-def _cost(store: Store, stage: Stage, seconds: float) -> StageCost:
+def _cost(store: Store, stage: Stage, seconds: float, actors: int) -> StageCost:
     variant = store.only_variant(stage)
     receipts = store.receipts(stage, variant)
     folder = os.path.join(store.uri, store.folder(stage, variant), "receipts")
     finished = sorted((os.path.getmtime(os.path.join(folder, f"part-{shard:05d}.json")), shard) for shard in receipts)
     rows = sum(receipt.rows for receipt in receipts.values())
-    if len(finished) >= 3:
-        later = rows - receipts[finished[0][1]].rows
-        steady = (finished[-1][0] - finished[0][0]) / later
+    if len(finished) >= actors + 2:
+        steady = seconds_per_row([(at, receipts[shard].rows) for at, shard in finished], actors)
     else:  # too few to tell a start from what follows: the workers' own time, which leaves out what runs beside it
-        steady = sum(receipt.seconds for receipt in receipts.values()) / rows
+        steady = sum(receipt.seconds for receipt in receipts.values()) / rows / actors
     size = sum(receipt.bytes for receipt in receipts.values()) / rows
     return StageCost(stage=stage, start_s=max(0.0, seconds - steady * rows), seconds_per_image=steady, bytes_per_image=size)
+
+
+def seconds_per_row(finished: list[tuple[float, int]], actors: int) -> float:
+    """Steady wall-clock seconds a row from when shards were finished (time, rows; in order) by so many actors.
+
+    Each actor's first shard waited for its start and does not count, nor does the time for which an actor has nothing left to do:
+    an actor works from its first shard's end to its last's.
+    """
+    times = [at for at, _ in finished]
+    worked = sum(times[-actors:]) - sum(times[:actors])
+    return worked / actors / sum(rows for _, rows in finished[actors:])
 
 
 def _counts(store: Store) -> dict[str, int]:
@@ -101,15 +127,16 @@ def _counts(store: Store) -> dict[str, int]:
     return {"rows": rows, "failed": failed, "prompt": prompt, "output": output}
 
 
-def _scaled(config: EstimateConfig, images: int, ray_s: float, stages: list[StageCost], counts: dict[str, int]) -> Estimate:
-    asks = config.captioner == "openai"
-    engines = {"captions": config.replicas or session.gpus() or 1, "embeddings": config.encoder_replicas or session.gpus() or 1}
+def _scaled(
+    config: EstimateConfig, images: int, ray_s: float, stages: list[StageCost], actors: dict[Stage, int], counts: dict[str, int]
+) -> Estimate:
+    on_gpus = {"embeddings"} if config.captioner == "openai" else {"captions", "embeddings"}
     wall = ray_s
     on_gpu = 0.0
     for cost in stages:
         steady = cost.seconds_per_image * images
-        if config.gpus and cost.stage in engines and not (asks and cost.stage == "captions"):
-            steady *= engines[cost.stage] / config.gpus
+        if config.gpus and cost.stage in on_gpus:
+            steady *= actors[cost.stage] / config.gpus
             on_gpu += cost.start_s + steady
         wall += cost.start_s + steady
     prompt, output = (counts[name] * images / counts["rows"] for name in ("prompt", "output"))

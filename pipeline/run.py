@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pipeline import models, session, shards, sources
+from pipeline import models, placement, shards, sources
 from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
 from pipeline.failures import check_failures, plain_error
 from pipeline.session import spare_cores, start_ray
@@ -45,7 +44,7 @@ def caption(config: CaptionConfig) -> str:
     """Images -> captions; returns the caption variant."""
     store = Store(config.store)
     store.require_complete("images")
-    model = _served_model(config) if config.captioner == "openai" else models.resolve(config.model, config.model_revision)
+    model = captioner_model(config)
     settings = _caption_settings(config, model)
     variant = variant_name(f"{config.captioner}-{model.name.rstrip('/').rsplit('/', 1)[-1]}", settings)
     packages = ("openai",) if config.captioner == "openai" else ("vllm", "transformers", "torch")
@@ -123,21 +122,17 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
     run = uuid.uuid4().hex[:12]  # tells an engine's death in this run from the death of an earlier run
 
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
-        # Asking a server needs neither a GPU nor much of a core.
-        asks = config.captioner == "openai"
-        engines, gpus, cpus = (config.replicas or 1, 0.0, 1) if asks else _pool(config.replicas, "replicas", config.engine_cores)
-        computes_here = not gpus and not asks
-        crowded = computes_here and engines * cpus >= (os.cpu_count() or 1)
+        placed = placement.captioners(config, model, Store(config.store).dataset.shards)
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
         ds = ds.map_batches(
-            shards.PreparePictures, fn_constructor_args=(config, variant, crowded), **_shard_batches(), num_cpus=1,
-            compute=_actors(max(spare_cores(), engines)),
+            shards.PreparePictures, fn_constructor_args=(config, variant, placed.crowded), **_shard_batches(),
+            num_cpus=1, compute=_actors(placed.decoders),
         )  # fmt: skip
         # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up. The pool is fixed: a
         # growing one reaches its size minutes late.
         ds = ds.map_batches(
-            shards.CaptionPictures, fn_constructor_args=(config, model, variant, run), **_shard_batches(), num_cpus=cpus,
-            num_gpus=gpus, compute=_actors(engines),
+            shards.CaptionPictures, fn_constructor_args=(config, model, variant, run), **_shard_batches(),
+            num_cpus=placed.cpus, num_gpus=placed.gpus, compute=_actors(placed.actors),
         )  # fmt: skip
         return ds.map_batches(
             shards.WriteCaptions, fn_constructor_args=(config.store, variant), **_shard_batches(), num_cpus=0.5,
@@ -149,10 +144,10 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
 
 def _embed_chain(config: EmbedConfig, model: models.ModelRef, captions: str, variant: str) -> Chain:
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
-        encoders, gpus, cpus = _pool(config.encoder_replicas, "encoder_replicas")
+        placed = placement.encoders(config, model, Store(config.store).dataset.shards)
         return ds.map_batches(
-            shards.EmbedCaptions, fn_constructor_args=(config, model, captions, variant), **_shard_batches(), num_cpus=cpus,
-            num_gpus=gpus, compute=_actors(encoders),
+            shards.EmbedCaptions, fn_constructor_args=(config, model, captions, variant), **_shard_batches(),
+            num_cpus=placed.cpus, num_gpus=placed.gpus, compute=_actors(placed.actors),
         )  # fmt: skip
 
     return build
@@ -167,22 +162,6 @@ def _actors(size: int) -> ray.data.ActorPoolStrategy:
     from ray.data import ActorPoolStrategy
 
     return ActorPoolStrategy(size=size)
-
-
-def _pool(wanted: int, flag: str, cores: int = 0) -> tuple[int, float, int]:
-    """(actors, GPUs an actor, CPUs an actor) for a stage that holds a model; says at once when the cluster cannot give them."""
-    gpus = session.gpus()
-    if gpus and wanted > gpus:
-        name = flag.replace("_", "-")
-        message = f"{flag}={wanted}: the cluster has {gpus} GPUs, and each actor needs one; pass --{name} {gpus} or fewer."
-        raise ValueError(message)
-    if gpus:
-        return wanted or gpus, 1.0, 1
-    if cores > (largest := session.largest_node()):
-        message = f"engine_cores={cores}: the largest node has {largest} CPUs; pass --engine-cores {largest} or fewer."
-        raise ValueError(message)
-    # Ray gives an actor as many OpenMP threads as CPUs: an engine without a GPU computes with them, so it gets the cores.
-    return wanted or 1, 0.0, cores or max(1, (os.cpu_count() or 1) // (wanted or 1))
 
 
 def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[str, Any]], chain: Chain, max_rate: float) -> None:
@@ -279,6 +258,11 @@ def _caption_settings(config: CaptionConfig, model: models.ModelRef) -> dict[str
         "top_p": config.top_p, "seed": config.seed, "context_length": config.context_length,
         "captions_per_image": config.captions_per_image,
     }  # fmt: skip
+
+
+def captioner_model(config: CaptionConfig) -> models.ModelRef:
+    """Which model captions: the one that a server holds, or files by their hash or the hub's commit."""
+    return _served_model(config) if config.captioner == "openai" else models.resolve(config.model, config.model_revision)
 
 
 def _served_model(config: CaptionConfig) -> models.ModelRef:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from pathlib import Path
 
 
 def start_ray() -> None:
@@ -32,11 +33,11 @@ def start_ray() -> None:
     if os.environ.get("RAY_ADDRESS"):
         _join()
         return
-    # Logical CPUs: the actors of several stages, or a trial, its controller and its workers, must fit beside each other on
-    # two cores. 2 GiB of object store hold the shards in flight; the dashboard would cost start-up time and open a port.
+    # Logical CPUs: models on all cores and decoders on as many, or a trial, its controller and its workers, must fit beside each
+    # other. 2 GiB of object store hold the shards in flight; the dashboard would cost start-up time and open a port.
     ray.init(
         address="local",
-        num_cpus=max(8, os.cpu_count() or 1),
+        num_cpus=max(8, 2 * cores_here() + 2),
         object_store_memory=2 * 2**30,
         include_dashboard=False,
         logging_level=logging.ERROR,
@@ -77,11 +78,54 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def cpus() -> int:
+    """CPUs of the cluster by Ray's count, which is what can be asked for; on this machine it is logical (see `start_ray`)."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 0))
+
+
 def largest_node() -> int:
     """CPUs, by Ray's count, of the node that has most of them."""
     import ray
 
     return int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0))
+
+
+def cores() -> int:
+    """Cores to compute with on the node that has most of them: by Ray's count, but of this machine no more than it has."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    own = ray.get_runtime_context().get_node_id()
+    here = {node["NodeManagerAddress"] for node in nodes if node["NodeID"] == own}
+    counts = []
+    for node in nodes:
+        count = int(node["Resources"].get("CPU", 0))
+        counts.append(min(count, cores_here()) if node["NodeManagerAddress"] in here else count)
+    return max(1, *counts)
+
+
+def cores_here() -> int:
+    """Cores that this process may use, a container's quota included."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _control_group("cpu.max").partition(" ")
+    return max(1, min(allowed, int(quota) // int(period))) if quota.isdigit() and period.isdigit() else allowed
+
+
+def memory() -> int:
+    """Bytes of memory of this machine, or of the container it is."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _control_group("memory.max")
+    return min(whole, int(limit)) if limit.isdigit() else whole
+
+
+def _control_group(file: str) -> str:
+    """A limit that Linux holds this container to (cgroup v2); empty where there is none."""
+    try:
+        return Path("/sys/fs/cgroup", file).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def actor_name() -> str:
@@ -95,6 +139,4 @@ def spare_cores() -> int:
     """Cores that decoding may use beside an engine or a training: half of this machine's, or of the cluster's nodes."""
     import ray
 
-    if len(ray.nodes()) > 1:
-        return max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
-    return max(1, (os.cpu_count() or 2) // 2)  # Ray's own count may be logical (see start_ray)
+    return max(1, (cores() if len(ray.nodes()) == 1 else cpus()) // 2)

@@ -6,6 +6,7 @@ gets its own slice of every batch, which `order.Sequence` deals out by shard, so
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import threading
@@ -192,14 +193,25 @@ class Decoding(Protocol):
     def prefetch(self, number: int, shards: list[int]) -> None: ...
 
 
+def _executor(threads: int, name: str) -> ThreadPoolExecutor:
+    """Threads that compute alone.
+
+    Resizing a picture would otherwise start a team of OpenMP threads for each decoder, and with more threads than cores libgomp
+    sleeps at every barrier of the training step.
+    """
+    # torch counts threads for each thread: the one that trains, which is this one, takes its number now.
+    torch.get_num_threads()
+    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=functools.partial(torch.set_num_threads, 1))
+
+
 class ThreadDecoding:
     """Decoders that are threads of this process and share one cache of shards."""
 
     def __init__(self, decoder: Decoder, threads: int) -> None:
         self.decoders = threads
         self._decoder = decoder
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._reader = ThreadPoolExecutor(2, thread_name_prefix="read")
+        self._pool = _executor(threads, "decode")
+        self._reader = _executor(2, "read")
 
     def start(self, number: int, samples: Array, train: bool) -> Callable[[], Part]:
         """Decodes in whichever thread is free."""
@@ -217,7 +229,7 @@ class Loader:
         """`lookahead` is how many batches before its first use a shard is fetched; `pin` puts batches into page-locked memory."""
         self._decoding, self._lookahead, self._pin = decoding, max(lookahead, AHEAD), pin
         # Joining the decoders' parts is a copy of the whole batch: one thread, and not the training step, makes it.
-        self._joiner = ThreadPoolExecutor(1, thread_name_prefix="join")
+        self._joiner = _executor(1, "join")
 
     def train(self, sequence: Sequence, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
         """Steps `start` to `stop` of a sequence."""

@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline import locations
-from pipeline.session import largest_node, start_ray
+from pipeline.session import cores, largest_node, start_ray
 from pipeline.store import Store
 from training import tracking
 from training.config import TrainConfig
@@ -291,7 +291,7 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
     import ray
 
     resources = ray.cluster_resources()
-    gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    gpus, cpus_of_all = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
     workers = config.workers or gpus or 2
     if gpus and workers > gpus and not config.min_workers:
         message = f"workers={workers}: the cluster has {gpus} GPUs; pass --workers {gpus} or fewer."
@@ -301,7 +301,7 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
         raise ValueError(message)
     # Ray gives a worker as many OpenMP threads as CPUs; decoding threads come on top.
     largest = largest_node()
-    cpus = 2 if gpus else config.threads or max(1, min((os.cpu_count() or 1) // workers, largest))
+    cpus = 2 if gpus else config.threads or max(1, cores() // workers)
     if cpus > largest:
         message = (
             f"threads={cpus}: no node of the cluster has so many CPUs (the largest has {largest}); pass a smaller --threads."
@@ -311,10 +311,10 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
     if loader == "auto":
         loader = "actors" if config.auto_augment or config.color_jitter else "threads"
     wanted = workers * (cpus + config.loader_workers)
-    if loader == "actors" and wanted > cores:
+    if loader == "actors" and wanted > cpus_of_all:
         message = (
             f"loader=actors: {workers} workers with {config.loader_workers} decoders each need {wanted} CPUs, the cluster "
-            f"has {cores}; pass a smaller --loader-workers."
+            f"has {cpus_of_all}; pass a smaller --loader-workers."
         )
         raise ValueError(message)
     return replace(config, workers=workers, loader=loader), cpus, gpus > 0

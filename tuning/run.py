@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipeline.session import start_ray
+from pipeline.session import cores, start_ray
 from training import run as training_run
 from training import tracking
 from training.config import ExportConfig, TrainConfig
@@ -94,7 +94,7 @@ def _concurrent(config: TuneConfig) -> tuple[int, int]:
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = config.train.workers or gpus or 2
     concurrent = config.concurrent or max(1, gpus // workers)
-    return concurrent, max(1, (os.cpu_count() or 1) // (workers * concurrent))
+    return concurrent, max(1, cores() // (workers * concurrent))
 
 
 def _progress(count: int) -> Any:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import EstimateConfig
-from pipeline.estimate import StageCost, _scaled, as_text
+from pipeline.estimate import StageCost, _scaled, as_text, seconds_per_row
+from pipeline.store import Stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = [
@@ -20,13 +21,14 @@ STAGES = [
     StageCost(stage="captions", start_s=100, seconds_per_image=0.05, bytes_per_image=50),
     StageCost(stage="embeddings", start_s=10, seconds_per_image=0.002, bytes_per_image=800),
 ]
+ACTORS: dict[Stage, int] = {"images": 1, "captions": 1, "embeddings": 1}
 COUNTS = {"rows": 1000, "failed": 3, "prompt": 300_000, "output": 100_000}
 
 
 def test_more_gpus_divide_the_steady_time_of_their_stages_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.session.gpus", lambda: 1)
     config = EstimateConfig(images="x", gpus=8, price_per_gpu_hour=2.0)
-    found = _scaled(config, 1_000_000, 5, STAGES, COUNTS)
+    found = _scaled(config, 1_000_000, 5, STAGES, ACTORS, COUNTS)
     on_gpu = 100 + 50_000 / 8 + 10 + 2_000 / 8
     assert found.hours == pytest.approx((5 + 2 + 1000 + on_gpu) / 3600)
     assert found.gpu_hours == pytest.approx(8 * on_gpu / 3600)
@@ -39,7 +41,17 @@ def test_more_gpus_divide_the_steady_time_of_their_stages_and_nothing_else(monke
 def test_a_paid_server_costs_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.session.gpus", lambda: 0)
     config = EstimateConfig(images="x", captioner="openai", price_per_million_tokens=(0.5, 2.0))
-    assert _scaled(config, 1_000_000, 5, STAGES, COUNTS).cost == pytest.approx(300 * 0.5 + 100 * 2)
+    assert _scaled(config, 1_000_000, 5, STAGES, ACTORS, COUNTS).cost == pytest.approx(300 * 0.5 + 100 * 2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3, 2.0, 3.9])
+@pytest.mark.parametrize("shards", [3, 4, 7, 12])
+def test_the_steady_rate_of_actors_out_of_step(offset: float, shards: int) -> None:
+    """Two actors, four seconds a shard of 100: 0.02 s a row, whenever the second begins and whoever takes the last shard."""
+    ends = sorted([4.0 * k for k in range(1, shards)] + [4.0 * k + offset for k in range(1, shards)])
+    assert seconds_per_row([(end, 100) for end in ends[:shards]], 2) == pytest.approx(0.02)
+    alone = [(30.0 + 4.0 * k, 100) for k in range(shards)]
+    assert seconds_per_row(alone, 1) == pytest.approx(0.04)
 
 
 def test_an_estimate_needs_something_to_describe() -> None:

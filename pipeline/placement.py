@@ -1,0 +1,109 @@
+"""How many actors a stage gets and what each may use, from the cluster's GPUs and CPUs, the model and the store.
+
+What the cluster cannot give is said at once: Ray would wait for it, silently and for ever. The same machine, model and store
+give the same placement, whatever is done already: a run that goes on computes as it began.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pipeline import session
+from pipeline.config import CaptionConfig, EmbedConfig
+from pipeline.models import ModelRef
+
+# Of a model of at most so many bytes several share a machine's cores, in processes of 2 GiB each, nearly all of it libraries and
+# room for activations. Larger ones would take memory, and read it for every token, as often as there are processes.
+_SMALL = 2**28
+_PROCESS = 2**31
+# Loading takes as long as one to four shards of captions: a model that gets fewer is not worth its start.
+_SHARDS_EACH = 4
+# CPUs, by Ray's count, of a decoder and of the writer (half of one).
+_BESIDE = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """`actors` hold a model, with `gpus` and `cpus` each; `decoders` actors of one CPU prepare what those take.
+
+    `crowded`: the models compute on all cores of this machine, so that whatever runs beside them takes from them.
+    """
+
+    actors: int
+    gpus: float
+    cpus: int
+    decoders: int = 0
+    crowded: bool = False
+
+
+def captioners(config: CaptionConfig, model: ModelRef, shards: int) -> Placement:
+    """Engines and the decoders beside them, for a store of so many shards, done or not. Raises as `encoders` does."""
+    if config.captioner == "openai":  # asking a server needs neither a GPU nor much of a core
+        asking = config.replicas or 1
+        return Placement(actors=asking, gpus=0.0, cpus=1, decoders=_decoders(asking, asking, "replicas"))
+    return _place(config.replicas, "replicas", model, shards, cores=config.engine_cores, decodes=True)
+
+
+def encoders(config: EmbedConfig, model: ModelRef, shards: int) -> Placement:
+    """Text encoders for a store of so many shards, done or not.
+
+    Raises:
+        ValueError: the cluster has not so many GPUs or CPUs.
+    """
+    return _place(config.encoder_replicas, "encoder_replicas", model, shards)
+
+
+def side_by_side(model: ModelRef, cores: int, memory: int, shards: int) -> int:
+    """Processes that share the cores of a machine without GPUs: one core each for a small model, else one process with all.
+
+    Threads of one small model mostly wait for each other: two engines of one core each make 1.4 times the captions of one engine
+    with both (`benchmarks/captioning.py`). At most a quarter of the memory (bytes) is theirs.
+    """
+    if not 0 < _weights(model) <= _SMALL:
+        return 1
+    return max(1, min(cores, memory // 4 // _PROCESS, shards // _SHARDS_EACH))
+
+
+def _place(wanted: int, flag: str, model: ModelRef, shards: int, *, cores: int = 0, decodes: bool = False) -> Placement:
+    gpus, total = session.gpus(), session.cpus()
+    if gpus and wanted > gpus:
+        name = flag.replace("_", "-")
+        message = f"{flag}={wanted}: the cluster has {gpus} GPUs, and each actor needs one; pass --{name} {gpus} or fewer."
+        raise ValueError(message)
+    if cores > (largest := session.largest_node()):
+        message = f"engine_cores={cores}: the largest node has {largest} CPUs; pass --engine-cores {largest} or fewer."
+        raise ValueError(message)
+    if gpus:
+        actors, cpus = wanted or gpus, 1
+    else:
+        # On a cluster of this one machine Ray's CPUs are its cores, and decoding needs some of them.
+        free = max(1, min(session.cores(), total - _BESIDE * decodes))
+        actors = wanted or (1 if cores else side_by_side(model, free, session.memory(), shards))
+        # Ray gives an actor as many OpenMP threads as CPUs: a model without a GPU computes with them, so it gets the cores.
+        cpus = cores or max(1, free // actors)
+    if actors * cpus > total:
+        message = f"{flag}={actors}: with {cpus} CPUs each more than the cluster's {total}; pass fewer, or take a larger cluster."
+        raise ValueError(message)
+    decoders = _decoders(actors, actors * cpus, flag) if decodes else 0
+    crowded = not gpus and actors * cpus >= session.cores()
+    return Placement(actors=actors, gpus=float(bool(gpus)), cpus=cpus, decoders=decoders, crowded=crowded)
+
+
+def _decoders(actors: int, taken: int, flag: str) -> int:
+    """As many as half of the cores, or one for each model, within what the models and the writer leave."""
+    left = session.cpus() - taken - 1
+    if left < 1:
+        message = (
+            f"{flag}={actors}: takes {taken} of the cluster's {session.cpus()} CPUs, and decoding and writing need {_BESIDE} "
+            "beside them; pass fewer, or take a larger cluster."
+        )
+        raise ValueError(message)
+    return min(max(session.spare_cores(), actors), left)
+
+
+def _weights(model: ModelRef) -> int:
+    """Bytes of the weights in a folder; 0 for a model of the hub, which is not here yet."""
+    if not os.path.isdir(model.location):
+        return 0
+    return sum(file.stat().st_size for file in os.scandir(model.location) if file.name.endswith(".safetensors"))

@@ -1,0 +1,100 @@
+"""Where actors are placed on clusters of many shapes; whatever is placed fits, since Ray would wait for what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import placement, session
+from pipeline.config import CaptionConfig, EmbedConfig
+from pipeline.models import ModelRef
+from pipeline.placement import Placement
+
+GIB = 2**30
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> ModelRef:
+    return model(tmp_path / "small", size=2**20)
+
+
+def model(folder: Path, size: int) -> ModelRef:
+    folder.mkdir()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.truncate(size)  # sparse
+    return ModelRef(name=str(folder), location=str(folder), revision="files-0")
+
+
+def cluster(patch: pytest.MonkeyPatch, *, gpus: int = 0, cpus: int, cores: int, largest: int = 0, memory: int = 64 * GIB) -> None:
+    """Stands for a cluster of that shape."""
+    patch.setattr(session, "gpus", lambda: gpus)
+    patch.setattr(session, "cpus", lambda: cpus)
+    patch.setattr(session, "cores", lambda: cores)
+    patch.setattr(session, "largest_node", lambda: largest or cpus)
+    patch.setattr(session, "memory", lambda: memory)
+    patch.setattr(session, "spare_cores", lambda: max(1, cores // 2))
+
+
+def captioners(model: ModelRef, shards: int = 1000, captioner: str = "vllm", **settings: int) -> Placement:
+    return placement.captioners(CaptionConfig(store="-", captioner=captioner, **settings), model, shards)  # type: ignore[arg-type]
+
+
+def test_a_small_model_has_a_process_on_each_core(monkeypatch: pytest.MonkeyPatch, small: ModelRef) -> None:
+    cluster(monkeypatch, cpus=8, cores=2)
+    assert captioners(small) == Placement(actors=2, gpus=0.0, cpus=1, decoders=2, crowded=True)
+    assert placement.encoders(EmbedConfig(store="-"), small, 1000) == Placement(actors=2, gpus=0.0, cpus=1, crowded=True)
+
+
+def test_what_limits_processes_side_by_side(tmp_path: Path, small: ModelRef) -> None:
+    large = model(tmp_path / "large", size=2**29)
+    hub = ModelRef(name="a/b", location="a/b", revision="0" * 40)
+    shapes = {"cores": (small, 16, 1024 * GIB, 1000), "memory": (small, 16, 24 * GIB, 1000), "store": (small, 16, 1024 * GIB, 11)}
+    found = {name: placement.side_by_side(*shape) for name, shape in shapes.items()}
+    assert found == {"cores": 16, "memory": 3, "store": 2}
+    assert placement.side_by_side(large, 16, 1024 * GIB, 1000) == 1
+    assert placement.side_by_side(hub, 16, 1024 * GIB, 1000) == 1
+    assert placement.side_by_side(small, 16, GIB, 1) == 1
+
+
+def test_cores_named_are_those_of_one_engine(monkeypatch: pytest.MonkeyPatch, small: ModelRef) -> None:
+    cluster(monkeypatch, cpus=18, cores=8)
+    assert captioners(small, engine_cores=3) == Placement(actors=1, gpus=0.0, cpus=3, decoders=4)
+    assert captioners(small, engine_cores=3, replicas=2) == Placement(actors=2, gpus=0.0, cpus=3, decoders=4)
+    assert captioners(small, replicas=2) == Placement(actors=2, gpus=0.0, cpus=4, decoders=4, crowded=True)
+
+
+def test_a_gpu_has_one_engine_and_the_rest_decodes(monkeypatch: pytest.MonkeyPatch, small: ModelRef) -> None:
+    cluster(monkeypatch, gpus=8, cpus=64, cores=64)
+    assert captioners(small) == Placement(actors=8, gpus=1.0, cpus=1, decoders=32)
+    assert captioners(small, replicas=2) == Placement(actors=2, gpus=1.0, cpus=1, decoders=32)
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 4])
+@pytest.mark.parametrize("cpus", [3, 4, 6, 8, 9, 16, 64])
+@pytest.mark.parametrize("captioner", ["vllm", "openai"])
+def test_models_decoders_and_writer_fit_beside_each_other(
+    monkeypatch: pytest.MonkeyPatch, small: ModelRef, gpus: int, cpus: int, captioner: str
+) -> None:
+    cluster(monkeypatch, gpus=gpus, cpus=cpus, cores=cpus)
+    for replicas in (0, 1, 3):
+        try:
+            placed = captioners(small, captioner=captioner, replicas=replicas)
+        except ValueError as error:
+            assert "replicas=" in str(error)
+            assert replicas > gpus > 0 or (replicas or gpus) + 2 > cpus
+        else:
+            assert placed.actors == replicas or not replicas
+            assert placed.actors * placed.cpus + placed.decoders + 0.5 <= cpus
+            assert placed.decoders >= 1 and placed.cpus >= 1
+
+
+def test_what_cannot_be_placed_is_said(monkeypatch: pytest.MonkeyPatch, small: ModelRef) -> None:
+    cluster(monkeypatch, gpus=2, cpus=3, cores=3)
+    with pytest.raises(ValueError, match=r"replicas=2: takes 2 of the cluster's 3 CPUs, and decoding and writing need 2 beside"):
+        captioners(small)
+    with pytest.raises(ValueError, match=r"replicas=3: the cluster has 2 GPUs"):
+        captioners(small, replicas=3)
+    cluster(monkeypatch, cpus=16, cores=8, largest=8)
+    with pytest.raises(ValueError, match=r"engine_cores=9: the largest node has 8 CPUs"):
+        captioners(small, engine_cores=9)
