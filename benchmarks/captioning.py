@@ -200,7 +200,7 @@ def _pipeline(store: str, **settings: int) -> dict[str, float]:
     flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     assert cli.main(["caption", "--store", store, *flags]) == 0
     opened, config = Store(store), CaptionConfig(store=store, **settings)  # type: ignore[arg-type]
-    engines = placement.captioners(config, models.resolve(config.model), opened.dataset.shards).actors
+    engines = placement.captioners(config, models.resolve(config.model), opened.dataset.rows).actors
     ray.shutdown()
     variant = opened.only_variant("captions")
     receipts = Path(store) / "captions" / variant / "receipts"

@@ -55,7 +55,7 @@ def estimate(config: EstimateConfig) -> Estimate:
     begun = time.monotonic()
     session.start_ray()
     ray_s = time.monotonic() - begun
-    actors = _actors(config, whole.shards)
+    actors = _actors(config, whole.rows)
     sample = config.sample or 3 * config.shard_rows * max(actors["captions"], actors["embeddings"])
     with tempfile.TemporaryDirectory(prefix="gpt4image-estimate-") as folder:
         part = replace(
@@ -73,14 +73,14 @@ def estimate(config: EstimateConfig) -> Estimate:
     return _scaled(config, whole.rows, ray_s, stages, actors, counts)
 
 
-def _actors(config: EstimateConfig, shards: int) -> dict[Stage, int]:
+def _actors(config: EstimateConfig, rows: int) -> dict[Stage, int]:
     """How many actors would do each stage of the whole: the sample is done by as many, though it has fewer shards."""
     captions, embeddings = config.part(CaptionConfig), config.part(EmbedConfig)
     encoder = models.resolve(embeddings.encoder, embeddings.encoder_revision)
     return {
         "images": session.spare_cores(),
-        "captions": placement.captioners(captions, run.captioner_model(captions), shards).actors,
-        "embeddings": placement.encoders(embeddings, encoder, shards).actors,
+        "captions": placement.captioners(captions, run.captioner_model(captions), rows).actors,
+        "embeddings": placement.encoders(embeddings, encoder, rows).actors,
     }
 
 

@@ -17,8 +17,8 @@ from pipeline.models import ModelRef
 # room for activations. Larger ones would take memory, and read it for every token, as often as there are processes.
 _SMALL = 2**28
 _PROCESS = 2**31
-# Loading takes as long as one to four shards of captions: a model that gets fewer is not worth its start.
-_SHARDS_EACH = 4
+# Loading takes as long as some 2,000 captions of a small model: one that gets fewer is not worth its start.
+_ROWS_EACH = 2048
 # CPUs, by Ray's count, of a decoder and of the writer (half of one).
 _BESIDE = 2
 
@@ -37,24 +37,24 @@ class Placement:
     crowded: bool = False
 
 
-def captioners(config: CaptionConfig, model: ModelRef, shards: int) -> Placement:
-    """Engines and the decoders beside them, for a store of so many shards, done or not. Raises as `encoders` does."""
+def captioners(config: CaptionConfig, model: ModelRef, rows: int) -> Placement:
+    """Engines and the decoders beside them, for a store of so many rows, done or not. Raises as `encoders` does."""
     if config.captioner == "openai":  # asking a server needs neither a GPU nor much of a core
         asking = config.replicas or 1
         return Placement(actors=asking, gpus=0.0, cpus=1, decoders=_decoders(asking, asking, "replicas"))
-    return _place(config.replicas, "replicas", model, shards, cores=config.engine_cores, decodes=True)
+    return _place(config.replicas, "replicas", model, rows, cores=config.engine_cores, decodes=True)
 
 
-def encoders(config: EmbedConfig, model: ModelRef, shards: int) -> Placement:
-    """Text encoders for a store of so many shards, done or not.
+def encoders(config: EmbedConfig, model: ModelRef, rows: int) -> Placement:
+    """Text encoders for a store of so many rows, done or not.
 
     Raises:
         ValueError: the cluster has not so many GPUs or CPUs.
     """
-    return _place(config.encoder_replicas, "encoder_replicas", model, shards)
+    return _place(config.encoder_replicas, "encoder_replicas", model, rows)
 
 
-def side_by_side(model: ModelRef, cores: int, memory: int, shards: int) -> int:
+def side_by_side(model: ModelRef, cores: int, memory: int, rows: int) -> int:
     """Processes that share the cores of a machine without GPUs: one core each for a small model, else one process with all.
 
     Threads of one small model mostly wait for each other: two engines of one core each make 1.4 times the captions of one engine
@@ -62,10 +62,10 @@ def side_by_side(model: ModelRef, cores: int, memory: int, shards: int) -> int:
     """
     if not 0 < _weights(model) <= _SMALL:
         return 1
-    return max(1, min(cores, memory // 4 // _PROCESS, shards // _SHARDS_EACH))
+    return max(1, min(cores, memory // 4 // _PROCESS, rows // _ROWS_EACH))
 
 
-def _place(wanted: int, flag: str, model: ModelRef, shards: int, *, cores: int = 0, decodes: bool = False) -> Placement:
+def _place(wanted: int, flag: str, model: ModelRef, rows: int, *, cores: int = 0, decodes: bool = False) -> Placement:
     gpus, total = session.gpus(), session.cpus()
     if gpus and wanted > gpus:
         name = flag.replace("_", "-")
@@ -79,7 +79,7 @@ def _place(wanted: int, flag: str, model: ModelRef, shards: int, *, cores: int =
     else:
         # On a cluster of this one machine Ray's CPUs are its cores, and decoding needs some of them.
         free = max(1, min(session.cores(), total - _BESIDE * decodes))
-        actors = wanted or (1 if cores else side_by_side(model, free, session.memory(), shards))
+        actors = wanted or (1 if cores else side_by_side(model, free, session.memory(), rows))
         # Ray gives an actor as many OpenMP threads as CPUs: a model without a GPU computes with them, so it gets the cores.
         cpus = cores or max(1, free // actors)
     if actors * cpus > total:

@@ -122,7 +122,7 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
     run = uuid.uuid4().hex[:12]  # tells an engine's death in this run from the death of an earlier run
 
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
-        placed = placement.captioners(config, model, Store(config.store).dataset.shards)
+        placed = placement.captioners(config, model, Store(config.store).dataset.rows)
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
         ds = ds.map_batches(
             shards.PreparePictures, fn_constructor_args=(config, variant, placed.crowded), **_shard_batches(),
@@ -144,7 +144,7 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
 
 def _embed_chain(config: EmbedConfig, model: models.ModelRef, captions: str, variant: str) -> Chain:
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
-        placed = placement.encoders(config, model, Store(config.store).dataset.shards)
+        placed = placement.encoders(config, model, Store(config.store).dataset.rows)
         return ds.map_batches(
             shards.EmbedCaptions, fn_constructor_args=(config, model, captions, variant), **_shard_batches(),
             num_cpus=placed.cpus, num_gpus=placed.gpus, compute=_actors(placed.actors),

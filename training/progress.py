@@ -51,11 +51,15 @@ class Follower:
 
     def __init__(self, run: str, epochs: int, *, show: bool) -> None:
         self._run, self._epochs, self._show = run, epochs, show
+        self._shown = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Follower:
         if self._show:
+            self._shown = len(self._lines())  # what an earlier start of this run has printed
+            if self._shown:
+                print(f"train: {self._run} goes on after epoch {self._shown} of {self._epochs}", file=sys.stderr, flush=True)
             self._thread.start()
         return self
 
@@ -64,22 +68,24 @@ class Follower:
             self._stop.set()
             self._thread.join()
 
+    def _lines(self) -> list[str]:
+        return (_read(self._run, "metrics.jsonl") or "").splitlines()
+
     def _follow(self) -> None:
         from tqdm import tqdm
 
         pause = 0.5 if locations.is_local(self._run) else 5.0
-        shown = 0
         told = 0.0
         waited = 0.0
         with tqdm(disable=not sys.stderr.isatty(), bar_format="{desc}", leave=False, file=sys.stderr) as bar:
             while True:
                 stopping = self._stop.wait(pause)
                 waited += pause
-                lines = (_read(self._run, "metrics.jsonl") or "").splitlines()
-                for line in lines[shown:]:
+                lines = self._lines()
+                for line in lines[self._shown :]:
                     tqdm.write(self._epoch_line(json.loads(line)), file=sys.stderr)
                     told = waited
-                shown = max(shown, len(lines))
+                self._shown = max(self._shown, len(lines))
                 if stopping:
                     return
                 now = read_json(self._run, "progress.json")

@@ -28,6 +28,8 @@ from tests.nodes import ROOT, TwoNodes
 
 pytestmark = pytest.mark.slow
 KILLS = 20
+# Two engines: while one is struck the other goes on.
+DESCRIBE = ["describe", "--replicas", "2", "--store"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def uninterrupted(fresh: Path, nodes: TwoNodes) -> dict[str, str]:
 def described(fresh: Path, nodes: TwoNodes, name: str) -> Path:
     store = fresh.parent / name
     shutil.copytree(fresh, store)
-    assert run(nodes, ["describe", "--store", str(store)]).wait(300) == 0
+    assert run(nodes, [*DESCRIBE, str(store)]).wait(300) == 0
     return store
 
 
@@ -127,7 +129,7 @@ def test_twenty_kills_leave_the_files_of_an_uninterrupted_run(
     for seed in range(20):
         store = fresh.parent / f"struck-{seed}"
         shutil.copytree(fresh, store)
-        driver = run(nodes, ["describe", "--store", str(store)])
+        driver = run(nodes, [*DESCRIBE, str(store)])
         for victim, pause in plan_of(seed):
             deadline = time.monotonic() + pause
             while time.monotonic() < deadline and driver.poll() is None:
@@ -137,13 +139,13 @@ def test_twenty_kills_leave_the_files_of_an_uninterrupted_run(
             struck[victim] += strike(victim, nodes, driver)
             if driver.poll() is not None:
                 endings[driver.returncode] += 1
-                driver = run(nodes, ["describe", "--store", str(store)])
+                driver = run(nodes, [*DESCRIBE, str(store)])
         code = driver.wait(300)
         while code != 0:  # a user would give the same command again
             endings[code] += 1
             assert sum(endings.values()) < 60, endings
-            code = run(nodes, ["describe", "--store", str(store)]).wait(300)
-        assert run(nodes, ["describe", "--store", str(store)]).wait(60) == 0, "the second time there is nothing to do"
+            code = run(nodes, [*DESCRIBE, str(store)]).wait(300)
+        assert run(nodes, [*DESCRIBE, str(store)]).wait(60) == 0, "the second time there is nothing to do"
         assert files_of(store) == uninterrupted, (seed, struck)
         check_rows(store)
         if sum(struck.values()) >= KILLS:
@@ -155,7 +157,7 @@ def test_twenty_kills_leave_the_files_of_an_uninterrupted_run(
 def test_two_runs_at_the_same_time_end_as_one(fresh: Path, nodes: TwoNodes, uninterrupted: dict[str, str]) -> None:
     store = fresh.parent / "two-at-once"
     shutil.copytree(fresh, store)
-    drivers = [run(nodes, ["describe", "--store", str(store)]) for _ in range(2)]
+    drivers = [run(nodes, [*DESCRIBE, str(store)]) for _ in range(2)]
     assert [driver.wait(400) for driver in drivers] == [0, 0]
     assert files_of(store) == uninterrupted
     check_rows(store)
@@ -198,14 +200,14 @@ def test_a_full_disk_stops_with_a_clear_error_and_the_run_goes_on_when_there_is_
         free = shutil.disk_usage(small).free
         (small / "ballast").write_bytes(b"\0" * (free - 48 * 1024))
         driver = subprocess.run(
-            [sys.executable, "-m", "pipeline", "describe", "--store", str(store)], cwd=ROOT, text=True, capture_output=True,
+            [sys.executable, "-m", "pipeline", *DESCRIBE, str(store)], cwd=ROOT, text=True, capture_output=True,
             env=os.environ | {"RAY_ADDRESS": nodes.address, "HF_HUB_OFFLINE": "1"}, check=False,
         )  # fmt: skip
         assert driver.returncode == 1, driver.stderr[-2000:]
         assert "no space left to write to" in driver.stderr and "What is done is kept" in driver.stderr
         assert "Traceback" not in driver.stderr, driver.stderr[-3000:]
         (small / "ballast").unlink()
-        assert run(nodes, ["describe", "--store", str(store)]).wait(300) == 0
+        assert run(nodes, [*DESCRIBE, str(store)]).wait(300) == 0
         assert files_of(store) == uninterrupted
         check_rows(store)
     finally:
@@ -227,7 +229,7 @@ def test_an_object_store_that_goes_away_stops_the_run_and_it_goes_on_when_it_is_
     client = boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"])
     remote = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1")
     fs.copy_files(str(fresh), "pictures/away", destination_filesystem=remote)
-    command = [sys.executable, "-m", "pipeline", "describe", "--store", f"{bucket}/away"]
+    command = [sys.executable, "-m", "pipeline", *DESCRIBE, f"{bucket}/away"]
     driver = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
     while driver.poll() is None and not any(
         "receipts" in key["Key"] for key in client.list_objects_v2(Bucket="pictures", Prefix="away/captions").get("Contents", [])

@@ -36,24 +36,28 @@ def cluster(patch: pytest.MonkeyPatch, *, gpus: int = 0, cpus: int, cores: int, 
     patch.setattr(session, "spare_cores", lambda: max(1, cores // 2))
 
 
-def captioners(model: ModelRef, shards: int = 1000, captioner: str = "vllm", **settings: int) -> Placement:
-    return placement.captioners(CaptionConfig(store="-", captioner=captioner, **settings), model, shards)  # type: ignore[arg-type]
+def captioners(model: ModelRef, rows: int = 10**6, captioner: str = "vllm", **settings: int) -> Placement:
+    return placement.captioners(CaptionConfig(store="-", captioner=captioner, **settings), model, rows)  # type: ignore[arg-type]
 
 
 def test_a_small_model_has_a_process_on_each_core(monkeypatch: pytest.MonkeyPatch, small: ModelRef) -> None:
     cluster(monkeypatch, cpus=8, cores=2)
     assert captioners(small) == Placement(actors=2, gpus=0.0, cpus=1, decoders=2, crowded=True)
-    assert placement.encoders(EmbedConfig(store="-"), small, 1000) == Placement(actors=2, gpus=0.0, cpus=1, crowded=True)
+    assert placement.encoders(EmbedConfig(store="-"), small, 10**6) == Placement(actors=2, gpus=0.0, cpus=1, crowded=True)
 
 
 def test_what_limits_processes_side_by_side(tmp_path: Path, small: ModelRef) -> None:
     large = model(tmp_path / "large", size=2**29)
     hub = ModelRef(name="a/b", location="a/b", revision="0" * 40)
-    shapes = {"cores": (small, 16, 1024 * GIB, 1000), "memory": (small, 16, 24 * GIB, 1000), "store": (small, 16, 1024 * GIB, 11)}
+    shapes = {
+        "cores": (small, 16, 1024 * GIB, 10**6),
+        "memory": (small, 16, 24 * GIB, 10**6),
+        "store": (small, 16, 1024 * GIB, 5000),
+    }
     found = {name: placement.side_by_side(*shape) for name, shape in shapes.items()}
     assert found == {"cores": 16, "memory": 3, "store": 2}
-    assert placement.side_by_side(large, 16, 1024 * GIB, 1000) == 1
-    assert placement.side_by_side(hub, 16, 1024 * GIB, 1000) == 1
+    assert placement.side_by_side(large, 16, 1024 * GIB, 10**6) == 1
+    assert placement.side_by_side(hub, 16, 1024 * GIB, 10**6) == 1
     assert placement.side_by_side(small, 16, GIB, 1) == 1
 
 

@@ -194,3 +194,15 @@ def test_pca_is_fitted_once_kept_in_the_store_and_keeps_what_varies(tmp_path: Pa
 def test_pictures_with_several_captions_share_a_group_when_all_are_equal() -> None:
     assert _group("a dog", ["a wet dog"]) == _group("a dog", ["a wet dog"]) != _group("a dog", ["a brown dog"])
     assert _group("a dog", None) == _group("a dog", []) != _group(None, None) == -1
+
+
+def test_decoders_compute_alone_and_the_step_with_all_threads(tmp_path: Path, make_store: MakeStore) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        spec = DecoderSpec(store=str(make_store(tmp_path / "s")), targets=None, augment=augment(), keep=3)
+        decoding = ThreadDecoding(spec.build(), 2)
+        assert decoding._pool.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
