@@ -77,8 +77,11 @@ def _place(wanted: int, flag: str, model: ModelRef, rows: int, *, cores: int = 0
     if gpus:
         actors, cpus = wanted or gpus, 1
     else:
-        # On a cluster of this one machine Ray's CPUs are its cores, and decoding needs some of them.
+        # On a cluster of this one machine Ray's CPUs are its cores, and decoding needs some of them. On several nodes decoders
+        # spread over half of each, and a model must find its CPUs on one node, whatever came first.
         free = max(1, min(session.cores(), total - _BESIDE * decodes))
+        if decodes and session.several_nodes():
+            free = max(1, min(free, session.largest_node() // 2))
         actors = wanted or (1 if cores else side_by_side(model, free, session.memory(), rows))
         # Ray gives an actor as many OpenMP threads as CPUs: a model without a GPU computes with them, so it gets the cores.
         cpus = cores or max(1, free // actors)

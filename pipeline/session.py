@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 
 def start_ray() -> None:
@@ -87,16 +88,25 @@ def cpus() -> int:
 
 def largest_node() -> int:
     """CPUs, by Ray's count, of the node that has most of them."""
+    return int(max((node["Resources"].get("CPU", 0) for node in _nodes()), default=0))
+
+
+def several_nodes() -> bool:
+    """Whether the cluster has more than one node."""
+    return len(_nodes()) > 1
+
+
+def _nodes() -> list[Any]:
     import ray
 
-    return int(max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0))
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def cores() -> int:
     """Cores to compute with on the node that has most of them: by Ray's count, but of this machine no more than it has."""
     import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     own = ray.get_runtime_context().get_node_id()
     here = {node["NodeManagerAddress"] for node in nodes if node["NodeID"] == own}
     counts = []
@@ -137,6 +147,4 @@ def actor_name() -> str:
 
 def spare_cores() -> int:
     """Cores that decoding may use beside an engine or a training: half of this machine's, or of the cluster's nodes."""
-    import ray
-
-    return max(1, (cores() if len(ray.nodes()) == 1 else cpus()) // 2)
+    return max(1, (cpus() if several_nodes() else cores()) // 2)

@@ -26,14 +26,14 @@ def model(folder: Path, size: int) -> ModelRef:
     return ModelRef(name=str(folder), location=str(folder), revision="files-0")
 
 
-def cluster(patch: pytest.MonkeyPatch, *, gpus: int = 0, cpus: int, cores: int, largest: int = 0, memory: int = 64 * GIB) -> None:
+def cluster(patch: pytest.MonkeyPatch, *, gpus: int = 0, cpus: int, cores: int, largest: int = 0, nodes: int = 1) -> None:
     """Stands for a cluster of that shape."""
     patch.setattr(session, "gpus", lambda: gpus)
     patch.setattr(session, "cpus", lambda: cpus)
     patch.setattr(session, "cores", lambda: cores)
     patch.setattr(session, "largest_node", lambda: largest or cpus)
-    patch.setattr(session, "memory", lambda: memory)
-    patch.setattr(session, "spare_cores", lambda: max(1, cores // 2))
+    patch.setattr(session, "memory", lambda: 64 * GIB)
+    patch.setattr(session, "several_nodes", lambda: nodes > 1)
 
 
 def captioners(model: ModelRef, rows: int = 10**6, captioner: str = "vllm", **settings: int) -> Placement:
@@ -91,6 +91,14 @@ def test_models_decoders_and_writer_fit_beside_each_other(
             assert placed.actors == replicas or not replicas
             assert placed.actors * placed.cpus + placed.decoders + 0.5 <= cpus
             assert placed.decoders >= 1 and placed.cpus >= 1
+
+
+def test_on_several_nodes_a_model_fits_beside_its_share_of_the_decoders(monkeypatch: pytest.MonkeyPatch, small: ModelRef) -> None:
+    cluster(monkeypatch, cpus=32, cores=16, largest=16, nodes=2)
+    hub = ModelRef(name="a/b", location="a/b", revision="0" * 40)
+    assert captioners(hub) == Placement(actors=1, gpus=0.0, cpus=8, decoders=16)
+    cluster(monkeypatch, cpus=6, cores=3, largest=3, nodes=2)
+    assert captioners(hub) == Placement(actors=1, gpus=0.0, cpus=1, decoders=3)
 
 
 def test_what_cannot_be_placed_is_said(monkeypatch: pytest.MonkeyPatch, small: ModelRef) -> None:
