@@ -116,7 +116,7 @@ def main() -> int:
         mean = {key: (before[key] + after[key]) / 2 for key in before}
         found.update({f"bare, {name}": mean, f"pipeline beside {name}": piped})
         shares[name] = piped["rows_per_s"] / mean["rows_per_s"]
-        rates = [round(found["rows_per_s"], 1) for found in (before, piped, after)]
+        rates = [round(speed["rows_per_s"], 1) for speed in (before, piped, after)]
         print(f"{name}: bare, pipeline, bare: {rates} images/s", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -194,7 +194,7 @@ class CaptionConfig:
         if self.replicas < 0:
             faults.append(f"replicas={self.replicas}: must be 0 (the machine's share) or more.")
         if self.engine_cores < 0:
-            faults.append(f"engine_cores={self.engine_cores}: must be 0 (all) or more.")
+            faults.append(f"engine_cores={self.engine_cores}: must be 0 (shared out) or more.")
         _raise_faults(faults)
 
 

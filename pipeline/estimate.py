@@ -68,7 +68,8 @@ def estimate(config: EstimateConfig) -> Estimate:
             "embeddings": _timed(lambda: run.embed(part.part(EmbedConfig))),
         }
         store = Store(part.store)
-        stages = [_cost(store, stage, seconds[stage], actors[stage]) for stage in STAGES]
+        # No more actors have work at a time than there are shards.
+        stages = [_cost(store, stage, seconds[stage], min(actors[stage], whole.shards)) for stage in STAGES]
         counts = _counts(store)
     return _scaled(config, whole.rows, ray_s, stages, actors, counts)
 

@@ -57,7 +57,7 @@ def encoders(config: EmbedConfig, model: ModelRef, rows: int) -> Placement:
 def side_by_side(model: ModelRef, cores: int, memory: int, rows: int) -> int:
     """Processes that share the cores of a machine without GPUs: one core each for a small model, else one process with all.
 
-    Threads of one small model mostly wait for each other: two engines of one core each make 1.4 times the captions of one engine
+    Threads of one small model mostly wait for each other: two engines of one core each make 1.3 times the captions of one engine
     with both (`benchmarks/captioning.py`). At most a quarter of the memory (bytes) is theirs.
     """
     if not 0 < _weights(model) <= _SMALL:

@@ -19,8 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline import locations
-from pipeline.session import cores, largest_node, start_ray
+from pipeline import locations, session
 from pipeline.store import Store
 from training import tracking
 from training.config import TrainConfig
@@ -57,7 +56,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
     if finished is not None:
         print(f"train: {config.run} is complete; nothing to do", file=sys.stderr)
         return finished
-    start_ray()
+    session.start_ray()
     config, cpus, gpus = _placed(config)
     filesystem, path = locations.resolve(config.run)
     filesystem.create_dir(path, recursive=True)
@@ -288,10 +287,7 @@ def _check_same_settings(config: TrainConfig) -> None:
 
 def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
     """(settings with the numbers filled in, CPUs of a worker, whether each gets a GPU), checked against the cluster."""
-    import ray
-
-    resources = ray.cluster_resources()
-    gpus, cpus_of_all = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+    gpus, total = session.gpus(), session.cpus()
     workers = config.workers or gpus or 2
     if gpus and workers > gpus and not config.min_workers:
         message = f"workers={workers}: the cluster has {gpus} GPUs; pass --workers {gpus} or fewer."
@@ -300,8 +296,8 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
         message = "sync_batch_norm: torch computes it on GPUs only, and the cluster has none; leave the flag out."
         raise ValueError(message)
     # Ray gives a worker as many OpenMP threads as CPUs; decoding threads come on top.
-    largest = largest_node()
-    cpus = 2 if gpus else config.threads or max(1, cores() // workers)
+    largest = session.largest_node()
+    cpus = 2 if gpus else config.threads or max(1, session.cores() // workers)
     if cpus > largest:
         message = (
             f"threads={cpus}: no node of the cluster has so many CPUs (the largest has {largest}); pass a smaller --threads."
@@ -311,10 +307,10 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
     if loader == "auto":
         loader = "actors" if config.auto_augment or config.color_jitter else "threads"
     wanted = workers * (cpus + config.loader_workers)
-    if loader == "actors" and wanted > cpus_of_all:
+    if loader == "actors" and wanted > total:
         message = (
             f"loader=actors: {workers} workers with {config.loader_workers} decoders each need {wanted} CPUs, the cluster "
-            f"has {cpus_of_all}; pass a smaller --loader-workers."
+            f"has {total}; pass a smaller --loader-workers."
         )
         raise ValueError(message)
     return replace(config, workers=workers, loader=loader), cpus, gpus > 0

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipeline.session import cores, start_ray
+from pipeline import session
 from training import run as training_run
 from training import tracking
 from training.config import ExportConfig, TrainConfig
@@ -60,7 +60,7 @@ def run_trial(trial: Trial) -> None:
 
 
 def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None:
-    start_ray()
+    session.start_ray()
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # with verbose=0 the old reporter is silent, the new one is not
     from ray import tune as ray_tune
 
@@ -89,12 +89,10 @@ def _trial_name(trial: Any) -> str:
 
 def _concurrent(config: TuneConfig) -> tuple[int, int]:
     """(trials at a time, threads of a worker without a GPU): a gang of workers must fit whole, or trials wait for each other."""
-    import ray
-
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    gpus = session.gpus()
     workers = config.train.workers or gpus or 2
     concurrent = config.concurrent or max(1, gpus // workers)
-    return concurrent, max(1, cores() // (workers * concurrent))
+    return concurrent, max(1, session.cores() // (workers * concurrent))
 
 
 def _progress(count: int) -> Any:
