@@ -1,0 +1,85 @@
+"""Errors whose message is all that a user needs, each with the exit code of the command that it ends.
+
+All others are faults of ours and end with their traceback and 1.
+
+    UserError                     1
+    ├── SettingsError             2   wrong settings or input, nothing was started; a ValueError
+    │   ├── MissingError          2   a store, a run, a sweep that is not there; a FileNotFoundError
+    │   ├── UnreachableError      2   a cluster or a server that does not answer; a ConnectionError
+    │   └── OtherSettingsError    2   what is to be resumed was begun otherwise
+    ├── TooManyFailuresError      3
+    ├── RunStoppedError           1
+    ├── NotFiniteError            1   a FloatingPointError
+    └── TrialsFailedError         1
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """What went wrong, why, and the mend."""
+
+    exit_code = 1
+
+
+class SettingsError(UserError, ValueError):
+    """Settings or input that do not fit; nothing was started."""
+
+    exit_code = 2
+
+
+class MissingError(SettingsError, FileNotFoundError):
+    """No store, run or sweep where one is expected."""
+
+
+class UnreachableError(SettingsError, ConnectionError):
+    """A cluster or server that does not answer, or refuses."""
+
+
+class OtherSettingsError(SettingsError):
+    """What is to go on was begun with other settings; a line for each of them follows the first."""
+
+
+class TooManyFailuresError(UserError, RuntimeError):
+    """More rows failed than `max_failure_rate` allows; what is done stays done."""
+
+    exit_code = 3
+
+
+class RunStoppedError(UserError, RuntimeError):
+    """Something other than the settings or the pictures stopped the run (disk, network, engine); what is done stays done."""
+
+
+class NotFiniteError(UserError, FloatingPointError):
+    """The loss is infinite or not a number; the text names the pictures. The same run would meet it again."""
+
+
+class TrialsFailedError(UserError, RuntimeError):
+    """Some trials have no result; the others are kept."""
+
+
+def exit_code(error: Exception) -> int | None:
+    """The exit code of an error that its message explains; None of one that needs its traceback.
+
+    A worker's error, which Ray raises again in the driver as a subclass of its own class, is such a one: it comes long after the
+    settings were accepted.
+    """
+    ray = sys.modules.get("ray.exceptions")  # where it is not loaded, no error is Ray's
+    if not isinstance(error, UserError) or (ray is not None and isinstance(error, ray.RayTaskError)):
+        return None
+    return error.exit_code
+
+
+def reported(name: str, work: Callable[[], int]) -> int:
+    """What `work` returns; an error of ours becomes a message on standard error and its exit code."""
+    try:
+        return work()
+    except UserError as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        print(f"{name}: {error}", file=sys.stderr)
+        return code
