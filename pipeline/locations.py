@@ -1,6 +1,9 @@
 """Where bytes are: a folder of this machine, or s3:// and gs:// through pyarrow's file systems, and parts of files by range.
 
 A *place* names a picture below a source: `train/dog/1.jpg`, or `shard-07.tar#512-20480` for 20,480 bytes from offset 512.
+Only the source's own address is parsed, once; a place is joined to it as it is written. Parsed as addresses, keys with a space or
+an umlaut would be refused, and `50%25` would read another key.
+
 Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and so on), never
 from the address, since addresses are recorded in the store. `gs://anonymous@BUCKET` is a public one.
 """
@@ -14,11 +17,28 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs
 
+from pipeline.errors import SettingsError
+
 RANGE = re.compile(r"(.*)#(\d+)-(\d+)", re.DOTALL)
+_NOT_UTF8 = re.compile(r"[\ud800-\udfff]|<(?=(?:[0-9a-f]{2}|d[89a-f][0-9a-f]{2})>)")
+_ESCAPE = re.compile(r"<([0-9a-f]{2}|d[89a-f][0-9a-f]{2})>")
+TRIES = 3  # times that one file is read before it counts as unreadable; pyarrow's client for S3 asks three times itself
+# What may stand behind an address: pyarrow's settings of S3 and of Google's storage.
+OPTIONS = frozenset(
+    (
+        "region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion", "allow_delayed_open",
+        "check_directory_existence_before_creation", "force_virtual_addressing", "tls_ca_file_path", "retry_limit_seconds",
+        "default_bucket_location", "project_id",
+    )
+)  # fmt: skip
+
+
+class StorageError(OSError):
+    """The place that holds the files does not answer, or is gone: no fault of any one file. The same command goes on later."""
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URI, and the path in it.
+    """The file system of a path or URI, and the path in it. An object's key is taken as it is written, without any decoding.
 
     Raises:
         ValueError: the address holds credentials, is of an unknown kind, or cannot be understood.
@@ -27,19 +47,38 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     if urlsplit(uri).password is not None or urlsplit(uri).username not in (None, "anonymous"):
         message = f"{urlsplit(uri).scheme}://...: credentials do not belong into an address; set them in the environment."
-        raise ValueError(message)
-    filesystem, root = _file_system(uri)
-    return filesystem, root.rstrip("/")
+        raise SettingsError(message)
+    base, options = split_options(uri)
+    scheme, _, rest = base.partition("://")
+    if scheme not in ("s3", "gs", "gcs"):
+        filesystem, root = _file_system(uri)
+        return filesystem, root.rstrip("/")
+    bucket, _, key = rest.partition("/")
+    return _file_system(f"{scheme}://{bucket}{options}")[0], f"{bucket.rpartition('@')[2]}/{key}".rstrip("/")
 
 
-@functools.lru_cache(maxsize=16)
+def split_options(uri: str) -> tuple[str, str]:
+    """An address, and its settings with their question mark (`?region=eu-west-1`); a key may hold question marks, too."""
+    base, question, query = uri.rpartition("?")
+    names = [option.partition("=")[0] for option in query.split("&")]
+    return (base, f"?{query}") if question and all(name in OPTIONS for name in names) else (uri, "")
+
+
+@functools.lru_cache(maxsize=64)
 def _file_system(uri: str) -> tuple[fs.FileSystem, str]:
-    # Kept: a file system of its own for every picture would open a connection of its own for every picture.
+    # Kept, one a bucket: a file system of its own for every picture would open a connection of its own for every picture.
     try:
-        filesystem, root = _google(uri) if uri.startswith(("gs://", "gcs://")) else fs.FileSystem.from_uri(uri)
+        if uri.startswith(("gs://", "gcs://")):
+            filesystem, root = _google(uri)
+        elif uri.startswith("s3://"):
+            # A small object is put in one request, and not in the three of an upload in parts.
+            delayed = "" if "allow_delayed_open" in uri else f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
+            filesystem, root = fs.FileSystem.from_uri(uri + delayed)
+        else:
+            filesystem, root = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
         message = f"{uri}: cannot be opened ({error}); known are paths, file://, s3://BUCKET/KEY and gs://BUCKET/KEY."
-        raise ValueError(message) from None
+        raise SettingsError(message) from None
     return filesystem, str(root)
 
 
@@ -57,11 +96,43 @@ def _google(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def join(root: str, place: str) -> str:
-    """The address of a place; one that is an absolute path or a URI itself stays as it is."""
-    if not place or "://" in place or place.startswith("/"):
-        return place or root
-    base, question, query = root.partition("?")  # s3://bucket/key?region=... keeps its settings
-    return f"{base.rstrip('/')}/{place}{question}{query}"
+    """The address of a place; s3://bucket/key?region=... keeps its settings."""
+    base, options = split_options(root)
+    return f"{base.rstrip('/')}/{place}{options}"
+
+
+def locate(root: str, place: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a source, and the path of a place in it; a place that is an address itself is resolved as one."""
+    if "://" in place or place.startswith("/"):
+        return resolve(place)
+    filesystem, path = resolve(root)
+    return filesystem, f"{path}/{place}" if place else path
+
+
+def escaped(name: str) -> str:
+    """A name as valid UTF-8, for columns and JSON: a byte that is none stands as <e9>. Other names stay as they are.
+
+    No two names become one: a name that holds such a mark itself has its `<` as <3c>.
+    """
+    return _NOT_UTF8.sub(lambda found: _mark(ord(found[0])), name)
+
+
+def _mark(code: int) -> str:
+    return f"<{code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code:02x}>"
+
+
+def unescaped(place: str) -> str:
+    """The name that `escaped` was given, as Python's own functions take it."""
+    return _ESCAPE.sub(lambda found: chr(_code(int(found[1], 16))), place)
+
+
+def _code(mark: int) -> int:
+    return 0xDC00 + mark if 0x80 <= mark <= 0xFF else mark
+
+
+def place_of(name: str) -> str:
+    """The place of a whole file, also where its name looks like a part of another (`x.tar#512-20`)."""
+    return re.sub(r"#(?=g?\d+-\d+\Z)", "<23>", escaped(name))
 
 
 def fetch(root: str, place: str, max_bytes: int | None = None) -> bytes:
@@ -71,19 +142,75 @@ def fetch(root: str, place: str, max_bytes: int | None = None) -> bytes:
         OSError: the file is not there or cannot be read.
     """
     part = RANGE.fullmatch(place)
-    filesystem, path = resolve(join(root, part[1] if part else place))
+    filesystem, path = locate(root, unescaped(part[1] if part else place))
     wanted = int(part[3]) if part else None
     if max_bytes is not None:
         wanted = max_bytes + 1 if wanted is None else min(wanted, max_bytes + 1)
+    return _read(filesystem, path, int(part[2]) if part else None, wanted)
+
+
+def fetch_picture(root: str, place: str, max_bytes: int) -> bytes:
+    """`fetch` for one of many: what befalls one picture is told from what befalls the storage of all.
+
+    Raises:
+        StorageError: whatever holds the source does not answer: this picture is not to blame.
+        OSError: the picture is not there or cannot be read, while others can.
+    """
+    for left in range(TRIES - 1, -1, -1):
+        try:
+            return fetch(root, place, max_bytes)
+        except OSError as error:
+            check_alive(root, error)
+            # Storage answers: a file that is missing or forbidden stays so, anything else may have been a hiccup.
+            if not left or isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+                raise
+    raise AssertionError
+
+
+def _read(filesystem: fs.FileSystem, path: str, offset: int | None, wanted: int | None) -> bytes:
     if isinstance(filesystem, fs.LocalFileSystem):
         with open(path, "rb") as stream:
-            stream.seek(int(part[2]) if part else 0)
-            return stream.read(wanted)
-    if part is None:
+            stream.seek(offset or 0)
+            return stream.read(-1 if wanted is None else wanted)
+    if offset is None:
         with filesystem.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read(wanted))
     with filesystem.open_input_file(path) as stream:
-        return bytes(stream.read_at(wanted, int(part[2])))
+        return bytes(stream.read_at(wanted, offset))
+
+
+def check_alive(root: str, error: OSError) -> None:
+    """Tells storage that fails from a file that fails, after `error`: whether the source itself can still be looked at.
+
+    Raises:
+        StorageError: it cannot: a server that does not answer, credentials that have expired, a disk that is no longer mounted.
+    """
+    filesystem, path = resolve(root)
+    try:
+        if isinstance(filesystem, fs.LocalFileSystem):
+            with os.scandir(path) as entries:
+                if next(entries, None) is not None:
+                    return
+            reason = "is empty: is it mounted?"
+        else:
+            # The folder or one of its keys; a bucket alone may be forbidden to look at.
+            if filesystem.get_file_info(path).type != fs.FileType.NotFound:
+                return
+            reason = "is not there any more"
+    except NotADirectoryError:
+        return  # the source is one file, and it is there
+    except OSError as gone:
+        reason = f"does not answer ({gone})"
+    message = f"{root}: {reason}. First seen as: {error}"
+    raise StorageError(message) from None
+
+
+def is_inside(place: str, folder: str) -> bool:
+    """Whether a path or address is a folder itself, or lies below it."""
+    if is_local(place) != is_local(folder):
+        return False
+    (there, inner), (here, outer) = resolve(place), resolve(folder)
+    return there.equals(here) and f"{inner}/".startswith(f"{outer.rstrip('/')}/")
 
 
 def is_local(uri: str) -> bool:
