@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,10 +30,12 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline import locations
+from pipeline.errors import MissingError, SettingsError
 
 SCHEMA_VERSION = 1
 Stage = Literal["images", "captions", "embeddings"]
 STAGES: tuple[Stage, ...] = ("images", "captions", "embeddings")
+_BEGINNING = "beginning-"
 
 IMAGES = pa.schema(
     [
@@ -114,7 +117,8 @@ class Dataset:
 class Receipt:
     """Proof that a shard is whole: rows, checksum of the Parquet file, seconds of work, attempt, and what was not as usual.
 
-    `flagged` counts doubtful captions, or captions that the encoder did not read to their end.
+    `flagged` counts doubtful captions, or captions that the encoder did not read to their end. `source` is the checksum of the
+    captions that vectors were made of, as the captions' own receipt has it.
     """
 
     shard: int
@@ -126,6 +130,11 @@ class Receipt:
     attempt: int
     flagged: int = 0
     note: str = ""
+    source: str = ""
+
+    def belongs_to(self, captions: Receipt) -> bool:
+        """Whether vectors were made of these captions; receipts of earlier releases do not say, and are believed."""
+        return self.source in ("", captions.checksum)
 
 
 def variant_name(prefix: str, settings: dict[str, Any]) -> str:
@@ -133,6 +142,11 @@ def variant_name(prefix: str, settings: dict[str, Any]) -> str:
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False)
     safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in prefix).strip("-.")[:40]
     return f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def content_hash(data: bytes) -> str:
+    """What tells an encoded picture from any other."""
+    return hashlib.sha256(data).hexdigest()
 
 
 class Store:
@@ -151,14 +165,14 @@ class Store:
             raw = json.loads(self._read("dataset.json"))
         except FileNotFoundError:
             message = f"store={uri}: holds no dataset.json; make it with: gpt4image ingest --images DIR --store {uri}"
-            raise FileNotFoundError(message) from None
+            raise MissingError(message) from None
         version = raw.get("schema_version")
         if not isinstance(version, int) or version > SCHEMA_VERSION:
             message = (
                 f"store={uri}: has schema version {version}, this release reads up to {SCHEMA_VERSION}; "
                 "install a newer gpt4image-ray, or make the store again with this one."
             )
-            raise ValueError(message)
+            raise SettingsError(message)
         raw["splits"] = {name: Split(**split) for name, split in raw["splits"].items()}
         self.dataset = Dataset(**raw)
 
@@ -170,9 +184,32 @@ class Store:
 
     @staticmethod
     def create(uri: str, dataset: Dataset) -> Store:
-        """Writes dataset.json and opens the store."""
+        """Begins a store, or opens the one that somebody else has begun meanwhile: the caller compares its `dataset`.
+
+        Each that would begin says so first and looks for others then. Of two, one at least sees the other and writes nothing; so
+        no dataset.json is ever replaced, on any storage that lists what was written (neither Arrow's file systems nor all
+        servers know a conditional write).
+
+        Raises:
+            ValueError: another process is beginning a store of other content here, at this moment.
+        """
         filesystem, root = locations.resolve(uri)
-        _write_whole(filesystem, f"{root}/dataset.json", _json_bytes(asdict(dataset)))
+        content = _json_bytes(asdict(dataset))
+        of_mine = f"{_BEGINNING}{hashlib.sha256(content).hexdigest()[:16]}"
+        mine = f"{of_mine}-{uuid.uuid4().hex[:8]}.json"
+        _write_whole(filesystem, f"{root}/{mine}", _json_bytes({"host": platform.node(), "pid": os.getpid()}))
+        try:
+            others = [name for name in _beginnings(filesystem, root) if not name.startswith(of_mine)]
+            if not Store.exists(uri):
+                if others:
+                    message = (
+                        f"store={uri}: another ingest, of other pictures or with other settings, begins it at this moment, so "
+                        f"nothing was written. If none does, an earlier one was killed: delete {others[0]} there and try again."
+                    )
+                    raise SettingsError(message)
+                _write_whole(filesystem, f"{root}/dataset.json", content)
+        finally:
+            filesystem.delete_file(f"{root}/{mine}")
         return Store(uri)
 
     def folder(self, stage: Stage, variant: str = "") -> str:
@@ -194,7 +231,7 @@ class Store:
         except FileNotFoundError:
             known = ", ".join(self.variants(stage)) or "none"
             message = f"store={self.uri}: no {stage} variant {variant!r}; there are: {known}."
-            raise FileNotFoundError(message) from None
+            raise MissingError(message) from None
         return settings
 
     def only_variant(self, stage: Stage, wanted: str = "") -> str:
@@ -212,7 +249,7 @@ class Store:
         else:
             flaw = f"no {stage} variant {wanted!r}" if wanted else f"several {stage} variants and none named"
             message = f"store={self.uri}: {flaw}; pass --{stage} with one of: {', '.join(names)}."
-        raise ValueError(message)
+        raise SettingsError(message)
 
     def write_variant(self, stage: Stage, variant: str, settings: dict[str, Any]) -> None:
         """Records what makes a variant, once: an existing record is left as it is."""
@@ -221,7 +258,16 @@ class Store:
             self.write_file(path, _json_bytes(settings))
 
     def write_shard(
-        self, stage: Stage, variant: str, shard: int, table: pa.Table, *, seconds: float, attempt: int = 1, note: str = ""
+        self,
+        stage: Stage,
+        variant: str,
+        shard: int,
+        table: pa.Table,
+        *,
+        seconds: float,
+        attempt: int = 1,
+        note: str = "",
+        source: str = "",
     ) -> Receipt:
         """Checks a shard against its schema, writes it whole, then its receipt."""
         _check_table(stage, table)
@@ -232,7 +278,7 @@ class Store:
         failed = len(table) - table["error"].null_count
         receipt = Receipt(
             shard=shard, rows=len(table), failed=failed, bytes=len(data), checksum=hashlib.sha256(data).hexdigest(),
-            seconds=round(seconds, 3), attempt=attempt, flagged=_flagged(table), note=note,
+            seconds=round(seconds, 3), attempt=attempt, flagged=_flagged(table), note=note, source=source,
         )  # fmt: skip
         folder = self.folder(stage, variant)
         self.write_file(f"{folder}/{_part(shard)}.parquet", data)
@@ -274,6 +320,20 @@ class Store:
         done = set(self.finished(stage, variant))
         return [shard for shard in range(self.dataset.shards) if shard not in done]
 
+    def outdated(self, variant: str, captions: str) -> list[int]:
+        """Finished shards of an embedding variant whose captions have been written anew since, by a second run or by `retry`."""
+        made, now = self.receipts("embeddings", variant), self.receipts("captions", captions)
+        return [shard for shard, receipt in made.items() if shard in now and not receipt.belongs_to(now[shard])]
+
+    def damaged(self, stage: Stage, variant: str = "") -> Iterator[tuple[int, str]]:
+        """(shard, what is wrong) of finished shards whose file is gone, or is not the one on the receipt; reads all of them."""
+        for shard, receipt in self.receipts(stage, variant).items():
+            data = self.read_file(f"{self.folder(stage, variant)}/{_part(shard)}.parquet")
+            if data is None:
+                yield shard, "the file is gone"
+            elif hashlib.sha256(data).hexdigest() != receipt.checksum:
+                yield shard, f"{len(data)} bytes that are not the {receipt.bytes} on its receipt"
+
     def require_complete(self, stage: Stage, variant: str = "") -> None:
         """Raises ValueError, saying how to finish, when a stage that the next one reads has shards to do."""
         missing = len(self.pending(stage, variant))
@@ -284,7 +344,7 @@ class Store:
                 f"store={self.uri}: {stage}{name} lacks {missing} of {self.dataset.shards} shards; "
                 f"finish it first: the same `gpt4image {verb}` again goes on where it stopped."
             )
-            raise ValueError(message)
+            raise SettingsError(message)
 
     def split_shards(self, split: str) -> range:
         """Shards of a split.
@@ -297,19 +357,27 @@ class Store:
                 f"split={split!r}: the store has {', '.join(self.dataset.splits)}; name one of these, "
                 "or ingest again into a new store with --val-fraction 0.1."
             )
-            raise ValueError(message)
+            raise SettingsError(message)
         found = self.dataset.splits[split]
         return range(found.first_shard, found.first_shard + found.num_shards)
 
-    def picture(self, image: bytes | None, uri: str | None) -> bytes:
+    def picture(self, image: bytes | None, uri: str | None, expected_hash: str | None) -> bytes:
         """The encoded bytes of a picture that has no error: those in the shard, or, stored with --no-pack, those at its place.
 
         Raises:
-            OSError: the place cannot be read.
+            StorageError: what holds the pictures does not answer.
+            OSError: the place cannot be read, or holds another picture than when it was ingested.
         """
         if image is not None:
             return image
-        return locations.fetch(self.dataset.source["uri"], uri or "", self.dataset.source["max_bytes"])
+        data = locations.fetch_picture(self.dataset.source["uri"], uri or "", self.dataset.source["max_bytes"])
+        if expected_hash and content_hash(data) != expected_hash:
+            message = (
+                f"{uri} of {self.dataset.source['uri']} is another picture than when it was ingested: put the old one back, or "
+                "ingest into a new store (without --no-pack pictures are kept in the store)"
+            )
+            raise OSError(message)
+        return data
 
     def errors(self, stage: Stage, variant: str = "") -> Iterator[tuple[str, str]]:
         """(id, error) of every failed row of the finished shards."""
@@ -354,6 +422,17 @@ class Store:
     def _read(self, path: str) -> bytes:
         with self._fs.open_input_stream(f"{self._root}/{path}") as stream:
             return bytes(stream.read())
+
+
+def _beginnings(filesystem: fs.FileSystem, root: str) -> list[str]:
+    """Who says that they are beginning a store; whoever said so an hour ago is dead."""
+    found = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    recent = time.time() - 3600
+    return [info.base_name for info in found if info.base_name.startswith(_BEGINNING) and _modified(info) > recent]
+
+
+def _modified(info: fs.FileInfo) -> float:
+    return info.mtime.timestamp() if info.mtime is not None else time.time()
 
 
 def _write_whole(filesystem: fs.FileSystem, path: str, data: bytes, lasting: bool = True) -> None:
@@ -429,3 +508,17 @@ def summary(store: Store) -> dict[str, Any]:
                 }
             )  # fmt: skip
     return {"rows": store.dataset.rows, "shards": store.dataset.shards, "stages": stages}
+
+
+def damaged(store: Store) -> list[dict[str, str]]:
+    """Files of any stage that are not those on their receipts: what `status --verify` prints."""
+    return [
+        {
+            "file": f"{store.folder(stage, variant)}/{_part(shard)}.parquet",
+            "receipt": f"{store.folder(stage, variant)}/receipts/{_part(shard)}.json",
+            "flaw": flaw,
+        }
+        for stage in STAGES
+        for variant in store.variants(stage)
+        for shard, flaw in store.damaged(stage, variant)
+    ]
