@@ -11,11 +11,15 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 DEFAULT_MAX_PIXELS = 178_956_970
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class ImageError(ValueError):
@@ -34,12 +38,15 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, shrink_to: int 
         ImageError: empty, of no known format, too large, or damaged.
     """
     if not data:
-        message = "empty file (0 bytes): replace or delete it, then run retry"
+        message = "empty file (0 bytes): replace it, then run retry, or go on without it (--max-failure-rate)"
         raise ImageError(message)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd EXIF; the limit below is ours
         image = _open(data)
         width, height = image.size
+        if width < 1 or height < 1:
+            message = f"damaged header ({width} x {height} pixels): replace it, then run retry"
+            raise ImageError(message)
         if width * height > max_pixels:
             message = f"too large: {width} x {height} pixels, limit {max_pixels}: shrink it or raise --max-pixels"
             raise ImageError(message)
@@ -47,11 +54,11 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, shrink_to: int 
             if shrink_to is not None and image.format == "JPEG":
                 image.draft("RGB", (shrink_to, shrink_to))
             image.load()
-            # Looking for an orientation takes as long as decoding a small JPEG, and most say nothing of one.
-            plain = image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}
-            return _to_rgb(image if plain else ImageOps.exif_transpose(image))
-        except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, AttributeError) as error:
-            message = f"damaged {image.format} ({error}): replace it, then run retry"
+            return _to_rgb(_upright(image))
+        except ImageError:
+            raise
+        except Exception as error:  # decoders raise whatever the bytes provoke; none of it is more than this one picture
+            message = f"damaged {image.format} ({_said(error)}): replace it, then run retry"
             raise ImageError(message) from None
 
 
@@ -83,14 +90,35 @@ def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        message = f"not a picture in any of {', '.join(FORMATS)}: replace or delete it, then run retry"
+        message = (
+            f"not a picture in any of {', '.join(FORMATS)}: replace it, then run retry, or go on without it (--max-failure-rate)"
+        )
         raise ImageError(message) from None
     except Image.DecompressionBombError as error:
         message = f"too large: {error}: shrink it"
         raise ImageError(message) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        message = f"damaged header ({error}): replace it, then run retry"
+    except Exception as error:  # as above: a header can provoke anything, MemoryError too
+        message = f"damaged header ({_said(error)}): replace it, then run retry"
         raise ImageError(message) from None
+
+
+def _said(error: Exception) -> str:
+    return (str(error) or type(error).__name__)[:300]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF turns it; where EXIF is damaged it stays as it lies, as in every viewer.
+
+    Not Pillow's `exif_transpose`, which also writes the EXIF anew, and fails where that cannot be done.
+    """
+    # Looking for an orientation takes as long as decoding a small JPEG, and most say nothing of one.
+    if image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}:
+        return image
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever the damage provokes: the pixels are whole
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,7 +6,6 @@ batches, a shard stays whole and in order. `redo` limits a step to the rows that
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -17,13 +16,13 @@ from typing import Any, NoReturn
 
 import pyarrow as pa
 
-from pipeline import images, prompts, sources
+from pipeline import images, locations, prompts, sources
 from pipeline.captioners.protocol import Caption, Captioner
 from pipeline.config import CaptionConfig, EmbedConfig
 from pipeline.encoders import TextEncoder
 from pipeline.models import ModelRef
 from pipeline.session import actor_name
-from pipeline.store import CAPTIONS, IMAGES, Stage, Store, embeddings_table
+from pipeline.store import CAPTIONS, IMAGES, Stage, Store, content_hash, embeddings_table
 from pipeline.underway import EngineDeadError, Loading, Underway, is_engine_death, is_out_of_memory, smaller
 
 SMALLEST = 4  # times that an engine's settings are halved before want of memory stops the run
@@ -67,7 +66,7 @@ class IngestShard:
         self._read = sources.Reader(self._source["uri"])
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Columns in: shard, redo, rows (id, label, split, place). Out: those of `Done`."""
+        """Columns in: shard, redo, rows (those of `sources.Row`). Out: those of `Done`."""
         start = time.monotonic()
         item = table.to_pylist()[0]
         shard, old = item["shard"], None
@@ -75,7 +74,8 @@ class IngestShard:
             return done
         if item["redo"]:
             old = self._store.read_shard("images", "", shard).to_pylist()
-        rows = [old[n] if old and old[n]["error"] is None else self._row(row) for n, row in enumerate(item["rows"])]
+        self._read.expect(row["place"] for row in item["rows"])
+        rows = [self._row(row) if old is None or _to_redo(old[n]) else old[n] for n, row in enumerate(item["rows"])]
         receipt = self._store.write_shard(
             "images", "", shard, pa.Table.from_pylist(rows, schema=IMAGES), seconds=time.monotonic() - start,
             attempt=_attempt(self._store, "images", "", shard, item["redo"]),
@@ -84,21 +84,36 @@ class IngestShard:
 
     def _row(self, wanted: dict[str, Any]) -> dict[str, Any]:
         row = {"id": wanted["id"], "label": wanted["label"], "split": wanted["split"], "uri": wanted["place"]}
-        limit = self._source["max_bytes"]
+        if wanted["error"]:
+            return row | {"error": wanted["error"]}
         try:
-            data = self._read(wanted["place"], limit)
-            if len(data) > limit:
-                return row | {"error": f"file of more than {limit} bytes: shrink it or raise --max-bytes"}
-            picture = images.decode(data, max_pixels=self._source["max_pixels"])
+            return row | self._picture(wanted["place"])
         except images.ImageError as error:
             return row | {"error": str(error)}
+        except locations.StorageError:
+            raise  # no picture is to blame: the run stops, and goes on when the storage is back
         except OSError as error:
-            return row | {"error": f"cannot be read ({error.strerror or error}): mend it, then run retry"}
-        row["content_hash"] = hashlib.sha256(data).hexdigest()
+            reason = f"cannot be read ({error.strerror or error}): mend it, then run retry"
+        except Exception as error:  # a name, a place or bytes that nobody thought of: this row's error, and no other's
+            reason = f"cannot be used ({type(error).__name__}: {error}): mend it, then run retry"
+        return row | {"error": locations.escaped(reason[:1000])}
+
+    def _picture(self, place: str) -> dict[str, Any]:
+        limit = self._source["max_bytes"]
+        data = self._read(place, limit)
+        if len(data) > limit:
+            return {"error": f"file of more than {limit} bytes: shrink it or raise --max-bytes"}
+        picture = images.decode(data, max_pixels=self._source["max_pixels"])
+        found = {"content_hash": content_hash(data)}
         if (edge := self._source["max_edge"]) and max(picture.size) > edge:
             picture = images.fit(picture, edge)
             data = images.jpeg(picture)
-        return row | {"image": data if self._source["pack"] else None, "width": picture.width, "height": picture.height}
+        return found | {"image": data if self._source["pack"] else None, "width": picture.width, "height": picture.height}
+
+
+def _to_redo(old: dict[str, Any]) -> bool:
+    """Whether a retry may mend a row: what the source's listing found fault with has no place to read again."""
+    return old["error"] is not None and bool(old["uri"])
 
 
 class PreparePictures:
@@ -117,7 +132,10 @@ class PreparePictures:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo. Out: shard, redo, pictures (raw RGB)."""
         shard, redo = table["shard"][0].as_py(), table["redo"][0].as_py()
-        source = self._store.read_shard("images", "", shard, ["id", "image", "uri", "label", "error"])
+        if _already_done(self._store, "captions", self._variant, shard, redo) is not None:
+            return _shard_table(shard, redo, "pictures", [], _PICTURES)  # by a second run on this store
+        columns = ["id", "content_hash", "image", "uri", "label", "error"]
+        source = self._store.read_shard("images", "", shard, columns)
         wanted = _rows_to_do(self._store, "captions", self._variant, shard, redo, len(source))
         rows = [self._picture(row, record) for row, record in zip(wanted, source.take(wanted).to_pylist(), strict=True)]
         return _shard_table(shard, redo, "pictures", rows, _PICTURES)
@@ -127,12 +145,13 @@ class PreparePictures:
         if record["error"] is not None:
             return found
         try:
-            data = self._store.picture(record["image"], record["uri"])
+            data = self._store.picture(record["image"], record["uri"], record["content_hash"])
             limit = self._store.dataset.source["max_pixels"]
             picture = images.decode_to_fit(data, self._config.caption_edge, max_pixels=limit)
-        except (OSError, images.ImageError) as error:
-            # Only of pictures stored by reference: packed ones were decoded when they were ingested.
-            return found | {"error": f"no picture any more: {error}"}
+        except locations.StorageError:
+            raise
+        except Exception as error:  # of one picture stored by reference, whatever became of it: packed ones were decoded before
+            return found | {"error": locations.escaped(f"no picture any more: {error}")[:1000]}
         found["prompt"] = prompts.fill(self._config.prompt, self._store.dataset.classes[record["label"]])
         return found | {"width": picture.width, "height": picture.height, "pixels": picture.tobytes()}
 
@@ -146,6 +165,7 @@ class CaptionPictures:
 
     def __init__(self, config: CaptionConfig, model: ModelRef, variant: str, run: str) -> None:
         store = Store(config.store)
+        self._store, self._variant = store, variant
         self._underway = Underway(store, variant, run)
         self._loading = Loading(store, variant, f"{actor_name()}-{run}")
         self._loading.begin()
@@ -164,7 +184,9 @@ class CaptionPictures:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo, pictures. Out: shard, redo, captions, seconds, note; the pixels are dropped here."""
         start = time.monotonic()
-        shard, rows = table["shard"][0].as_py(), table["pictures"][0].as_py()
+        shard, redo, rows = table["shard"][0].as_py(), table["redo"][0].as_py(), table["pictures"][0].as_py()
+        if _already_done(self._store, "captions", self._variant, shard, redo) is not None:
+            rows = []  # by a second run, since the pictures were prepared
         good = {row["row"]: row for row in rows if row["error"] is None}
         try:
             made, note = self._underway.caption(shard, list(good), lambda part: self._caption([good[row] for row in part]))
@@ -186,9 +208,7 @@ class CaptionPictures:
         ]
         if times := self._loading.smaller:
             note = f"{note}; " * bool(note) + f"settings halved {times} times after running out of memory"
-        return _shard_table(
-            shard, table["redo"][0].as_py(), "captions", results, _CAPTIONED, seconds=time.monotonic() - start, note=note
-        )
+        return _shard_table(shard, redo, "captions", results, _CAPTIONED, seconds=time.monotonic() - start, note=note)
 
     def _caption(self, rows: list[dict[str, Any]]) -> list[Caption]:
         from PIL import Image
@@ -238,6 +258,9 @@ class WriteCaptions:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo, captions, seconds, note. Out: those of `Done`."""
         item = table.to_pylist()[0]
+        if (done := _already_done(self._store, "captions", self._variant, item["shard"], item["redo"])) is not None:
+            Underway(self._store, self._variant, "").finished(item["shard"])
+            return done  # the first to finish a shard has it: vectors may have been made of it already
         rows = _merged(self._store, "captions", self._variant, item["shard"], item["redo"], item["captions"])
         receipt = self._store.write_shard(
             "captions", self._variant, item["shard"], pa.Table.from_pylist(rows, schema=CAPTIONS), seconds=item["seconds"],
@@ -262,8 +285,13 @@ class EmbedCaptions:
         """Columns in: shard, redo. Out: those of `Done`."""
         start = time.monotonic()
         shard, redo = table["shard"][0].as_py(), table["redo"][0].as_py()
-        if (done := _already_done(self._store, "embeddings", self._variant, shard, redo)) is not None:
-            return done
+        of = self._store.receipt("captions", self._captions, shard)
+        made_before = self._store.is_finished("embeddings", self._variant, shard)
+        before = self._store.receipt("embeddings", self._variant, shard) if made_before else None
+        if before is not None and not redo and before.belongs_to(of):
+            return _done_table(Done(shard=shard, rows=before.rows, failed=before.failed, tokens=0))
+        # Failed rows alone are redone where the others are known to be of these captions: the receipt speaks for all.
+        redo = redo and before is not None and before.source == of.checksum
         source = self._store.read_shard("captions", self._captions, shard, ["id", "caption", "others", "error"])
         wanted = _rows_to_do(self._store, "embeddings", self._variant, shard, redo, len(source))
         texts = list(zip(wanted, source.take(wanted).to_pylist(), strict=True))
@@ -281,7 +309,7 @@ class EmbedCaptions:
         rows = _merged(self._store, "embeddings", self._variant, shard, redo, fresh)
         receipt = self._store.write_shard(
             "embeddings", self._variant, shard, embeddings_table(rows, self._encoder.dim), seconds=time.monotonic() - start,
-            attempt=_attempt(self._store, "embeddings", self._variant, shard, redo),
+            attempt=before.attempt + 1 if before else 1, source=of.checksum,
         )  # fmt: skip
         return _done_table(Done(shard=shard, rows=receipt.rows, failed=receipt.failed, tokens=sum(encoded.tokens)))
 

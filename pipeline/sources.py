@@ -3,6 +3,9 @@
 Rows are ordered by split and then by a hash of their id. So a shard is a random sample of its split (the first ones predict
 time and cost of all, and a training window mixes classes), while the order depends on nothing but the names. Rows of Parquet
 files keep together by row group, the least that can be read of such a file.
+
+Every picture of the listing is a row. One that the listing finds fault with has the error from the start, no place, and the
+label -1 where it has none; more of them than --max-failure-rate allows, and nothing is started.
 """
 
 from __future__ import annotations
@@ -11,25 +14,32 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import listings, locations
 from pipeline.config import SourceConfig
+from pipeline.errors import SettingsError
 from pipeline.listings import Entry, Listing
 from pipeline.store import SCHEMA_VERSION, Dataset, Split
+
+_IN_PARQUET = re.compile(r"(.*)#g(\d+)-(\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One picture of a shard still to be ingested."""
+    """One picture of a shard still to be ingested; with an `error`, which no retry mends, there is none."""
 
     id: str
     label: int
     split: str
     place: str
+    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +54,19 @@ def plan(config: SourceConfig) -> Plan:
     """Lists the source and cuts it into shards.
 
     Raises:
-        ValueError: there is no such source, it holds no pictures or no labels, or ids repeat.
+        ValueError: there is no such source, it holds no pictures or no labels, or too many of its rows cannot be used.
     """
+    if locations.escaped(config.images) != config.images:
+        message = f"images={locations.escaped(config.images)}: the source's own address must be UTF-8; rename or link the folder."
+        raise SettingsError(message)
     kind = config.source_kind if config.source_kind != "auto" else listings.kind_of(config.images)
     if kind == "parquet" and not config.pack:
         message = "no-pack: pictures inside Parquet files cannot be fetched one by one; leave --no-pack out."
-        raise ValueError(message)
+        raise SettingsError(message)
     listing = listings.LISTINGS[kind](config)
-    entries = sorted(listing.entries, key=lambda e: (_split_order(e.split), _digest(e.group or e.id), e.group, _digest(e.id)))
-    _check_unique(entries, config)
+    entries, notes = _with_splits(_told_apart(listing.entries), config.val_fraction)
+    _check_faults(entries, config)
+    entries.sort(key=lambda e: (_split_order(e.split), _digest(e.group or e.id), e.group, _digest(e.id)))
     entries = _limited(entries, config.limit)
     numbers = {key: number for number, key in enumerate(listing.keys)}
     shards: list[list[Row]] = []
@@ -61,12 +75,14 @@ def plan(config: SourceConfig) -> Plan:
         of_split = [entry for entry in entries if entry.split == split]
         cut = _cut(of_split, config.shard_rows, config.shard_bytes)
         splits[split] = Split(rows=len(of_split), first_shard=len(shards), num_shards=len(cut))
-        shards += [[Row(id=e.id, label=numbers[e.label], split=e.split, place=e.place) for e in part] for part in cut]
+        shards += [[_row(entry, numbers) for entry in part] for part in cut]
     listed = "\n".join(f"{e.id}\t{e.size}\t{e.split}\t{e.label}" for e in entries)
     source = {
         "kind": kind, "uri": _recorded_uri(config.images, kind), "val_fraction": config.val_fraction, "limit": config.limit,
         "shard_rows": config.shard_rows, "shard_bytes": config.shard_bytes, "max_pixels": config.max_pixels,
         "max_bytes": config.max_bytes, "max_edge": config.max_edge, "pack": config.pack, "skipped_files": listing.skipped,
+        "cut": hashlib.sha256(json.dumps([len(shard) for shard in shards]).encode()).hexdigest()[:16],
+        "notes": [*listing.notes, *notes],
         "fingerprint": hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest(),
     }  # fmt: skip
     dataset = Dataset(
@@ -80,12 +96,88 @@ def plan(config: SourceConfig) -> Plan:
     return Plan(dataset=dataset, shards=shards)
 
 
+# Settings of a source that decide what its rows hold. What shard_rows and shard_bytes come to is compared, and not they; so are
+# val_fraction and limit, by way of the rows' splits and number.
+_DECIDING = ("kind", "uri", "max_pixels", "max_bytes", "max_edge", "pack")
+
+
+def differences(recorded: Dataset, now: Dataset) -> list[str]:
+    """What a store was begun with and is not the same now, a line each; empty where a run may go on."""
+    before, after = recorded.source, now.source
+    begun = before.get("ingested_with", {})  # limits that `retry` has raised since: the first ones fit as well
+    found = [
+        f"{name}: {before[name]!r} then, {after[name]!r} now"
+        for name in _DECIDING
+        if after[name] not in (before.get(name), begun.get(name, before.get(name)))
+    ]
+    if {"max_pixels", "max_bytes"} & {line.partition(":")[0] for line in found}:
+        found.append("(rows that a limit left out are redone by: gpt4image retry, which takes --max-pixels and --max-bytes)")
+    if before["fingerprint"] != after["fingerprint"]:
+        found.append(f"pictures: {recorded.rows} then, {now.rows} now, or other names, sizes, labels or splits")
+        told = ("val_fraction", "limit")  # only where the rows differ: a source with a val split has no use for the first
+        found += [f"{name}: {before[name]!r} then, {after[name]!r} now" for name in told if before.get(name) != after[name]]
+        if "cut" not in before:
+            found.append("(an earlier release began it, which took sizes and --val-fraction otherwise: finish it with that one)")
+    elif _cut_of(before, after) != _cut_of(after, before):
+        cut = "shard_rows={shard_rows}, shard_bytes={shard_bytes}"
+        found.append(
+            f"cut into shards: {recorded.shards} then ({cut.format(**before)}), {now.shards} now ({cut.format(**after)})"
+        )
+    if recorded.classes != now.classes:
+        before_only, now_only = set(recorded.classes) - set(now.classes), set(now.classes) - set(recorded.classes)
+        gone, new = _some(before_only), _some(now_only)
+        changes = [f"gone: {gone}"] * bool(gone) + [f"new: {new}"] * bool(new) or ["in another order"]
+        found.append(f"classes: {'; '.join(changes)}")
+    return found
+
+
+def _cut_of(source: dict[str, Any], other: dict[str, Any]) -> Any:
+    """Stores of earlier releases have no record of the cut, only of the settings that it was made by."""
+    return source["cut"] if "cut" in source and "cut" in other else (source["shard_rows"], source["shard_bytes"])
+
+
+def _some(names: set[str], most: int = 3) -> str:
+    return ", ".join(sorted(names)[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def notes(dataset: Dataset) -> list[str]:
+    """What is to be said of a source before anything is made of it: what is left out, and splits that training will miss."""
+    told = list(dataset.source.get("notes", []))
+    if skipped := dataset.source.get("skipped_files"):
+        told.append(f"{skipped} files without a picture's ending are left out")
+    again = "to train on this source, ingest into a new store with --val-fraction 0.1"
+    if "train" not in dataset.splits:
+        told.append("there is no train split: captions can be made, but nothing can be trained on this store")
+    elif "val" not in dataset.splits:
+        told.append(
+            "there is no val split, by which training is judged: "
+            + (f"train with --eval-split test, or {again}" if "test" in dataset.splits else again)
+        )
+    return told
+
+
+def _row(entry: Entry, numbers: dict[str, int]) -> Row:
+    return Row(id=entry.id, label=numbers.get(entry.label, -1), split=entry.split, place=entry.place, error=entry.error)
+
+
 class Reader:
-    """Reads pictures by their place. Rows of one Parquet row group come one after the other: the last group is kept."""
+    """Reads pictures by their place. Rows of one Parquet row group come one after the other: the last group is kept.
+
+    It is kept in Arrow's memory; of a large group (`listings.LARGE_GROUP`) only the rows that are expected are, and it is read
+    piece by piece: where a file is one group of many gigabytes, several readers would otherwise hold it several times.
+    """
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self._group: tuple[str, list[Any]] = ("", [])
+        self._kept: tuple[str, pa.ChunkedArray | dict[int, pa.Scalar]] = ("", {})
+        self._expected: dict[str, set[int]] = {}
+
+    def expect(self, places: Iterable[str]) -> None:
+        """Says which places will be asked for next, all together."""
+        self._expected = {}
+        for match in map(_IN_PARQUET.fullmatch, places):
+            if match is not None:
+                self._expected.setdefault(f"{match[1]}#g{match[2]}", set()).add(int(match[3]))
 
     def __call__(self, place: str, max_bytes: int) -> bytes:
         """The bytes, at most `max_bytes` of them plus one.
@@ -93,13 +185,20 @@ class Reader:
         Raises:
             OSError: they cannot be read.
         """
-        match = re.fullmatch(r"(.*)#g(\d+)-(\d+)", place, re.DOTALL)
+        match = _IN_PARQUET.fullmatch(place)
         if match is None:
-            return locations.fetch(self._root, place, max_bytes)
+            return locations.fetch_picture(self._root, place, max_bytes)
         file, group, row = match[1], int(match[2]), int(match[3])
-        if self._group[0] != f"{file}#{group}":
-            self._group = (f"{file}#{group}", self._row_group(file, group))
-        picture = self._group[1][row]
+        kept = self._kept[1]
+        if self._kept[0] != f"{file}#g{group}" or (isinstance(kept, dict) and row not in kept):
+            self._kept = ("", {})  # two groups at a time are one too many
+            try:
+                kept = self._row_group(file, group, self._expected.get(f"{file}#g{group}", set()) | {row})
+            except OSError as error:
+                locations.check_alive(self._root, error)
+                raise
+            self._kept = (f"{file}#g{group}", kept)
+        picture = kept[row].as_py()
         if isinstance(picture, dict):
             # Hugging Face's `image`: bytes, or a path beside the file.
             picture = picture.get("bytes") or picture.get("path")
@@ -107,25 +206,35 @@ class Reader:
             if "://" in picture or picture.startswith("/") or ".." in picture.split("/"):
                 message = f"the row names {picture[:200]!r}, which is not beside its file"
                 raise OSError(message)  # a data set from elsewhere must not say what is read on this machine
-            return locations.fetch(self._root, "/".join([*file.split("/")[:-1], picture]), max_bytes)
-        if picture is None:
+            return locations.fetch_picture(self._root, "/".join([*file.split("/")[:-1], locations.place_of(picture)]), max_bytes)
+        if not picture:
             message = "the row holds neither bytes nor a path"
             raise OSError(message)
         return bytes(picture[: max_bytes + 1])
 
-    def _row_group(self, file: str, group: int) -> list[Any]:
-        filesystem, path = locations.resolve(locations.join(self._root, file))
-        with filesystem.open_input_file(path) as stream:
+    def _row_group(self, file: str, group: int, wanted: set[int]) -> pa.ChunkedArray | dict[int, pa.Scalar]:
+        with listings.opened(self._root, locations.unescaped(file)) as stream:
             parquet = pq.ParquetFile(stream)
-            pictures: list[Any] = (
-                parquet.read_row_group(group, columns=[listings.image_column(parquet, file)]).column(0).to_pylist()
-            )
-        return pictures
+            column = listings.image_column(parquet, file)
+            if listings.picture_bytes(parquet, group, column) <= listings.LARGE_GROUP:
+                return parquet.read_row_group(group, columns=[column]).column(0)
+            # By default the whole column is fetched before its first page is decoded.
+            parquet = pq.ParquetFile(stream, metadata=parquet.metadata, pre_buffer=False, buffer_size=2**23)
+            found: dict[int, pa.Scalar] = {}
+            start = 0
+            for batch in parquet.iter_batches(batch_size=32, row_groups=[group], columns=[column], use_threads=False):
+                rows = sorted(row for row in range(start, start + len(batch)) if row in wanted)
+                taken = batch.column(0).take(
+                    pa.array([row - start for row in rows], pa.int64())
+                )  # a copy: the batch itself is let go
+                found |= dict(zip(rows, taken, strict=True))
+                start += len(batch)
+        return found
 
 
 def _recorded_uri(uri: str, kind: str) -> str:
     """What places are relative to: the source itself, or the folder that a list or a single file lies in."""
-    single = kind == "jsonl" or uri.partition("?")[0].lower().endswith((".tar", ".parquet"))
+    single = kind == "jsonl" or locations.split_options(uri)[0].lower().endswith((".tar", ".parquet"))
     if single:
         return listings.parent(uri)
     return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
@@ -139,10 +248,15 @@ def _class_names(listing: Listing, file: str) -> list[str]:
     """
     if not file:
         return list(listing.names or listing.keys)
-    with open(os.path.expanduser(file), encoding="utf-8") as stream:
-        text = stream.read()
-    if text.lstrip().startswith("{"):
-        named = {str(key): str(name) for key, name in json.loads(text).items()}
+    try:
+        with open(os.path.expanduser(file), encoding="utf-8", errors="surrogateescape") as stream:
+            text = locations.escaped(stream.read())
+        mapping = json.loads(text) if text.lstrip().startswith("{") else {}
+    except (OSError, ValueError) as error:
+        message = f"class_names={file}: cannot be read ({error})."
+        raise SettingsError(message) from None
+    if mapping:
+        named = {str(key): str(name) for key, name in mapping.items()}
     else:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         pairs = [re.split(r"[\t ]+", line, maxsplit=1) for line in lines]
@@ -158,21 +272,68 @@ def _class_names(listing: Listing, file: str) -> list[str]:
             message = (
                 f"class_names={file}: {len(lines)} lines for {len(listing.keys)} classes ({', '.join(listing.keys[:3])}, ...)."
             )
-            raise ValueError(message)
+            raise SettingsError(message)
     missing = [key for key in listing.keys if key not in named]
     if missing:
         message = f"class_names={file}: no name for {len(missing)} classes, such as {', '.join(missing[:3])}."
-        raise ValueError(message)
+        raise SettingsError(message)
     return [named[key] for key in listing.keys]
 
 
-def _check_unique(entries: list[Entry], config: SourceConfig) -> None:
-    seen: set[str] = set()
-    for entry in entries:
-        if entry.id in seen:
-            message = f"images={config.images}: {entry.id} is there twice; ids must be unique (in a list, give each an `id`)."
-            raise ValueError(message)
-        seen.add(entry.id)
+def _told_apart(entries: list[Entry]) -> list[Entry]:
+    """Of rows with one id the first keeps it; the others get one of their own, and an error."""
+    counts = Counter(entry.id for entry in entries)
+    if len(counts) == len(entries):
+        return list(entries)
+    found, taken = [], set[str]()
+    # Rows without a fault come first: a row that cannot be used anyway must not take the id of one that can.
+    for entry in sorted(entries, key=lambda entry: bool(entry.error)):
+        if entry.id in taken:
+            number = counts[entry.id]
+            while (key := f"{entry.id}#again-{number}") in counts:
+                number += 1
+            counts[key] = 1
+            error = f"{entry.id} is there twice: ids must be unique (in a list, give each an `id`); ingest into a new store"
+            entry = replace(entry, id=key, label="", place="", error=entry.error or error)
+        taken.add(entry.id)
+        found.append(entry)
+    return found
+
+
+def _with_splits(entries: list[Entry], val_fraction: float) -> tuple[list[Entry], list[str]]:
+    """Every row in a split: train where the source tells none, less the share that is drawn for a val split that it lacks."""
+    has_val = any(entry.split == "val" for entry in entries)
+    if has_val and val_fraction and all(entry.split for entry in entries):
+        return entries, ["--val-fraction is not used: the source has a val split of its own"]
+    splits = [
+        "val" if entry.split in _drawn_from(has_val) and _draw(entry.id) < val_fraction else entry.split or "train"
+        for entry in entries
+    ]
+    return [replace(entry, split=split) for entry, split in zip(entries, splits, strict=True)], []
+
+
+def _drawn_from(has_val: bool) -> tuple[str, ...]:
+    return ("",) if has_val else ("", "train")
+
+
+def _draw(key: str) -> float:
+    return int.from_bytes(_digest(f"split:{key}")[:8], "big") / 2**64
+
+
+def _check_faults(entries: list[Entry], config: SourceConfig) -> None:
+    faults = [entry for entry in entries if entry.error]
+    if len(faults) <= config.max_failure_rate * len(entries):
+        return
+    kinds: dict[str, list[Entry]] = {}
+    for entry in faults:
+        kinds.setdefault(re.sub(r"\d+|'[^']*'", "#", entry.error), []).append(entry)
+    commonest = sorted(kinds.values(), key=len, reverse=True)[:5]
+    reasons = "\n".join(f"  {len(found)} x {found[0].error} (such as {found[0].id})" for found in commonest)
+    message = (
+        f"images={config.images}: {len(faults)} of {len(entries)} rows cannot be used, more than --max-failure-rate "
+        f"{config.max_failure_rate} allows.\n{reasons}"
+    )
+    raise SettingsError(message)
 
 
 def _limited(entries: list[Entry], limit: int) -> list[Entry]:

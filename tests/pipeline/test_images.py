@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline import images
 from pipeline.images import ImageError, decode, fit
@@ -22,7 +22,7 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def test_zero_bytes() -> None:
-    with pytest.raises(ImageError, match=r"empty file \(0 bytes\): replace or delete it, then run retry"):
+    with pytest.raises(ImageError, match=r"empty file \(0 bytes\): replace it, then run retry"):
         decode(b"")
 
 
@@ -126,3 +126,15 @@ def test_random_bytes_never_raise_anything_else() -> None:
                 assert len(str(error)) > 10
     assert decode(whole).size == (32, 32)
     assert set(images.EXTENSIONS) >= {".jpg", ".png", ".webp"}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_all_eight_orientations_are_turned_as_pillow_turns_them(turn: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    pixels = np.random.default_rng(turn).integers(0, 256, (9, 14, 3), dtype=np.uint8)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(Image.fromarray(pixels), kind, exif=exif.tobytes(), **options)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(expected))

@@ -109,7 +109,9 @@ def check(store: Store, pictures: Pictures) -> None:
     assert store.dataset.classes == ["cat", "dog", "hen"]
     expected = {(d, n.split("/")[0], n.split("/")[1]) for n, d in pictures.items() if "broken" not in n}
     good = [row for row in rows if row["error"] is None]
-    found = {(store.picture(r["image"], r["uri"]), r["split"], store.dataset.classes[r["label"]]) for r in good}
+    found = {
+        (store.picture(r["image"], r["uri"], r["content_hash"]), r["split"], store.dataset.classes[r["label"]]) for r in good
+    }
     assert found == expected
     assert [("damaged" in row["error"], row["split"]) for row in rows if row["error"] is not None] == [(True, "train")]
     for name, split in store.dataset.splits.items():
@@ -221,15 +223,24 @@ def test_numbered_labels_are_classes_in_the_order_of_numbers(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: expected a JSON object"), ('{"path": "b.jpg"}', "line 2: expected a JSON object"),
-        ('{"path": "a.jpg", "label": "x"}', "a.jpg is there twice"),
-        ('{"path": "b.jpg", "label": ""}', "1 of 2 pictures have no label"),
+        ("{", "line 2: expected a JSON object"), ('{"label": "x"}', "line 2: expected a JSON object"),
+        ('{"path": "a.jpg", "label": "x"}', "a.jpg is there twice"), ('{"path": "b.jpg"}', "no label: give it one"),
+        ('{"path": "b.jpg", "label": ""}', "no label: give it one"),
+        ('{"path": "b.jpg", "label": ["x"]}', "a label must be a text or a number, not list"),
+        ('{"path": "b.jpg", "label": "x", "split": "holdout"}', "split 'holdout' is none of train, val and test"),
     ],
 )  # fmt: skip
-def test_a_bad_list_is_refused_with_its_line(line: str, message: str, tmp_path: Path) -> None:
+def test_a_bad_line_is_a_row_with_an_error_and_too_many_are_refused_before_anything_starts(
+    line: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "list.jsonl").write_text('{"path": "a.jpg", "label": "x"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="1 of 2 rows cannot be used") as error:
         plan(SourceConfig(images=str(tmp_path / "list.jsonl"), store="unused"))
+    assert message in str(error.value)
+    found = plan(SourceConfig(images=str(tmp_path / "list.jsonl"), store="unused", max_failure_rate=0.5))
+    good, bad = sorted((row for shard in found.shards for row in shard), key=lambda row: bool(row.error))
+    assert (good.id, good.label, good.error) == ("a.jpg", 0, "")
+    assert message in bad.error and (bad.label, bad.place) == (-1, "")
 
 
 def test_a_broken_or_compressed_tar_is_named(pictures: Pictures, tmp_path: Path) -> None:
