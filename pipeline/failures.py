@@ -5,21 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from pipeline.errors import MissingError, RunStoppedError, SettingsError, TooManyFailuresError, UnreachableError
 from pipeline.store import Stage, Store
 
 # Of workers: the disk, the network, the server or the engine is at fault, and the message says it all.
 STOPPING = (
-    "OSError", "FileNotFoundError", "PermissionError", "TimeoutError", "ConnectionError", "EngineDeadError", "BudgetSpentError",
-    "ValueError",
+    "OSError", "StorageError", "FileNotFoundError", "PermissionError", "TimeoutError", "ConnectionError", "EngineDeadError",
+    "BudgetSpentError", "ValueError",
 )  # fmt: skip
-
-
-class TooManyFailuresError(RuntimeError):
-    """More rows failed than `max_failure_rate` allows; what is done stays done. Exit code 3."""
-
-
-class RunStoppedError(RuntimeError):
-    """Something other than the pictures stopped the run (disk, network, engine); what is done stays done. Exit code 1."""
+OURS = tuple(error.__name__ for error in (SettingsError, MissingError, UnreachableError))
 
 
 def plain_error(verb: str, store: Store, error: Exception) -> Exception:
@@ -33,6 +27,8 @@ def plain_error(verb: str, store: Store, error: Exception) -> Exception:
     again = f"What is done is kept: the same `gpt4image {verb.split()[0]}` goes on where it stopped."
     if kind in ("OSError", "ArrowException") and re.search(r"No space left|Disk quota exceeded|\[errno (?:28|122)\]", said, re.I):
         return RunStoppedError(f"store={store.uri}: no space left to write to. Make room. {again}")
+    if kind in OURS:
+        return RunStoppedError(f"{said.strip()} {again}")
     if kind in STOPPING:
         return RunStoppedError(f"{said.strip()} ({kind}). {again}")
     return error
@@ -62,7 +58,10 @@ def commonest_errors(store: Store, stage: Stage, variant: str, limit: int = 5) -
         kind = re.sub(r"\d+|'[^']*'", "#", error)
         counts[kind] += 1
         example.setdefault(kind, (error, key))
-    return [(f"{example[kind][0]} (such as {example[kind][1]})", count) for kind, count in counts.most_common(limit)]
+    found = [(f"{example[kind][0]} (such as {example[kind][1]})", count) for kind, count in counts.most_common(limit)]
+    if others := counts.total() - sum(count for _, count in found):
+        found.append((f"of {len(counts) - limit} further kinds", others))
+    return found
 
 
 def marks(store: Store, stage: Stage, variant: str, limit: int = 50) -> list[tuple[str, int]]:

@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from pipeline import images
 from pipeline.config import InspectConfig
+from pipeline.errors import SettingsError
 from pipeline.store import STAGES, Stage, Store
 from pipeline.tally import Tally, count_rows, reason_of
 
@@ -73,14 +74,14 @@ def _variants(store: Store, config: InspectConfig) -> tuple[str, str]:
             message = (
                 f"embeddings={config.embeddings}: made of captions {made_of}, not {captions}; leave one of the two flags out."
             )
-            raise ValueError(message)
+            raise SettingsError(message)
         return store.only_variant("captions", made_of), config.embeddings
     if captions or store.variants("captions"):
         captions = store.only_variant("captions", captions)
     names = [name for name in store.variants("embeddings") if store.variant("embeddings", name)["captions"] == captions]
     if len(names) > 1:
         message = f"store={store.uri}: several embeddings of {captions} and none named; pass --embeddings with one of: "
-        raise ValueError(message + ", ".join(names) + ".")
+        raise SettingsError(message + ", ".join(names) + ".")
     return captions, "".join(names)
 
 
@@ -161,7 +162,7 @@ def _draw_good(tally: Tally, order: list[int], count: int, rng: np.random.Genera
 def _shard_cards(
     store: Store, tally: Tally, shard: int, rows: list[int], *, with_pictures: bool
 ) -> list[tuple[int, dict[str, Any], np.ndarray | None]]:
-    names = ["id", "uri", "label", "split", "width", "height", "error"] + (["image"] if with_pictures else [])
+    names = ["id", "content_hash", "uri", "label", "split", "width", "height", "error"] + (["image"] if with_pictures else [])
     columns: dict[Stage, list[dict[str, Any]]] = {"images": _take(store.read_shard("images", "", shard, names), rows)}
     vectors = np.zeros((len(rows), 1), np.float32)
     if shard in tally.captioned:
@@ -193,7 +194,8 @@ def _card(shard: int, row: dict[Stage, dict[str, Any]]) -> dict[str, Any]:
     errors = [(stage, row[stage]["error"]) for stage in STAGES if stage in row and row[stage]["error"] is not None]
     caption = text.get("caption") or ""
     card = {
-        "id": picture["id"], "uri": picture["uri"] if picture["uri"] != picture["id"] else None, "label": picture["label"],
+        "id": picture["id"], "uri": picture["uri"] if picture["uri"] != picture["id"] else None,
+        "label": picture["label"] if picture["label"] >= 0 else None,  # -1: a row that failed for want of one
         "split": picture["split"], "width": picture["width"], "height": picture["height"], "shard": shard,
         "caption": _short(caption), "others": [_short(other) for other in text.get("others") or [] if other],
         "words": len(caption.split()) if caption else None, "outputTokens": text.get("output_tokens"),
@@ -236,11 +238,11 @@ def _picture_bytes(store: Store, row: dict[str, Any]) -> bytes | None:
     """The encoded picture of a row; None for a failed one, and where pictures were not read with the shard.
 
     Raises:
-        OSError: the picture is stored by reference and its place cannot be read.
+        OSError: the picture is stored by reference and its place cannot be read, or holds another picture now.
     """
     if row["error"] is not None or "image" not in row:
         return None
-    return store.picture(row["image"], row["uri"])
+    return store.picture(row["image"], row["uri"], row["content_hash"])
 
 
 def _add_nearest(cards: list[dict[str, Any]], vectors: list[np.ndarray | None]) -> None:
@@ -329,7 +331,7 @@ def _settings(store: Store, tally: Tally) -> list[dict[str, Any]]:
 
 
 def _charts(tally: Tally) -> list[dict[str, Any]]:
-    sizes = np.bincount(tally.labels) if len(tally.labels) else np.zeros(0, np.int64)
+    sizes = np.bincount(tally.labels[tally.labels >= 0])
     of_classes = Counter(sizes.tolist() if len(sizes) > 2 * GROUPS else [])  # fewer are listed by name
     charts = [
         ("Words in a caption", "captions", tally.words), ("Tokens written for a picture", "pictures", tally.tokens),
@@ -361,7 +363,7 @@ def _histogram(title: str, what: str, counts: Counter[int]) -> dict[str, Any]:
 
 def _lists(store: Store, tally: Tally) -> list[dict[str, Any]]:
     """Bars by name: classes (with many, the largest and the smallest), splits, reasons of failure, flags."""
-    sizes = np.bincount(tally.labels, minlength=len(store.dataset.classes)).tolist()
+    sizes = np.bincount(tally.labels[tally.labels >= 0], minlength=len(store.dataset.classes)).tolist()
     classes = sorted(zip(store.dataset.classes, sizes, strict=True), key=lambda pair: (-pair[1], pair[0]))
     splits = np.bincount(tally.splits[tally.splits >= 0], minlength=len(store.dataset.splits)).tolist()
     parts = [("Classes", "class", classes)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pipeline import session
 from pipeline.config import CaptionConfig, EmbedConfig
+from pipeline.errors import SettingsError
 from pipeline.models import ModelRef
 
 # Of a model of at most so many bytes several share a machine's cores, in processes of 2 GiB each, nearly all of it libraries and
@@ -70,10 +71,10 @@ def _place(wanted: int, flag: str, model: ModelRef, rows: int, *, cores: int = 0
     if gpus and wanted > gpus:
         name = flag.replace("_", "-")
         message = f"{flag}={wanted}: the cluster has {gpus} GPUs, and each actor needs one; pass --{name} {gpus} or fewer."
-        raise ValueError(message)
+        raise SettingsError(message)
     if cores > (largest := session.largest_node()):
         message = f"engine_cores={cores}: the largest node has {largest} CPUs; pass --engine-cores {largest} or fewer."
-        raise ValueError(message)
+        raise SettingsError(message)
     if gpus:
         actors, cpus = wanted or gpus, 1
     else:
@@ -87,7 +88,7 @@ def _place(wanted: int, flag: str, model: ModelRef, rows: int, *, cores: int = 0
         cpus = cores or max(1, free // actors)
     if actors * cpus > total:
         message = f"{flag}={actors}: with {cpus} CPUs each more than the cluster's {total}; pass fewer, or take a larger cluster."
-        raise ValueError(message)
+        raise SettingsError(message)
     decoders = _decoders(actors, actors * cpus, flag) if decodes else 0
     crowded = not gpus and actors * cpus >= session.cores()
     return Placement(actors=actors, gpus=float(bool(gpus)), cpus=cpus, decoders=decoders, crowded=crowded)
@@ -101,7 +102,7 @@ def _decoders(actors: int, taken: int, flag: str) -> int:
             f"{flag}={actors}: takes {taken} of the cluster's {session.cpus()} CPUs, and decoding and writing need {_BESIDE} "
             "beside them; pass fewer, or take a larger cluster."
         )
-        raise ValueError(message)
+        raise SettingsError(message)
     return min(max(session.spare_cores(), actors), left)
 
 

@@ -7,18 +7,21 @@ the shards in flight; the same command goes on from the receipts. `python -m pip
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline import models, placement, shards, sources
-from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
+from pipeline import locations, models, placement, shards, sources
+from pipeline.config import ENCODER_PRESETS, CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
+from pipeline.errors import SettingsError
 from pipeline.failures import check_failures, plain_error
 from pipeline.session import spare_cores, start_ray
-from pipeline.store import Stage, Store, variant_name
+from pipeline.store import Stage, Store
+from pipeline.variants import CaptionVariant, EmbedVariant
 
 if TYPE_CHECKING:
     import ray.data
@@ -28,77 +31,82 @@ Chain = Callable[["ray.data.Dataset"], "ray.data.Dataset"]
 
 def ingest(config: SourceConfig) -> None:
     """Source -> images stage."""
+    if locations.is_inside(config.store, config.images):
+        message = f"store={config.store}: lies in images={config.images}, and would be taken for pictures; put it elsewhere."
+        raise SettingsError(message)
     plan = sources.plan(config)
-    if Store.exists(config.store):
-        store = Store(config.store)
-        _check_same_source(store, plan)
-    else:
-        store = Store.create(config.store, plan.dataset)
-    if skipped := plan.dataset.source["skipped_files"]:
-        _say(f"ingest: {skipped} files without a picture's ending are left out")
+    store = Store(config.store) if Store.exists(config.store) else Store.create(config.store, plan.dataset)
+    _check_same_source(store, plan)
+    for note in sources.notes(plan.dataset):
+        _say(f"ingest: {note}")
     items = [_ingest_item(plan, shard, redo=False) for shard in store.pending("images")]
     _run("ingest", store, "images", "", items, _ingest_chain(config.store), config.max_failure_rate)
 
 
-def caption(config: CaptionConfig) -> str:
-    """Images -> captions; returns the caption variant."""
+def caption(config: CaptionConfig, model: models.ModelRef | None = None) -> str:
+    """Images -> captions; returns the caption variant. `model`: which it is, where that is known already."""
     store = Store(config.store)
     store.require_complete("images")
-    model = captioner_model(config)
-    settings = _caption_settings(config, model)
-    variant = variant_name(f"{config.captioner}-{model.name.rstrip('/').rsplit('/', 1)[-1]}", settings)
-    packages = ("openai",) if config.captioner == "openai" else ("vllm", "transformers", "torch")
-    _record_variant(store, "captions", variant, settings, packages, config.base_url if config.captioner == "openai" else "")
-    items = _shard_items(store.pending("captions", variant), redo=False)
-    _run("caption", store, "captions", variant, items, _caption_chain(config, model, variant), config.max_failure_rate)
-    return variant
+    model = model or captioner_model(config)
+    made = CaptionVariant.of(config, model)
+    served = made.engine == "openai"
+    packages = ("openai",) if served else ("vllm", "transformers", "torch")
+    _record_variant(store, "captions", made.name, made.record(), packages, config.base_url if served else "")
+    items = _shard_items(store.pending("captions", made.name), redo=False)
+    _run("caption", store, "captions", made.name, items, _caption_chain(config, model, made.name), config.max_failure_rate)
+    return made.name
 
 
-def embed(config: EmbedConfig) -> str:
-    """Captions -> embeddings; returns the embedding variant."""
+def embed(config: EmbedConfig, model: models.ModelRef | None = None) -> str:
+    """Captions -> embeddings; returns the embedding variant. `model`: which it is, where that is known already."""
     store = Store(config.store)
     captions = store.only_variant("captions", config.captions)
     store.require_complete("captions", captions)
-    model = models.resolve(config.encoder, config.encoder_revision)
-    settings = {"captions": captions, "encoder": config.encoder, "revision": model.revision, "pooling": config.pooling}
-    settings["long_captions"] = config.long_captions
-    variant = variant_name(config.encoder.rsplit("/", 1)[-1].removeprefix("package:"), settings)
-    _record_variant(store, "embeddings", variant, settings, ("transformers", "torch"))
-    items = _shard_items(store.pending("embeddings", variant), redo=False)
-    chain = _embed_chain(config, model, captions, variant)
-    _run("embed", store, "embeddings", variant, items, chain, config.max_failure_rate)
-    return variant
+    model = model or encoder_model(config)
+    made = EmbedVariant.of(replace(config, captions=captions), model)
+    _record_variant(store, "embeddings", made.name, made.record(), ("transformers", "torch"))
+    todo = {*store.pending("embeddings", made.name), *store.outdated(made.name, captions)}
+    items = _shard_items(sorted(todo), redo=False)
+    chain = _embed_chain(config, model, captions, made.name)
+    _run("embed", store, "embeddings", made.name, items, chain, config.max_failure_rate)
+    return made.name
 
 
 def describe(config: DescribeConfig) -> str:
-    """ingest, caption and embed; returns the embedding variant."""
-    from dataclasses import replace
-
+    """ingest, caption and embed; returns the embedding variant. Both models are found before anything is paid for."""
+    captioning, embedding = config.part(CaptionConfig), config.part(EmbedConfig)
+    captioner, encoder = captioner_model(captioning), encoder_model(embedding)
     if config.images:
         ingest(config.part(SourceConfig))
-    captions = caption(config.part(CaptionConfig))
-    return embed(replace(config.part(EmbedConfig), captions=captions))
+    captions = caption(captioning, captioner)
+    return embed(replace(embedding, captions=captions), encoder)
 
 
 def retry(config: RetryConfig) -> None:
-    """Redoes the failed rows of every stage and variant, with the settings on record."""
+    """Redoes the failed rows of every stage and variant, with the settings on record; finds every model before it starts."""
     store = Store(config.store)
+    captions = {name: failed for name in store.variants("captions") if (failed := _failed_shards(store, "captions", name))}
+    captioners = {name: _recorded_captioner(store, name, config) for name in captions if _has_engine(store, name)}
+    embeddings = {name: failed for name in store.variants("embeddings") if (failed := _failed_shards(store, "embeddings", name))}
+    encoders = {name: _recorded_encoder(store, name, config) for name in embeddings}
+    store = _with_raised_limits(store, config)
     if failed := _failed_shards(store, "images", ""):
-        plan = _recorded_plan(store)
+        plan = _recorded_plan(store, failed)
         items = [_ingest_item(plan, shard, redo=True) for shard in failed]
         _run("retry images", store, "images", "", items, _ingest_chain(config.store), config.max_failure_rate)
-    for variant in store.variants("captions"):
-        if (failed := _failed_shards(store, "captions", variant)) and _has_engine(store, variant):
-            caption_config, model = _recorded_captioner(store, variant)
-            caption_chain = _caption_chain(caption_config, model, variant)
-            items = _shard_items(failed, redo=True)
-            _run(f"retry {variant}", store, "captions", variant, items, caption_chain, config.max_failure_rate)
-    for variant in store.variants("embeddings"):
-        if failed := _failed_shards(store, "embeddings", variant):
-            embed_config, model = _recorded_encoder(store, variant)
-            embed_chain = _embed_chain(embed_config, model, embed_config.captions, variant)
-            items = _shard_items(failed, redo=True)
-            _run(f"retry {variant}", store, "embeddings", variant, items, embed_chain, config.max_failure_rate)
+    for variant, (caption_config, model) in captioners.items():
+        caption_chain = _caption_chain(caption_config, model, variant)
+        items = _shard_items(captions[variant], redo=True)
+        _run(f"retry {variant}", store, "captions", variant, items, caption_chain, config.max_failure_rate)
+    for variant, (embed_config, model) in encoders.items():
+        embed_chain = _embed_chain(embed_config, model, embed_config.captions, variant)
+        items = _shard_items(embeddings[variant], redo=True)
+        _run(f"retry {variant}", store, "embeddings", variant, items, embed_chain, config.max_failure_rate)
+    for variant in captions.keys() - captioners.keys():
+        rows = sum(receipt.failed for receipt in store.receipts("captions", variant).values())
+        _say(f"retry: {rows} rows of {variant} have no caption: it was imported, so import again from a file that has them")
+    if not (failed or captions or embeddings):
+        _say("retry: no row has failed; nothing to do")
 
 
 # Chains: where resources, batch and pool sizes stand, each with its reason.
@@ -234,35 +242,65 @@ def _failed_shards(store: Store, stage: Stage, variant: str) -> list[int]:
 
 
 def _check_same_source(store: Store, plan: sources.Plan) -> None:
-    if store.dataset.source["fingerprint"] == plan.dataset.source["fingerprint"]:
-        return
-    message = (
-        f"store={store.uri}: was made from {store.dataset.rows} files of {store.dataset.source['uri']}; the folder given now has "
-        f"{plan.dataset.rows}, or other names, sizes or splits. Ingest into a new store, or delete this one."
-    )
-    raise ValueError(message)
+    """A store is of one source, cut in one way: rows would be lost and doubled if a run went on with another."""
+    if changed := sources.differences(store.dataset, plan.dataset):
+        message = (
+            f"store={store.uri}: was begun with other pictures or settings, which decide its rows:\n  "
+            + "\n  ".join(changed)
+            + "\nPass what it was begun with, or ingest into a new store."
+        )
+        raise SettingsError(message)
 
 
-def _recorded_plan(store: Store) -> sources.Plan:
+def _recorded_plan(store: Store, wanted: list[int]) -> sources.Plan:
     """The shards as they were cut, from the ids on record, since a mended file may have another size."""
-    columns = ["id", "label", "split", "uri"]
-    shards = [store.read_shard("images", "", shard, columns).to_pylist() for shard in range(store.dataset.shards)]
-    rows = [[sources.Row(id=r["id"], label=r["label"], split=r["split"], place=r["uri"]) for r in shard] for shard in shards]
-    return sources.Plan(dataset=store.dataset, shards=rows)
+    columns = ["id", "label", "split", "uri", "error"]
+    stored = {shard: store.read_shard("images", "", shard, columns).to_pylist() for shard in wanted}
+    shards = [stored.get(shard, []) for shard in range(store.dataset.shards)]
+    return sources.Plan(dataset=store.dataset, shards=[[_recorded_row(row) for row in shard] for shard in shards])
 
 
-def _caption_settings(config: CaptionConfig, model: models.ModelRef) -> dict[str, Any]:
-    return {
-        "engine": config.captioner, "model": model.name, "revision": model.revision, "prompt": config.prompt,
-        "caption_edge": config.caption_edge, "max_tokens": config.max_tokens, "temperature": config.temperature,
-        "top_p": config.top_p, "seed": config.seed, "context_length": config.context_length,
-        "captions_per_image": config.captions_per_image,
-    }  # fmt: skip
+def _recorded_row(row: dict[str, Any]) -> sources.Row:
+    """What its source got wrong, so that it has no place to be read at, stays wrong: a label, a line of a list."""
+    error = "" if row["uri"] else row["error"]
+    return sources.Row(id=row["id"], label=row["label"], split=row["split"], place=row["uri"], error=error)
+
+
+def _with_raised_limits(store: Store, config: RetryConfig) -> Store:
+    """The store with the limits that `retry` was given, which are recorded before a row is read under them.
+
+    All that the old limits kept out has failed and is redone, so the store becomes what an ingest under the new ones makes; every
+    later reader goes by the record. A lower limit would leave rows that it does not allow. What stood there first is kept beside.
+    """
+    source = dict(store.dataset.source)
+    for name in ("max_pixels", "max_bytes"):
+        value, recorded = getattr(config, name), source.get(name, 0)
+        if 0 < value < recorded:
+            flag = name.replace("_", "-")
+            message = f"{name}={value}: the store was made with {recorded}, and can only be given more; leave --{flag} out."
+            raise SettingsError(message)
+        if value > recorded:
+            source[name] = value
+            source.setdefault("ingested_with", {}).setdefault(name, recorded)
+    if source == store.dataset.source:
+        return store
+    dataset = asdict(replace(store.dataset, source=source))
+    store.write_file("dataset.json", (json.dumps(dataset, indent=2, ensure_ascii=False) + "\n").encode())
+    return Store(store.uri)
 
 
 def captioner_model(config: CaptionConfig) -> models.ModelRef:
     """Which model captions: the one that a server holds, or files by their hash or the hub's commit."""
     return _served_model(config) if config.captioner == "openai" else models.resolve(config.model, config.model_revision)
+
+
+def encoder_model(config: EmbedConfig) -> models.ModelRef:
+    """Which model encodes. A preset's package that is not installed (on a GPU machine) gives way to the same model on the hub."""
+    preset = ENCODER_PRESETS[config.encoder_preset]
+    if preset.twin and config.encoder == preset.encoder and not models.is_installed(config.encoder):
+        _say(f"note: {config.encoder} is not installed; taking {preset.twin} from the hub, which makes a variant of its own")
+        return models.resolve(preset.twin, preset.twin_revision)
+    return models.resolve(config.encoder, config.encoder_revision)
 
 
 def _served_model(config: CaptionConfig) -> models.ModelRef:
@@ -272,7 +310,7 @@ def _served_model(config: CaptionConfig) -> models.ModelRef:
     offered = models_of(config.base_url)
     if (config.model and config.model not in offered) or (not config.model and len(offered) != 1):
         message = f"model={config.model!r}: {config.base_url} serves {', '.join(offered)}; pass --model with one of these."
-        raise ValueError(message)
+        raise SettingsError(message)
     return models.ModelRef(name=config.model or offered[0], location=config.base_url, revision="served")
 
 
@@ -300,28 +338,19 @@ def _has_engine(store: Store, variant: str) -> bool:
     return str(store.variant("captions", variant)["engine"]) != "imported"
 
 
-def _recorded_captioner(store: Store, variant: str) -> tuple[CaptionConfig, models.ModelRef]:
-    settings = store.variant("captions", variant)
-    names = (
-        "model",
-        "prompt",
-        "caption_edge",
-        "captions_per_image",
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "seed",
-        "context_length",
-    )
-    server = {"base_url": settings["versions"]["server"]} if settings["engine"] == "openai" else {}
-    config = CaptionConfig(store=store.uri, captioner=settings["engine"], **server, **{name: settings[name] for name in names})
-    return config, _served_model(config) if server else _recorded_model(settings["model"], settings["revision"])
+def _recorded_captioner(store: Store, variant: str, runtime: RetryConfig) -> tuple[CaptionConfig, models.ModelRef]:
+    record = store.variant("captions", variant)
+    made = CaptionVariant.recorded(record)
+    if made.engine == "openai":
+        config = made.config(replace(runtime, base_url=runtime.base_url or record["versions"]["server"]))
+        return config, _served_model(config)
+    config = made.config(replace(runtime, base_url=CaptionConfig.base_url))
+    return config, _recorded_model(made.model, made.revision)
 
 
-def _recorded_encoder(store: Store, variant: str) -> tuple[EmbedConfig, models.ModelRef]:
-    settings = store.variant("embeddings", variant)
-    config = EmbedConfig(store=store.uri, captions=settings["captions"], encoder=settings["encoder"], pooling=settings["pooling"])
-    return config, _recorded_model(settings["encoder"], settings["revision"])
+def _recorded_encoder(store: Store, variant: str, runtime: RetryConfig) -> tuple[EmbedConfig, models.ModelRef]:
+    made = EmbedVariant.recorded(store.variant("embeddings", variant))
+    return made.config(runtime), _recorded_model(made.encoder, made.revision)
 
 
 def _recorded_model(name: str, revision: str) -> models.ModelRef:
@@ -330,7 +359,7 @@ def _recorded_model(name: str, revision: str) -> models.ModelRef:
     model = models.resolve(name)
     if model.revision != revision:
         message = f"model={name!r}: its files have changed since the variant was made; run caption or embed for a new variant."
-        raise ValueError(message)
+        raise SettingsError(message)
     return model
 
 

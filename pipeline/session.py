@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UnreachableError
+
 
 def start_ray() -> None:
     """Makes Ray ready; does nothing when it is. A submitted job has RAY_ADDRESS set and joins its cluster.
@@ -69,7 +71,7 @@ def _join() -> None:
             f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there. Is it up, and is the token right? "
             "With token authentication set RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or RAY_AUTH_TOKEN."
         )
-        raise ConnectionError(message) from error
+        raise UnreachableError(message) from error
 
 
 def gpus() -> int:

@@ -104,7 +104,7 @@ class Underway:
         if sum(caption["error"] is not None for caption in note.done.values()) >= CULPRITS:
             message = f"the engine died on {CULPRITS} pictures of one shard{said}; that is hardly the pictures' fault."
             raise EngineDeadError(message)
-        error = f"the engine died on this picture{said}; look at it, replace or delete it, then run retry"
+        error = f"the engine died on this picture{said}; look at it, replace it, then run retry"
         note.done[str(culprit[0])] = asdict(Caption(error=error))
         note.todo, note.reason = others, ""
 

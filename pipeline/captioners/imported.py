@@ -10,6 +10,8 @@ import json
 import posixpath
 from collections.abc import Sequence
 
+from pipeline.errors import SettingsError
+
 
 def read_jsonl(path: str) -> dict[str, str]:
     """Captions by path.
@@ -18,14 +20,19 @@ def read_jsonl(path: str) -> dict[str, str]:
         ValueError: a line is not an object with the strings "path" and "caption", or a path occurs twice.
     """
     captions: dict[str, str] = {}
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+    with open(path, "rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                message = f"{path}:{number}: is not UTF-8 ({error}); save the list in that encoding."
+                raise SettingsError(message) from None
             if not line.strip():
                 continue
             key, caption = _parse_line(line, f"{path}:{number}")
             if captions.setdefault(key, caption) != caption:
                 message = f"{path}:{number}: a second, different caption for {key!r}; keep one line a picture."
-                raise ValueError(message)
+                raise SettingsError(message)
     return captions
 
 
@@ -35,10 +42,10 @@ def _parse_line(line: str, where: str) -> tuple[str, str]:
         key, caption = row["path"], row["caption"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         message = f'{where}: not an object with "path" and "caption" ({type(error).__name__}: {error}).'
-        raise ValueError(message) from None
+        raise SettingsError(message) from None
     if not isinstance(key, str) or not isinstance(caption, str):
         message = f'{where}: "path" and "caption" must be strings.'
-        raise ValueError(message)
+        raise SettingsError(message)
     return posixpath.normpath(key.replace("\\", "/")), caption
 
 
@@ -59,16 +66,16 @@ def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str
         captions = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes provoke; none of it is ours
         message = f"{path}: not a .pth that loads with weights_only=True ({type(error).__name__}); nothing of it was run."
-        raise ValueError(message) from None
+        raise SettingsError(message) from None
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         message = f"{path}: holds {type(captions).__name__}, expected a list of strings."
-        raise ValueError(message)
+        raise SettingsError(message)
     if len(captions) != len(ids):
         message = (
             f"{path}: {len(captions)} captions for {len(ids)} images of the split; a list matched by position must have "
             "one for each, or every pair is wrong. Was the store ingested from the same folder?"
         )
-        raise ValueError(message)
+        raise SettingsError(message)
     return dict(zip(sorted(ids, key=lambda key: image_folder_key(key, label_depth)), captions, strict=True))
 
 

@@ -27,7 +27,8 @@ from PIL import Image
 from pipeline import quality
 from pipeline.captioners.protocol import Caption, finish
 from pipeline.captioners.vllm import row_seed
-from pipeline.config import CaptionConfig
+from pipeline.config import CaptionConfig, address_faults
+from pipeline.errors import SettingsError, UnreachableError
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -81,10 +82,9 @@ class OpenAICaptioner:
         """`model_name` is the name that the server knows the model by. Connects to nothing.
 
         Raises:
-            ValueError: the key or the address cannot be used.
+            ValueError: the key cannot be used.
         """
         _api_key()
-        _check_address(config.base_url)
         self._config = config
         self._model = model_name
         self._jitter = random.Random()  # its own state: pauses must not shift anybody's seeded draws
@@ -120,7 +120,7 @@ class OpenAICaptioner:
         captions = [task.result() for task in tasks]
         if text_tokens and (fault := quality.check_picture_reached(captions[0].prompt_tokens, text_tokens)):
             message = f"model={self._model!r}: {fault}"
-            raise ValueError(message)
+            raise SettingsError(message)
         self._sees = True
         return captions
 
@@ -182,7 +182,7 @@ class OpenAICaptioner:
             if code in REFUSALS:
                 message = f"refused by the server ({code}): {text}"
                 raise _RefusedError(message) from None
-            raise ValueError(await self._setting_fault(client, code, text)) from None
+            raise SettingsError(await self._setting_fault(client, code, text)) from None
         body: bytes = reply.content
         return body
 
@@ -223,7 +223,7 @@ class OpenAICaptioner:
                 f"budget_tokens={self._config.budget_tokens}: the server at {self._config.base_url} reports no usage, so no "
                 "budget can be kept; pass --budget-tokens 0."
             )
-            raise ValueError(message)
+            raise SettingsError(message)
         if fault := self._fault(choices):
             return Caption(error=fault, prompt_tokens=asked, output_tokens=said)
         return finish(texts, prompt_tokens=asked, output_tokens=said, finish_reason=choices[0][0])
@@ -255,7 +255,7 @@ class OpenAICaptioner:
             f"base_url={self._config.base_url}: no answer after {self._config.http_retries + 1} tries ({failure}); start the "
             "server or mend --base-url, then run the same command again: it goes on with this shard; no row is marked as failed."
         )
-        raise ConnectionError(message)
+        raise UnreachableError(message)
 
     async def _setting_fault(self, client: AsyncOpenAI, code: int, text: str) -> str:
         address = self._config.base_url
@@ -306,16 +306,16 @@ async def _models(client: AsyncOpenAI, base_url: str) -> list[str]:
         return [str(model["id"]) for model in json.loads(body)["data"]]
     except openai.APIConnectionError as error:
         message = f"base_url={base_url}: {_short(str(error.__cause__ or error))}; start the server or mend --base-url."
-        raise ConnectionError(message) from None
+        raise UnreachableError(message) from None
     except openai.APIStatusError as error:
         code, text = error.status_code, _reason(error)
         if code in TRANSIENT or code >= 500:
             message = f"base_url={base_url}: not ready ({code}: {text}); wait for the server, then run the same command again."
-            raise ConnectionError(message) from None
+            raise UnreachableError(message) from None
         message = _key_fault(base_url, code, text) if code in (401, 403) else ""
-        raise ValueError(message or _no_models(base_url, f"{code}: {text}")) from None
+        raise SettingsError(message or _no_models(base_url, f"{code}: {text}")) from None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(_no_models(base_url, "no JSON list of models")) from None
+        raise SettingsError(_no_models(base_url, "no JSON list of models")) from None
 
 
 async def _is_up(client: AsyncOpenAI) -> bool:
@@ -350,14 +350,13 @@ def _api_key() -> str:
     if not (key.isascii() and key.isprintable()):
         # Caught here because the HTTP library's own complaint quotes the key.
         message = "OPENAI_API_KEY: holds characters that no HTTP header can carry; set it again."
-        raise ValueError(message)
+        raise SettingsError(message)
     return key
 
 
 def _check_address(base_url: str) -> None:
-    if "@" in urlsplit(base_url).netloc:
-        message = "base_url: holds a user name or password, which would be recorded; pass the key in OPENAI_API_KEY."
-        raise ValueError(message)
+    if faults := address_faults(base_url):
+        raise SettingsError(faults[0])
 
 
 def _key_fault(base_url: str, code: int, text: str) -> str:

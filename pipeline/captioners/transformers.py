@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.captioners.protocol import Caption, finish
+from pipeline.captioners.protocol import Caption, finish, in_halves
 from pipeline.captioners.vllm import chat_prompt, row_seed
 from pipeline.config import CaptionConfig
 from pipeline.models import ModelRef
@@ -27,22 +27,25 @@ class TransformersCaptioner:
 
         self._config = config
         location = model.here()
-        self._processor: Any = AutoProcessor.from_pretrained(location, revision=model.hub_revision)
+        self._processor: Any = AutoProcessor.from_pretrained(location, revision=model.hub_revision, trust_remote_code=False)
         self._processor.tokenizer.padding_side = "left"  # generation continues on the right
         if self._processor.tokenizer.pad_token_id is None:
             self._processor.tokenizer.pad_token = self._processor.tokenizer.eos_token
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         auto: Any = AutoModelForImageTextToText
-        self._model: Any = auto.from_pretrained(location, revision=model.hub_revision, dtype=torch.bfloat16, use_safetensors=True)
+        self._model: Any = auto.from_pretrained(
+            location, revision=model.hub_revision, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
+        )
         self._model = self._model.to(self._device).eval()
 
     def __call__(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
-        """One caption for each picture, in batches of BATCH."""
+        """One caption for each picture, in batches of BATCH. A picture that the processor refuses fails alone."""
         captions: list[Caption] = []
         size = self._config.engine_batch or BATCH
         for start in range(0, len(images), size):
             part = slice(start, start + size)
-            captions += self._generate(images[part], prompts[part], ids[part])
+            rows = list(zip(images[part], prompts[part], ids[part], strict=True))
+            captions += in_halves(rows, lambda some: self._generate(*(list(column) for column in zip(*some, strict=True))))
         return captions
 
     def _generate(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.captioners.protocol import Caption, finish
+from pipeline.captioners.protocol import Caption, finish, in_halves
 from pipeline.config import CaptionConfig
 from pipeline.models import ModelRef
 
@@ -27,7 +27,7 @@ class VLLMCaptioner:
         from vllm import LLM
 
         location = model.here()
-        self._processor: Any = AutoProcessor.from_pretrained(location, revision=model.hub_revision)
+        self._processor: Any = AutoProcessor.from_pretrained(location, revision=model.hub_revision, trust_remote_code=False)
         extra: dict[str, Any] = {"max_model_len": config.context_length} if config.context_length else {}
         if config.engine_batch:
             extra["max_num_seqs"] = config.engine_batch
@@ -35,6 +35,8 @@ class VLLMCaptioner:
             model=location,
             revision=model.hub_revision,
             tokenizer_revision=model.hub_revision,
+            load_format="safetensors",  # else a folder without them would be searched for pickles
+            trust_remote_code=False,
             dtype="bfloat16",
             # Graph capture and compilation pay on GPUs; on a CPU they cost minutes and give nothing.
             enforce_eager=not _has_cuda(),
@@ -51,18 +53,21 @@ class VLLMCaptioner:
         )
 
     def __call__(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
-        """One caption for each picture. A request that the engine refuses (a prompt too long, say) fails alone."""
+        """One caption for each picture. A request that the engine refuses (a prompt too long, say) fails alone.
+
+        One bad request makes the engine refuse the whole call.
+        """
+        from vllm.exceptions import VLLMClientError
+
         requests: list[dict[str, Any]] = [
             {"prompt": chat_prompt(self._processor, prompt), "multi_modal_data": {"image": image}}
             for image, prompt in zip(images, prompts, strict=True)
         ]
         params = [self._sampling(key) for key in ids]
         lengths = self._text_tokens([request["prompt"] for request in requests])
-        try:
-            return self._generate(requests, params, lengths)
-        except ValueError:
-            # The engine refuses a whole call for one bad request; find it by asking for each alone.
-            return [self._generate_one(*one) for one in zip(requests, params, lengths, strict=True)]
+        rows = list(zip(requests, params, lengths, strict=True))
+        refusals = (ValueError, VLLMClientError)  # a processor's; and vLLM's own, of a prompt that is too long
+        return in_halves(rows, lambda part: self._generate(*(list(column) for column in zip(*part, strict=True))), refusals)
 
     def _text_tokens(self, prompts: list[str]) -> list[int]:
         """Tokens of the prompts with one placeholder for the picture: what they would count if it did not reach the model."""
@@ -83,12 +88,6 @@ class VLLMCaptioner:
             )
             for output, length in zip(outputs, lengths, strict=True)
         ]
-
-    def _generate_one(self, request: Any, param: Any, length: int) -> Caption:
-        try:
-            return self._generate([request], [param], [length])[0]
-        except ValueError as error:
-            return Caption(error=f"refused by the engine: {error}")
 
     def _sampling(self, key: str) -> Any:
         from vllm import SamplingParams

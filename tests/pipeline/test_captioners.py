@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def captioner() -> TransformersCaptioner:
-    config = CaptionConfig(store="unused")
+    config = CaptionConfig(store="unused", caption_preset="scenes")
     return TransformersCaptioner(config, resolve(config.model))
 
 
@@ -35,7 +35,7 @@ def test_vllm_and_transformers_say_the_same(described: Path, scenes: Path, capti
     store = Store(str(described))
     variant = store.only_variant("captions")
     rows = store.read_shard("captions", variant, 0).to_pylist()[:32]
-    edge = CaptionConfig(store="unused").caption_edge
+    edge = CaptionConfig(store="unused", caption_preset="scenes").caption_edge
     pictures = [images.decode_to_fit((scenes / row["id"]).read_bytes(), edge) for row in rows]
     found = captioner(pictures, [fill("Describe this image in detail.", "x")] * len(rows), [row["id"] for row in rows])
     same = sum(mine.text == row["caption"] for mine, row in zip(found, rows, strict=True))
@@ -76,7 +76,7 @@ def test_the_picture_reaches_the_model(captioner: TransformersCaptioner) -> None
 
 
 def test_a_caption_cut_at_the_limit_says_so(captioner: TransformersCaptioner) -> None:
-    config = CaptionConfig(store="unused", max_tokens=5)
+    config = CaptionConfig(store="unused", caption_preset="scenes", max_tokens=5)
     short = TransformersCaptioner(config, resolve(config.model))
     found: Caption = short([Image.new("RGB", (64, 64))], ["Describe the image."], ["a"])[0]
     assert (found.output_tokens, found.finish_reason) == (5, "length")

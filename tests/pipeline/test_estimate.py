@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pipeline import estimate, session
 from pipeline.config import EstimateConfig
-from pipeline.estimate import StageCost, _scaled, as_text, seconds_per_row
-from pipeline.store import Stage
+from pipeline.estimate import Sample, StageCost, _cost, _place, _scaled, as_text, plan_sample, seconds_per_row
+from pipeline.store import Stage, Store
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = [
@@ -22,12 +24,12 @@ STAGES = [
     StageCost(stage="embeddings", start_s=10, seconds_per_image=0.002, bytes_per_image=800),
 ]
 ACTORS: dict[Stage, int] = {"images": 1, "captions": 1, "embeddings": 1}
-COUNTS = {"rows": 1000, "failed": 3, "prompt": 300_000, "output": 100_000}
+COUNTS = {"rows": 1000, "engines": 1, "failed": 3, "prompt": 300_000, "output": 100_000}
 
 
 def test_more_gpus_divide_the_steady_time_of_their_stages_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.session.gpus", lambda: 1)
-    config = EstimateConfig(images="x", gpus=8, price_per_gpu_hour=2.0)
+    config = EstimateConfig(images="x", caption_preset="scenes", gpus=8, price_per_gpu_hour=2.0)
     found = _scaled(config, 1_000_000, 5, STAGES, ACTORS, COUNTS)
     on_gpu = 100 + 50_000 / 8 + 10 + 2_000 / 8
     assert found.hours == pytest.approx((5 + 2 + 1000 + on_gpu) / 3600)
@@ -54,9 +56,68 @@ def test_the_steady_rate_of_actors_out_of_step(offset: float, shards: int) -> No
     assert seconds_per_row(alone, 1) == pytest.approx(0.04)
 
 
+@pytest.mark.parametrize(
+    ("rows", "engines", "alike", "asked", "expected"),
+    [
+        (50_000, 8, True, 0, Sample(rows=1536, shard_rows=512, engines=1)),
+        (200_000, 8, True, 0, Sample(rows=9216, shard_rows=512, engines=6)),
+        (1_281_167, 8, True, 0, Sample(rows=12_288, shard_rows=512, engines=8)),
+        (10_000, 8, True, 0, Sample(rows=498, shard_rows=166, engines=1)),
+        (10_000, 4, False, 0, Sample(rows=492, shard_rows=41, engines=4)),
+        (300, 1, False, 0, Sample(rows=96, shard_rows=32, engines=1)),
+        (40, 1, False, 0, Sample(rows=40, shard_rows=32, engines=1)),
+        (50_000, 8, True, 12_288, Sample(rows=12_288, shard_rows=512, engines=8)),
+    ],
+)
+def test_a_sample_is_at_most_a_twentieth_unless_asked_for(
+    rows: int, engines: int, alike: bool, asked: int, expected: Sample
+) -> None:
+    config = EstimateConfig(images="x", caption_preset="scenes", sample=asked)
+    found = plan_sample(config, rows, engines, alike=alike)
+    assert found == expected
+    assert asked or found.rows <= max(0.05 * rows, 3 * 32)
+
+
+def test_the_rate_of_one_engine_is_that_of_eight_by_eight(make_store: Callable[..., Path], tmp_path: Path) -> None:
+    store = Store(str(make_store(tmp_path / "store", train=60, val=10)))
+    for shard in range(7):
+        path = tmp_path / "store" / "captions" / "test" / "receipts" / f"part-{shard:05}.json"
+        os.utime(path, (1000 + 5 * shard, 1000 + 5 * shard))
+    one, eight = (_cost(store, "captions", 65.0, 1, whole) for whole in (1, 8))
+    assert (one.seconds_per_image, eight.seconds_per_image) == (pytest.approx(0.5), pytest.approx(0.5 / 8))
+    assert one.start_s == eight.start_s == pytest.approx(30), "what is paid once is that of the sample"
+
+
+def test_the_sample_lies_where_all_nodes_see_it_and_is_deleted(
+    tmp_path: Path, bucket: str, make_store: Callable[..., Path]
+) -> None:
+    whole = Store(str(make_store(tmp_path / "store")))
+    for work_dir in (str(tmp_path / "shared"), f"{bucket}/shared"):
+        with pytest.raises(KeyError), _place(work_dir) as folder:
+            assert folder.startswith(f"{work_dir}/estimate-")
+            store = Store.create(f"{folder}/store", whole.dataset)
+            store.write_variant("captions", "test", {})
+            store.write_shard("captions", "test", 0, whole.read_shard("captions", "test", 0), seconds=2.0)
+            assert _cost(store, "captions", 3.0, 1, 1).seconds_per_image == pytest.approx(0.2)
+            raise KeyError
+        with pytest.raises(FileNotFoundError):
+            Store(f"{folder}/store")
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_a_cluster_of_several_nodes_needs_a_place_for_the_sample(
+    monkeypatch: pytest.MonkeyPatch, picture_folder: Callable[..., Path]
+) -> None:
+    monkeypatch.setattr(session, "start_ray", lambda: None)
+    monkeypatch.setattr(session, "several_nodes", lambda: True)
+    config = EstimateConfig(images=str(picture_folder({"a": 2})), caption_preset="scenes")
+    with pytest.raises(ValueError, match="work_dir: the cluster has several nodes"):
+        estimate.estimate(config)
+
+
 def test_an_estimate_needs_something_to_describe() -> None:
     with pytest.raises(ValueError, match="name what is to be described"):
-        EstimateConfig()
+        EstimateConfig(caption_preset="scenes")
 
 
 @pytest.mark.slow
@@ -66,7 +127,7 @@ def test_the_estimate_holds_within_a_quarter(tmp_path: Path) -> None:
     counts = ["--train-per-class", "256", "--val-per-class", "0"]
     subprocess.run([sys.executable, str(script), "--to", str(tmp_path / "in"), *counts], check=True, stdout=subprocess.DEVNULL)
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    common = ["--images", str(tmp_path / "in"), "--shard-rows", "256"]
+    common = ["--images", str(tmp_path / "in"), "--caption-preset", "scenes", "--shard-rows", "256"]
     command = [sys.executable, "-m", "pipeline", "estimate", *common, "--sample", "1024", "--json"]
     said = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     predicted = json.loads(said)

@@ -29,7 +29,7 @@ from tests.nodes import ROOT, TwoNodes
 pytestmark = pytest.mark.slow
 KILLS = 20
 # Two engines: while one is struck the other goes on.
-DESCRIBE = ["describe", "--replicas", "2", "--store"]
+DESCRIBE = ["describe", "--caption-preset", "scenes", "--replicas", "2", "--store"]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,8 @@ def test_a_killed_engine_process_is_started_again(fresh: Path, nodes: TwoNodes) 
     """The engine in a process of its own, as vLLM has it by default: its death alone costs a shard, and no row."""
     # One picture at a time: between processes, what is batched together depends on their speed, and words on what is batched.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "RAY_ADDRESS": ""}
-    common = ["describe", "--images", str(fresh.parent / "scenes"), "--shard-rows", "8", "--limit", "48", "--engine-batch", "1"]
+    common = ["describe", "--images", str(fresh.parent / "scenes"), "--caption-preset", "scenes"]
+    common += ["--shard-rows", "8", "--limit", "48", "--engine-batch", "1"]
     stores = [fresh.parent / "engine-whole", fresh.parent / "engine-killed"]
     assert run(nodes, [*common, "--store", str(stores[0])], **settings).wait(300) == 0
     driver = run(nodes, [*common, "--store", str(stores[1])], **settings)

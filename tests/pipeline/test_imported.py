@@ -125,3 +125,37 @@ def test_two_captions_for_one_picture_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"path": "./a", "caption": "x"}\n{"path": "a", "caption": "y"}\n')
     with pytest.raises(ValueError, match="second, different caption for 'a'"):
         imported.read_jsonl(str(tmp_path / "c.jsonl"))
+
+
+def test_a_mended_picture_gets_its_caption_when_the_import_is_repeated(tmp_path: Path, make_store: Folder) -> None:
+    import pyarrow as pa
+
+    from pipeline.store import IMAGES
+
+    store = Store(str(make_store(tmp_path / "store")))
+    good = store.read_shard("images", "", 1).to_pylist()
+    broken = [{**row, "error": "damaged", "image": None} if place == 0 else row for place, row in enumerate(good)]
+    store.write_shard("images", "", 1, pa.Table.from_pylist(broken, schema=IMAGES), seconds=0)
+    file = write_jsonl(tmp_path / "captions.jsonl", {key: f"of {key}" for key in ids(tmp_path / "store")})
+    command = ["import-captions", file, "--store", store.uri, "--max-failure-rate", "0.5"]
+    assert main(command) == 0
+    [variant] = [name for name in store.variants("captions") if name != "test"]
+    before = store.receipts("captions", variant)
+    assert sum(receipt.failed for receipt in before.values()) == 1
+    assert main(command) == 0
+    assert store.receipts("captions", variant) == before, "nothing has changed, so nothing is written"
+    store.write_shard("images", "", 1, pa.Table.from_pylist(good, schema=IMAGES), seconds=0)
+    assert main(command) == 0
+    after = store.receipts("captions", variant)
+    assert sum(receipt.failed for receipt in after.values()) == 0 and after[1].attempt == 2
+    assert store.read_shard("captions", variant, 1)["caption"][0].as_py() == f"of {good[0]['id']}"
+
+
+def test_one_list_for_two_splits_is_two_variants(tmp_path: Path, make_store: Folder) -> None:
+    store = Store(str(make_store(tmp_path / "store", train=12, val=12)))
+    torch.save([f"caption {n}" for n in range(12)], tmp_path / "list.pth")
+    for split in ("train", "val"):
+        command = ["import-captions", str(tmp_path / "list.pth"), "--store", store.uri, "--split", split]
+        assert main([*command, "--max-failure-rate", "0.5"]) == 0
+    made = [store.variant("captions", name) for name in store.variants("captions") if name != "test"]
+    assert sorted(settings.get("split", "train") for settings in made) == ["train", "val"]

@@ -274,7 +274,7 @@ def test_a_server_that_dies_in_the_middle_stops_the_call(server: FaultyServer) -
 def test_a_refused_connection_stops_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OpenAICaptioner, "BACKOFF_BASE_S", 0.005)
     url = f"http://127.0.0.1:{free_port()}/v1"
-    target = OpenAICaptioner(CaptionConfig(store="unused", base_url=url, http_retries=2), "tiny")
+    target = OpenAICaptioner(CaptionConfig(store="unused", captioner="openai", base_url=url, http_retries=2), "tiny")
     with pytest.raises(ConnectionError, match=f"base_url={url}: no answer after 3 tries .no connection"):
         ask(target, "a", "b")
     assert target.retries >= 2
@@ -391,11 +391,11 @@ def test_a_proxy_is_not_used_for_loopback(server: FaultyServer, monkeypatch: pyt
 def test_a_key_or_an_address_that_cannot_be_used_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret\nkey")
     with pytest.raises(ValueError, match="OPENAI_API_KEY: holds characters") as caught:
-        OpenAICaptioner(CaptionConfig(store="unused"), "tiny")
+        OpenAICaptioner(CaptionConfig(store="unused", captioner="openai"), "tiny")
     assert "secret" not in str(caught.value)
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    with pytest.raises(ValueError, match="base_url: holds a user name or password") as caught:
-        OpenAICaptioner(CaptionConfig(store="unused", base_url="https://me:secret@example.org/v1"), "tiny")
+    with pytest.raises(ValueError, match="base_url: holds a user name, a password") as caught:
+        OpenAICaptioner(CaptionConfig(store="unused", captioner="openai", base_url="https://me:secret@example.org/v1"), "tiny")
     assert "secret" not in str(caught.value)
 
 
@@ -451,14 +451,15 @@ def served(vllm_server: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., O
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def make(model: str = "scenes", **settings: Any) -> OpenAICaptioner:
-        return OpenAICaptioner(CaptionConfig(store="unused", captioner="openai", base_url=vllm_server, **settings), model)
+        config = CaptionConfig(store="-", captioner="openai", caption_preset="scenes", base_url=vllm_server, **settings)
+        return OpenAICaptioner(config, model)
 
     return make
 
 
 @pytest.fixture
 def pictures(scenes: Path) -> list[Image.Image]:
-    edge = CaptionConfig(store="unused").caption_edge
+    edge = CaptionConfig(store="unused", caption_preset="scenes").caption_edge
     files = sorted(scenes.glob("val/*/*.jpg"))[::6][:16]
     return [images.decode_to_fit(file.read_bytes(), edge) for file in files]
 
@@ -478,7 +479,7 @@ def test_a_vllm_server_and_transformers_say_the_same(served: Callable[..., OpenA
     from pipeline.captioners.transformers import TransformersCaptioner
     from pipeline.models import resolve
 
-    config = CaptionConfig(store="unused")
+    config = CaptionConfig(store="unused", caption_preset="scenes")
     rows = (pictures, [PROMPT] * 16, [f"{n}.jpg" for n in range(16)])
     target = served()
     found, expected = target(*rows), TransformersCaptioner(config, resolve(config.model))(*rows)
@@ -499,7 +500,7 @@ def test_a_store_is_described_through_a_server_and_twice_does_no_work(
     settings = {"OPENAI_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
     store = str(tmp_path / "store")
     command = [sys.executable, "-m", "pipeline", "describe", "--images", str(scenes), "--store", store, "--limit", "24"]
-    command += ["--captioner", "openai", "--base-url", vllm_server, "--shard-rows", "8"]
+    command += ["--captioner", "openai", "--caption-preset", "scenes", "--base-url", vllm_server, "--shard-rows", "8"]
     first = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr[-3000:]
     opened = Store(store)

@@ -37,7 +37,8 @@ def cluster(patch: pytest.MonkeyPatch, *, gpus: int = 0, cpus: int, cores: int, 
 
 
 def captioners(model: ModelRef, rows: int = 10**6, captioner: str = "vllm", **settings: int) -> Placement:
-    return placement.captioners(CaptionConfig(store="-", captioner=captioner, **settings), model, rows)  # type: ignore[arg-type]
+    config = CaptionConfig(store="-", captioner=captioner, model="any", **settings)  # type: ignore[arg-type]
+    return placement.captioners(config, model, rows)
 
 
 def test_a_small_model_has_a_process_on_each_core(monkeypatch: pytest.MonkeyPatch, small: ModelRef) -> None:

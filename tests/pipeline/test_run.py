@@ -20,6 +20,7 @@ from pipeline.store import Store
 
 Folder = Callable[..., Path]
 pytestmark = pytest.mark.slow
+DESCRIBE, CAPTION = ([verb, "--caption-preset", "scenes"] for verb in ("describe", "caption"))
 
 
 def files(store: Path, *, receipts: bool = False) -> dict[str, bytes]:
@@ -47,7 +48,7 @@ def test_describe_fills_every_row_of_every_stage(described: Path) -> None:
 def test_describe_again_does_no_work(described: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in described.rglob("*") if path.is_file()}
     start = time.monotonic()
-    assert main(["describe", "--images", str(scenes), "--store", str(described), "--shard-rows", "64"]) == 0
+    assert main([*DESCRIBE, "--images", str(scenes), "--store", str(described), "--shard-rows", "64"]) == 0
     assert capsys.readouterr().err.count("nothing to do") == 3
     assert {path: path.stat().st_mtime_ns for path in described.rglob("*") if path.is_file()} == before
     assert time.monotonic() - start < 20, "no engine was started"
@@ -55,7 +56,7 @@ def test_describe_again_does_no_work(described: Path, scenes: Path, capsys: pyte
 
 def test_another_prompt_is_another_variant_and_leaves_the_first_alone(described: Path, scenes: Path) -> None:
     before = files(described, receipts=True)
-    assert main(["caption", "--store", str(described), "--prompt", "Describe this image of {label} in detail."]) == 0
+    assert main([*CAPTION, "--store", str(described), "--prompt", "Describe this image of {label} in detail."]) == 0
     store = Store(str(described))
     names = store.variants("captions")
     assert len(names) == 2
@@ -73,7 +74,7 @@ def test_killed_half_way_and_started_again_gives_the_files_of_an_uninterrupted_r
     described: Path, scenes: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    command = [sys.executable, "-m", "pipeline", "describe", "--images", str(scenes), "--store", str(store), "--shard-rows", "64"]
+    command = [sys.executable, "-m", "pipeline", *DESCRIBE, "--images", str(scenes), "--store", str(store), "--shard-rows", "64"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -100,7 +101,7 @@ def test_bad_pictures_are_rows_with_errors_and_retry_redoes_only_those(
     (images / "train/a/001.jpg").write_bytes(b"")
     (images / "train/b/002.jpg").write_bytes(good[: len(good) // 2])
     store = tmp_path / "store"
-    describe = ["describe", "--images", str(images), "--store", str(store), "--shard-rows", "5", "--captioner", "transformers"]
+    describe = [*DESCRIBE, "--images", str(images), "--store", str(store), "--shard-rows", "5", "--captioner", "transformers"]
 
     assert main(describe) == 3, "two of twelve failed, one percent allowed"
     told = capsys.readouterr().err

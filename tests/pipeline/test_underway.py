@@ -105,7 +105,7 @@ def test_an_engine_that_never_loads_stops_the_run(store: Store) -> None:
 
 
 def test_settings_shrink_with_each_want_of_memory_and_then_the_run_stops(store: Store) -> None:
-    config = CaptionConfig(store="s")
+    config = CaptionConfig(store="s", caption_preset="scenes")
     loading = Loading(store, "v", "actor")
     batches = []
     for _ in range(shards.SMALLEST):
@@ -161,7 +161,7 @@ def test_pictures_that_kill_the_engine_are_put_aside_by_the_real_chain(
     where = str(tmp_path / "store")
     run.ingest(SourceConfig(images=str(tmp_path / "in"), store=where, shard_rows=6))
     monkeypatch.setattr(shards, "CaptionPictures", DeadlyCaptionPictures)
-    variant = run.caption(CaptionConfig(store=where, captioner="transformers", max_failure_rate=0.5))
+    variant = run.caption(CaptionConfig(store=where, caption_preset="scenes", captioner="transformers", max_failure_rate=0.5))
     store = Store(where)
     rows = {row["id"]: row for shard in range(2) for row in store.read_shard("captions", variant, shard).to_pylist()}
     assert {key for key, row in rows.items() if row["error"]} == DEADLY
