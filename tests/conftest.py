@@ -99,7 +99,8 @@ def described(ray_session: None, scenes: Path, tmp_path_factory: pytest.TempPath
     from cluster import cli
 
     store = tmp_path_factory.mktemp("described") / "store"
-    assert cli.main(["describe", "--images", str(scenes), "--store", str(store), "--shard-rows", "64"]) == 0
+    describe = ["describe", "--caption-preset", "scenes", "--images", str(scenes), "--store", str(store)]
+    assert cli.main([*describe, "--shard-rows", "64"]) == 0
     return store
 
 

@@ -8,39 +8,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import tyro
 
+from pipeline import verbs
+from pipeline.verbs import Verb
 from training import config
 from training.presets import PRESETS, preset, preset_name
 
-VERBS = {
-    "train": "train a backbone, aligned or as the baseline",
-    "evaluate": "judge a run: accuracy, calibration, retrieval, k-NN, zero-shot",
-    "export": "a run's backbone as a timm folder, ONNX or torch.export",
-}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses, runs one verb, and turns the known errors into a message and an exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] not in VERBS:
-        print("usage: python -m training VERB ...   (VERB --help shows its flags)\n", file=sys.stderr)
-        print("\n".join(f"  {verb:16} {text}" for verb, text in VERBS.items()), file=sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    verb, rest = arguments[0], arguments[1:]
-    try:
-        if verb == "train":
-            return _train(rest)
-        return _evaluate(rest) if verb == "evaluate" else _export(rest)
-    except (ValueError, FileNotFoundError) as error:
-        if type(error).__name__.startswith("RayTaskError"):
-            raise  # a worker's own failure, long after the settings were accepted
-        print(f"gpt4image {verb}: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"gpt4image {verb}: {error}", file=sys.stderr)
-        return 1
+    """Parses and runs one verb; returns its exit code."""
+    return verbs.main("training", VERBS, argv)
 
 
 def parse_train(arguments: list[str]) -> config.TrainConfig:
@@ -51,23 +31,22 @@ def parse_train(arguments: list[str]) -> config.TrainConfig:
     return tyro.cli(config.TrainConfig, args=arguments, prog="gpt4image train", default=default, description=about)
 
 
-def _train(arguments: list[str]) -> int:
-    settings = parse_train(arguments)
-    from training import run, tracking
+def _train(settings: config.TrainConfig) -> int:
+    from training import record, run, tracking
 
-    runs = settings.run and settings.run.rstrip("/").rpartition("/")[0]
-    object.__setattr__(settings, "tracking_uri", tracking.tracking_uri(settings.tracking_uri, runs or "runs"))
-    result = run.train(settings)
+    # The file of the default is one of this machine, also for a run on an object store.
+    runs = "" if "://" in settings.run else settings.run.rstrip("/").rpartition("/")[0]
+    uri = tracking.tracking_uri(settings.tracking_uri, runs or "runs")
+    result = run.train(replace(settings, tracking_uri=uri))
     last = result["last"]
     print(
-        f"{result['run']}: {result['epochs']} epochs, top-1 {last['top1']:.2f} (best {result['best_top1']:.2f} in epoch "
-        f"{result['best_epoch']}), top-5 {last['top5']:.2f}"
+        f"{result['run']}: {result['epochs']} epochs, top-1 {record.headline(last):.2f} (best {result['best_top1']:.2f} in epoch "
+        f"{result['best_epoch']}), top-5 {record.headline(last, 'top5'):.2f}"
     )
     return 0
 
 
-def _evaluate(arguments: list[str]) -> int:
-    settings = tyro.cli(config.EvaluateConfig, args=arguments, prog="gpt4image evaluate")
+def _evaluate(settings: config.EvaluateConfig) -> int:
     from training import findings
     from training.evaluate import evaluate
 
@@ -78,12 +57,18 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def _export(arguments: list[str]) -> int:
-    settings = tyro.cli(config.ExportConfig, args=arguments, prog="gpt4image export")
+def _export(settings: config.ExportConfig) -> int:
     from training.export import describe, export
 
     print(describe(export(settings)))
     return 0
+
+
+VERBS = {
+    "train": Verb("train a backbone, aligned or as the baseline", parse_train, _train),
+    "evaluate": Verb("judge a run: accuracy, calibration, retrieval, k-NN, zero-shot", config.EvaluateConfig, _evaluate),
+    "export": Verb("a run's backbone as a timm folder, ONNX or torch.export", config.ExportConfig, _export),
+}
 
 
 if __name__ == "__main__":

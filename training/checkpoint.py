@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline import locations
+from pipeline.errors import MissingError
+from training.record import headline
 
 STATE = "state.json"
 
@@ -87,7 +91,7 @@ def read_state(folder: str) -> dict[str, Any]:
 
 
 def find(run: str, which: str = "last") -> str:
-    """The checkpoint folder of a run: the last one, or the finished epoch with the best top-1; of a remote run a local copy.
+    """The checkpoint folder of a run: the last one, or the finished epoch whose model is the best; its path or address.
 
     Raises:
         FileNotFoundError: the run has none.
@@ -105,19 +109,27 @@ def find(run: str, which: str = "last") -> str:
         states = {path: state for path, state in states.items() if state["history"] and not state["sums"]}
     if not states:
         message = f"run={run}: holds no checkpoint; train it first: gpt4image train --store STORE --run {run}"
-        raise FileNotFoundError(message)
+        raise MissingError(message)
 
     def merit(path: str) -> tuple[float, ...]:
         step = states[path]["step"]
-        return (states[path]["history"][-1]["top1"], step) if which == "best" else (step,)
+        return (headline(states[path]["history"][-1]), step) if which == "best" else (step,)
 
     best = max(states, key=merit)
+    return best if locations.is_local(run) else locations.join(run, best.rpartition("/")[2])
+
+
+@contextmanager
+def opened(run: str, which: str = "last") -> Iterator[str]:
+    """See `find`; of a remote run a copy on this machine, for as long as it is open."""
+    found = find(run, which)
     if locations.is_local(run):
-        return best
-    copy = os.path.join(tempfile.mkdtemp(prefix="gpt4image-"), best.rpartition("/")[2])
-    os.makedirs(copy)
-    fs.copy_files(best, copy, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
-    return copy
+        yield found
+        return
+    filesystem, path = locations.resolve(found)
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        fs.copy_files(path, folder, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+        yield folder
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
+
+from pipeline.errors import SettingsError
+
+HUB, FOLDER = "hf-hub:", "local-dir:"
+"""How a backbone is named that brings its own weights: timm's prefixes."""
+
+
+def short_name(backbone: str) -> str:
+    """A backbone's name for folders and titles, without slashes; two models of the same last name stay apart."""
+    if not backbone.startswith((HUB, FOLDER)):
+        return backbone
+    last = backbone.partition(":")[2].partition("@")[0].rstrip("/").rpartition("/")[2]
+    return f"{re.sub('[^A-Za-z0-9._-]', '_', last)}-{hashlib.blake2b(backbone.encode(), digest_size=3).hexdigest()}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +36,13 @@ class TrainConfig:
     """Recipe that fills all settings below; flags given beside it win. `gpt4image train --help` names the recipes."""
 
     backbone: str = "resnet18"
-    """Any timm model with a linear classifier."""
+    """Any timm model with a linear classifier; or hf-hub:ORG/NAME (@REVISION) or local-dir:FOLDER (such as an export), whose
+    weights training then starts from. Only safetensors are read; a hub revision is pinned to its commit."""
+    architecture: tyro.conf.Suppress[str] = ""
+    """What a backbone of the hub or a folder is built from, as JSON (`backbones.Source`); found when a run begins."""
     pretrained: bool = False
-    """Start from timm's pre-trained weights (network)."""
+    """Start from timm's pre-trained weights (network); hf-hub: and local-dir: imply it (to start from nothing, name timm's
+    architecture)."""
     image_size: int = 64
     """Edge of the square input in pixels."""
     patch_size: int = 0
@@ -52,11 +72,11 @@ class TrainConfig:
     temperature: float = 0.2
     """tau of the alignment loss (the paper: 0.2 for ResNets, 0.05 for ViTs)."""
     learn_temperature: bool = False
-    """Learn tau, starting from --temperature."""
+    """Learn tau, starting from --temperature; it stays at 0.01 or above, CLIP's bound."""
     store_negatives: int = 0
     """Further texts, drawn from the store for every step, that images are told apart from."""
     embeddings: str = ""
-    """Embedding variant; empty: the only one of the store."""
+    """Embedding variant; empty: the only one of the store, or the one that a resumed run was begun with."""
 
     optimizer: str = "adamw"
     """Any optimizer of timm: adamw, lamb, momentum (plain SGD with it), sgd (Nesterov's), ...; norms and biases do not decay."""
@@ -79,9 +99,12 @@ class TrainConfig:
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     """What --clip-grad limits: the norm of all, each value, or each unit's share of its weights (adaptive)."""
     ema: float = 0.0
-    """Decay of a moving average of the weights, evaluated and kept beside them; 0: none."""
+    """Decay of a moving average of the weights, which is kept beside them and is what evaluation and export take; 0: none."""
+    ema_warmup: bool = True
+    """Let the average span the last tenth of the steps so far until that is what --ema spans. Without it (as in the papers'
+    recipes) the average of a run of fewer than a few times 1 / (1 - ema) steps is mostly the weights it began with."""
     loss: Literal["cross-entropy", "bce"] = "cross-entropy"
-    """Classification loss; bce: binary cross entropy over the classes."""
+    """Classification loss; bce: binary cross entropy, summed over the classes so that it weighs as much as cross entropy."""
     label_smoothing: float = 0.0
     """Of the classification loss."""
 
@@ -137,7 +160,8 @@ class TrainConfig:
     loader_workers: int = 2
     """Threads, or actors, that decode for each worker."""
     shuffle_shards: int = 16
-    """Shards whose rows are mixed at a time; all workers together keep about twice as many in memory."""
+    """Shards whose rows are mixed at a time; all workers together keep about twice as many in memory, of Parquet sources (where
+    a shard may hold few classes) each worker does, with BatchNorm, --mixup or --cutmix."""
     checkpoint_minutes: float = 10.0
     """Time between checkpoints inside an epoch; there is one after every epoch in any case."""
     checkpoint_steps: int = 0
@@ -156,12 +180,18 @@ class TrainConfig:
     """MLflow run that this one is nested under; set by `tune`."""
 
     @property
+    def brings_weights(self) -> bool:
+        """Whether the backbone is a model of the hub or of a folder."""
+        return self.backbone.startswith((HUB, FOLDER))
+
+    @property
     def mixes(self) -> bool:
         """Whether batches are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
     def __post_init__(self) -> None:
-        faults = []
+        values = vars(self).items()
+        faults = [f"{name}={value}: must be a finite number." for name, value in values if _endless(value)]
         if self.alignment_weight < 0:
             faults.append(f"alignment_weight={self.alignment_weight}: must be 0 (the baseline) or more.")
         if self.temperature <= 0:
@@ -197,7 +227,30 @@ class TrainConfig:
         if self.loader == "threads" and (self.auto_augment or self.color_jitter):
             faults.append("loader=threads: --auto-augment and --color-jitter need --loader actors (or auto).")
         if faults:
-            raise ValueError("\n".join(faults))
+            raise SettingsError("\n".join(faults))
+
+
+def _endless(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+# Every setting is one or the other, and a test holds it: what is computed, which a resumed run must not change, or where it is
+# computed, how it is watched and kept, which it may.
+DECIDING = frozenset({
+    "store", "preset", "backbone", "architecture", "pretrained", "image_size", "patch_size", "small_stem", "drop_path",
+    "epochs", "batch_size",
+    "accumulate", "alignment_weight", "alignment", "projection_dim", "text_projection", "head", "temperature",
+    "learn_temperature", "store_negatives", "embeddings", "optimizer", "lr", "min_lr", "warmup_lr", "warmup_epochs", "momentum",
+    "weight_decay", "layer_decay", "clip_grad", "clip_mode", "ema", "ema_warmup",
+    "loss", "label_smoothing", "crop_scale", "flip",
+    "auto_augment", "color_jitter", "erase", "mixup", "cutmix", "mix_prob", "mix_switch_prob", "repeats", "train_split",
+    "eval_split", "seed", "precision", "channels_last", "compile", "checkpoint_activations", "sync_batch_norm",
+    "shuffle_shards",
+})  # fmt: skip
+FREE = frozenset({
+    "run", "workers", "min_workers", "resize_seconds", "threads", "loader", "loader_workers", "checkpoint_minutes",
+    "checkpoint_steps", "max_failures", "tracking_uri", "experiment", "log_artifacts", "register_as", "parent_run",
+})  # fmt: skip
 
 
 _NOT_NEGATIVE = (
@@ -251,7 +304,7 @@ class EvaluateConfig:
         if "://" in self.to:
             faults.append(f"to={self.to}: must be a folder of this machine.")
         if faults:
-            raise ValueError("\n".join(faults))
+            raise SettingsError("\n".join(faults))
 
 
 FORMATS = ("timm", "onnx", "torch")
@@ -289,4 +342,4 @@ class ExportConfig:
         if "://" in self.to:
             faults.append(f"to={self.to}: must be a folder of this machine; copy it from there.")
         if faults:
-            raise ValueError("\n".join(faults))
+            raise SettingsError("\n".join(faults))

@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.augment import Augment
 from training.order import ROW, SHARD, Sequence
@@ -63,6 +64,7 @@ class Batch:
 class _Shard:
     pictures: pa.ChunkedArray
     uris: pa.ChunkedArray
+    hashes: pa.ChunkedArray
     sizes: Array
     labels: Array
     texts: Array | None
@@ -99,18 +101,18 @@ class ShardReader:
         return future.result()
 
     def _read(self, shard: int) -> _Shard:
-        table = self._store.read_shard("images", "", shard, ["id", "image", "uri", "label", "width", "height"])
+        table = self._store.read_shard("images", "", shard, ["id", "content_hash", "image", "uri", "label", "width", "height"])
         labels = table["label"].to_numpy().astype(np.int64)
         sizes = np.array([table["width"].to_pylist(), table["height"].to_pylist()], dtype=np.float64).T  # nan where it failed
         if self._targets is None:
-            return _Shard(table["image"], table["uri"], sizes, labels, None, None)
+            return _Shard(table["image"], table["uri"], table["content_hash"], sizes, labels, None, None)
         captions = self._store.read_shard("captions", self._targets.captions, shard, ["id", "caption", "others"])
         vectors = self._store.read_shard("embeddings", self._targets.embeddings, shard, ["id", "embedding"])
         if not table["id"].equals(captions["id"]) or not table["id"].equals(vectors["id"]):
             message = f"shard {shard}: images, captions and embeddings hold different rows; was the store copied in part?"
-            raise ValueError(message)
+            raise SettingsError(message)
         texts, groups = text_columns(self._targets, captions, vectors)
-        return _Shard(table["image"], table["uri"], sizes, labels, texts, groups)
+        return _Shard(table["image"], table["uri"], table["content_hash"], sizes, labels, texts, groups)
 
 
 def text_columns(targets: Targets, captions: pa.Table, vectors: pa.Table) -> tuple[Array, Array]:
@@ -146,7 +148,7 @@ class Decoder:
         cuts = np.flatnonzero((np.diff(samples[:, [SHARD, ROW]], axis=0) != 0).any(1)) + 1
         for views in np.split(np.arange(len(samples)), cuts) if len(samples) else []:
             shard, row = shards[views[0]], int(samples[views[0], ROW])
-            data = self._store.picture(shard.pictures[row].as_py(), shard.uris[row].as_py())
+            data = self._store.picture(*(column[row].as_py() for column in (shard.pictures, shard.uris, shard.hashes)))
             if train:
                 width, height = (int(edge) for edge in shard.sizes[row])
                 for place, view in zip(views, self._augment.train(data, width, height, samples[views]), strict=True):
@@ -233,20 +235,23 @@ class Loader:
 
     def train(self, sequence: Sequence, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
         """Steps `start` to `stop` of a sequence."""
-        yield from self._ahead((sequence.share(step, rank, world) for step in range(start, stop)), train=True)
+        yield from self._ahead((sequence.share(step, rank, world) for step in range(start, stop)), self._lookahead, train=True)
 
     def evaluate(self, samples: Array, batch: int, rank: int, world: int) -> Iterator[Batch]:
-        """Every row of this worker's share, each row on exactly one worker, the last batch as short as it is."""
-        mine = np.array_split(samples, world)[rank]
-        yield from self._ahead((mine[start : start + batch] for start in range(0, len(mine), batch)), train=False)
+        """This worker's batches of some rows: the same ones whatever the number of workers, each on exactly one of them."""
+        batches = [samples[start : start + batch] for start in range(0, len(samples), batch)]
+        mine = [batches[number] for number in np.array_split(np.arange(len(batches)), world)[rank]]
+        # These batches are small and read shard after shard: two shards are fetched ahead.
+        lookahead = math.ceil(2 * len(batches) / max(1, len(np.unique(samples[:, SHARD]))))
+        yield from self._ahead(mine, max(lookahead, AHEAD), train=False)
 
-    def _ahead(self, shares: Iterable[Array], *, train: bool) -> Iterator[Batch]:
+    def _ahead(self, shares: Iterable[Array], lookahead: int, *, train: bool) -> Iterator[Batch]:
         coming: deque[Array] = deque()
         working: deque[Future[Batch]] = deque()
         fetched: list[set[int]] = [set() for _ in range(self._decoding.decoders)]
         source = iter(shares)
         while True:
-            while len(coming) < self._lookahead and (share := next(source, None)) is not None:
+            while len(coming) < lookahead and (share := next(source, None)) is not None:
                 coming.append(share)
                 self._fetch(share, fetched)
             while len(working) < AHEAD and coming:

@@ -6,7 +6,6 @@ top-1 and top-5 are timm's own to the image (of pictures with an EXIF rotation t
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import locations
+from pipeline.errors import SettingsError
 from pipeline.prompts import class_name
 from pipeline.store import Store
-from training import backbones, checkpoint, findings, judging, loop, targets, zeroshot
+from training import backbones, checkpoint, findings, judging, loop, record, targets, zeroshot
 from training.config import EvaluateConfig, TrainConfig
 from training.data import Rows
 from training.objectives.align import AlignTask
@@ -29,19 +28,6 @@ Found = dict[str, Any]
 PROMPTS = ("a photo of a {label}",)
 K, TEMPERATURE = 20, 0.07  # of k-NN; DINO's best on ImageNet
 WORST, PAIRS = 10, 30  # classes and mistakes that are listed
-
-
-def read_config(run: str) -> TrainConfig:
-    """The settings that a run was made with.
-
-    Raises:
-        FileNotFoundError: `run` is no folder of a run.
-    """
-    try:
-        return TrainConfig(**json.loads(locations.fetch(run, "config.json")))
-    except (FileNotFoundError, NotADirectoryError):
-        message = f"run={run}: holds no config.json, so it is no run; `gpt4image train` makes one."
-        raise FileNotFoundError(message) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +58,7 @@ def load(config: TrainConfig, folder: str, num_classes: int, weights: str = "aut
         weights = "ema" if os.path.isfile(average) else "raw"
     if weights == "ema" and not os.path.isfile(average):
         message = "weights=ema: the run kept no moving average (it was trained without --ema); pass --weights raw."
-        raise ValueError(message)
+        raise SettingsError(message)
     tensors = load_file(average if weights == "ema" else os.path.join(folder, "model.safetensors"))
     last = {"mlp": "head.layers.3.weight", "linear": "head.layers.weight"}[config.head]
     dim = len(tensors[last]) if last in tensors else 0
@@ -132,12 +118,12 @@ class Judge:
         rows = Rows(self.store, split)
         if not len(rows):
             message = f"split={split}: has no usable picture; `gpt4image status --store {self.config.store}` says why."
-            raise ValueError(message)
+            raise SettingsError(message)
         loader = loop.make_loader(self.config, self.store, texts, self.task.backbone)
         parts: dict[str, list[Array]] = {}
         bar = tqdm(total=len(rows), desc=f"evaluate {split}", unit="img", file=sys.stderr, disable=None, leave=False)
         with bar, torch.inference_mode():
-            for batch in loader.evaluate(rows.in_order(), self.config.batch_size, 0, 1):
+            for batch in loader.evaluate(rows.in_order(), loop.EVALUATED, 0, 1):
                 for name, value in self._answers(batch.images, batch.labels, features).items():
                     parts.setdefault(name, []).append(value.cpu().numpy())
                 parts.setdefault("samples", []).append(batch.samples)
@@ -183,15 +169,16 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
         FileNotFoundError: no run, or no checkpoint in it.
         ValueError: no such split, or zero-shot of a run without alignment or with an encoder that is not to be had.
     """
-    config = read_config(settings.run)
+    config = record.read(settings.run)
     if settings.asks_zero_shot and not config.alignment_weight:
         message = f"zero_shot: {settings.run} is a baseline, without a head into the texts' space; evaluate an aligned run."
-        raise ValueError(message)
+        raise SettingsError(message)
     store = Store(config.store)
     classes = store.dataset.classes
     asked = zeroshot.candidates(classes, settings.classes_file) if settings.asks_zero_shot else None
-    loaded = load(config, checkpoint.find(settings.run, settings.checkpoint), len(classes), settings.weights)
-    found = _targets(config, store) if config.alignment_weight and (settings.retrieval or asked) else None
+    with checkpoint.opened(settings.run, settings.checkpoint) as folder:
+        loaded = load(config, folder, len(classes), settings.weights)
+    found = _targets(settings.run, config, store) if config.alignment_weight and (settings.retrieval or asked) else None
     judge, split = Judge(config, loaded), settings.split or config.eval_split
     outputs = judge.outputs(split, found if settings.retrieval else None, features=settings.knn)
     judgement = _judged(outputs, classes)
@@ -216,7 +203,14 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
     return judgement
 
 
-def _targets(config: TrainConfig, store: Store) -> targets.Targets:
+def _targets(run: str, config: TrainConfig, store: Store) -> targets.Targets:
+    names = store.variants("embeddings")
+    if not config.embeddings and len(names) > 1:
+        message = (
+            f"run={run}: does not say which embeddings it was trained on, and the store has several: {', '.join(names)}; write "
+            'the name into "embeddings" of its config.json, or pass --no-retrieval.'
+        )
+        raise SettingsError(message)
     dim = 0 if config.text_projection == "learned" else config.projection_dim
     return targets.load(store, embeddings=config.embeddings, dim=dim, split=config.train_split)
 

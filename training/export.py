@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import RunStoppedError, SettingsError
 from pipeline.prompts import class_name
 from pipeline.store import Store
-from training import backbones, checkpoint, evaluate, loop
+from training import backbones, checkpoint, evaluate, loop, record
 from training.config import ExportConfig, TrainConfig
 from training.data import Rows
 from training.model_card import model_card
@@ -48,11 +49,11 @@ def export(settings: ExportConfig) -> dict[str, Any]:
     _check_folder(settings)
     if "onnx" in settings.formats:
         _check_packages()
-    config = evaluate.read_config(settings.run)
+    config = record.read(settings.run)
     store = Store(config.store)
     classes = store.dataset.classes
-    folder = checkpoint.find(settings.run, settings.checkpoint)
-    loaded = evaluate.load(config, folder, len(classes), settings.weights)
+    with checkpoint.opened(settings.run, settings.checkpoint) as folder:
+        loaded = evaluate.load(config, folder, len(classes), settings.weights)
     model: Any = loaded.task.backbone
     recipe = preprocessing(model, config, classes)
     batches = _batches(config, store, model)
@@ -63,7 +64,8 @@ def export(settings: ExportConfig) -> dict[str, Any]:
         _write_text(work, "labels.txt", "".join(f"{name}\n" for name in recipe["labels"]))
         _write_text(work, "preprocessing.json", json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
         found = {
-            "to": settings.to, "architecture": config.backbone, "parameters": sum(p.numel() for p in model.parameters()),
+            "to": settings.to, "architecture": backbones.architecture_of(config),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "epoch": int(loaded.state["epoch"]), "weights": loaded.weights, "formats": list(settings.formats),
             "small_stem": config.small_stem, "checks": checks, "files": [],
         }  # fmt: skip
@@ -121,7 +123,7 @@ def _timm(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) 
     try:
         save_for_hf(
             model, folder, model_config={"label_names": recipe["labels"]}, safe_serialization=True,
-            model_args=backbones.model_args(config.backbone, size, config.patch_size) or None,
+            model_args=backbones.model_args(config.backbone, size, config.patch_size, config.architecture) or None,
             data_config={
                 "input_size": (3, size, size), "mean": recipe["mean"], "std": recipe["std"], "crop_pct": recipe["crop_pct"],
                 "interpolation": recipe["interpolation"], "crop_mode": "center",
@@ -134,8 +136,8 @@ def _timm(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) 
         return loaded
     from safetensors.torch import load_file
 
-    plain = timm.create_model(config.backbone, num_classes=len(recipe["labels"]))
-    small = backbones.shrink_stem(config.backbone, plain)
+    name = backbones.architecture_of(config)
+    small = backbones.shrink_stem(name, timm.create_model(name, num_classes=len(recipe["labels"])))
     small.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
     return small.eval()
 
@@ -212,17 +214,17 @@ def _compare(name: str, model: Any, written: Model, batches: dict[str, list[Batc
             f"format={name}: what was written answers otherwise than the run's model: same top-1 on {same} of {images} pictures, "
             f"largest difference of logits {difference:.1e} (limit {LARGEST:.0e}); export another format."
         )
-        raise ValueError(message)
+        raise RunStoppedError(message)
     return found | {"same": same, "difference": difference}
 
 
 def _check_folder(settings: ExportConfig) -> None:
     if os.path.exists(settings.to) and not os.path.isdir(settings.to):
         message = f"to={settings.to}: is a file; pass a folder."
-        raise ValueError(message)
+        raise SettingsError(message)
     if not settings.overwrite and os.path.isdir(settings.to) and os.listdir(settings.to):
         message = f"to={settings.to}: the folder is not empty; pass another, or --overwrite to replace an earlier export in it."
-        raise ValueError(message)
+        raise SettingsError(message)
 
 
 def _check_packages() -> None:
@@ -231,7 +233,7 @@ def _check_packages() -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         message = f"format=onnx: needs {', '.join(missing)}: pip install {' '.join(missing)}, or leave onnx out of --format."
-        raise ValueError(message)
+        raise SettingsError(message)
 
 
 def _move(work: str, to: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.store import Store
-from training import backbones, checkpoint, judging, targets
+from training import backbones, checkpoint, judging, order, targets
 from training.augment import Augment
 from training.config import TrainConfig
 from training.data import DecoderSpec, Decoding, Loader, ThreadDecoding, lookahead
@@ -29,6 +30,10 @@ Report = Callable[[Metrics | None, Callable[[], checkpoint.Snapshot]], None]
 takes a copy of everything that is to be kept, which may be written while training goes on (rank 0's is used)."""
 Progress = Callable[[Metrics], None]
 
+# Pictures that are evaluated at a time. A batch of training may be of thousands over all workers, whose activations one of them
+# cannot hold; and one size, dealt out whole, gives the same figures whatever the batch and the number of workers.
+EVALUATED = 128
+
 
 def build_task(config: TrainConfig, num_classes: int, dim: int, text_dim: int = 0) -> AlignTask:
     """The model of a run, with weights that depend on the seed alone; baseline and aligned start from the same backbone."""
@@ -38,13 +43,19 @@ def build_task(config: TrainConfig, num_classes: int, dim: int, text_dim: int = 
     backbone = backbones.build(
         config.backbone, num_classes=num_classes, image_size=config.image_size, pretrained=config.pretrained,
         drop_path=config.drop_path, patch_size=config.patch_size, small_stem=config.small_stem,
+        architecture=config.architecture,
     )  # fmt: skip
     alignment = Alignment(
         weight=config.alignment_weight, dim=dim, head=config.head, variant=config.alignment,
         temperature=config.temperature, learn_temperature=config.learn_temperature, text_dim=text_dim,
+        texts=config.batch_size + config.store_negatives,
     )  # fmt: skip
-    smoothing = config.label_smoothing
-    return AlignTask(backbone, alignment, BinaryCrossEntropy(smoothing) if config.loss == "bce" else CrossEntropy(smoothing))
+    # A mean over classes, timm's default, would leave 1 / classes of cross entropy's gradient: optimizers without a scale do not
+    # mind (ResNet strikes back, DeiT III: LAMB), but the alignment beside it would outweigh it.
+    criterion: nn.Module = CrossEntropy(config.label_smoothing)
+    if config.loss == "bce":
+        criterion = BinaryCrossEntropy(config.label_smoothing, sum_classes=True)
+    return AlignTask(backbone, alignment, criterion)
 
 
 def to_device(task: AlignTask, device: torch.device, *, channels_last: bool = True) -> AlignTask:
@@ -112,7 +123,8 @@ def fit(
         found = targets.of_config(config, store)
     raw_dim = found.dim if found is not None and config.text_projection == "learned" else 0
     dim = (config.projection_dim or raw_dim) if raw_dim else (found.dim if found else 0)
-    task = build_task(config, len(store.dataset.classes), dim, raw_dim)
+    begun = replace(config, pretrained=False) if resume_from else config  # a checkpoint has all weights
+    task = build_task(begun, len(store.dataset.classes), dim, raw_dim)
     if config.checkpoint_activations:
         cast(Any, task.backbone).set_grad_checkpointing()
     if config.sync_batch_norm and world > 1:
@@ -124,11 +136,13 @@ def fit(
     ema = _moving_average(config, task)
     state = checkpoint.load(resume_from, task, optimizer, ema) if resume_from else checkpoint.State()
     norm = make_norm(task.backbone, device, channels_last=config.channels_last)
-    spec = decoder_spec(config, found, task.backbone, world * config.loader_workers if decode else world)
+    by = order.deal(store.dataset.source, looks_across=config.mixes or _has_own_statistics(task))
+    sharing = 1 if by == "place" else world  # workers that share the shards of a window
+    spec = decoder_spec(config, found, task.backbone, sharing * config.loader_workers if decode else sharing)
     decoding = decode(spec, config.loader_workers) if decode else ThreadDecoding(spec.build(), config.loader_workers)
     train_rows, eval_rows = Rows(store, config.train_split), Rows(store, config.eval_split)
     sequence = Sequence(
-        train_rows, seed=config.seed, window=config.shuffle_shards, batch=config.batch_size, repeats=config.repeats
+        train_rows, seed=config.seed, window=config.shuffle_shards, batch=config.batch_size, repeats=config.repeats, by=by
     )
     ahead = lookahead(sequence, len(train_rows) / max(1, len(train_rows.rows)), config.shuffle_shards)
     loader = Loader(decoding, lookahead=ahead, pin=device.type == "cuda")
@@ -163,9 +177,9 @@ def fit(
                 report(None, take(watch.state(step + 1)))
         means = watch.epoch_means(stop)
         _agree_on_buffers(task, ema)
-        evaluated = evaluate(task, loader, eval_rows, norm, config.batch_size, device, stepper.autocast, rank)
+        evaluated = evaluate(task, loader, eval_rows, norm, device, stepper.autocast, rank)
         if ema is not None:
-            averaged = evaluate(ema.module, loader, eval_rows, norm, config.batch_size, device, stepper.autocast, rank)
+            averaged = evaluate(ema.module, loader, eval_rows, norm, device, stepper.autocast, rank)
             evaluated |= {f"ema_{name}": averaged[name] for name in ("top1", "top5")}
         metrics = means | evaluated | {"epoch": epoch, "step": stop, "lr": stepper.learning_rate(stop - 1)}
         state = watch.end_epoch(stop, metrics)
@@ -179,17 +193,15 @@ def use_autocast(config: TrainConfig, device: torch.device) -> bool:
 
 
 @torch.inference_mode()
-def evaluate(
-    task: AlignTask, loader: Loader, rows: Rows, norm: Norm, batch_size: int, device: torch.device, amp: bool, rank: int
-) -> Metrics:
+def evaluate(task: AlignTask, loader: Loader, rows: Rows, norm: Norm, device: torch.device, amp: bool, rank: int) -> Metrics:
     """top-1 and top-5 in percent over all rows of a split, each row counted once whatever the number of workers.
 
     Of an aligned model also `retrieval_rank`: the mean rank, from 1, of a picture's own caption among the different captions of
-    its evaluation batch by the cosine of projected feature and text.
+    the `EVALUATED` pictures that it is evaluated with, by the cosine of projected feature and text.
     """
     task.eval()
     hits = torch.zeros(5, device=device, dtype=torch.float64)
-    for host_batch in loader.evaluate(rows.in_order(), batch_size, rank, world_size()):
+    for host_batch in loader.evaluate(rows.in_order(), EVALUATED, rank, world_size()):
         batch = host_batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             features, logits = backbones.features_and_logits(task.backbone, norm(batch.images))
@@ -218,12 +230,19 @@ def caption_ranks(z_bd: Tensor, texts_bd: Tensor, groups_b: Tensor) -> Tensor:
     return judging.ranks_of(cosines, place)
 
 
+def _has_own_statistics(task: nn.Module) -> bool:
+    """Whether BatchNorm computes with a worker's images alone."""
+    norms = [module for module in task.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return any(not isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+
+
 def _moving_average(config: TrainConfig, task: AlignTask) -> Any:
     if not config.ema:
         return None
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(task, decay=config.ema)
+    # Decay n / (10 + n) after n steps, so that the last tenth counts, until it reaches --ema; the first step's is 0.
+    return ModelEmaV3(task, decay=config.ema, use_warmup=config.ema_warmup, warmup_gamma=10.0, warmup_power=1.0)
 
 
 def _agree_on_buffers(task: nn.Module, ema: Any) -> None:

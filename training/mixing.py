@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from pipeline.errors import SettingsError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -43,7 +45,7 @@ class Mixing:
         if self.mode not in ("batch", "pair", "elem"):
             faults.append(f"mode={self.mode!r}: must be batch, pair or elem.")
         if faults:
-            raise ValueError("\n".join(faults))
+            raise SettingsError("\n".join(faults))
 
     def __call__(self, images: Tensor, seeds: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Mixes a batch; with an odd number of pictures the last one stays as it is.

@@ -7,14 +7,15 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.store import Store
-from training.config import TrainConfig
+from training import backbones
+from training.config import FOLDER, HUB, TrainConfig
 
 # Settings that say how the model was trained, and not where or how fast.
 _TOLD = (
     "backbone", "pretrained", "image_size", "patch_size", "small_stem", "drop_path", "epochs", "batch_size", "alignment_weight",
     "alignment", "projection_dim", "text_projection", "head", "temperature", "learn_temperature", "store_negatives", "optimizer",
-    "lr", "weight_decay", "layer_decay", "ema", "loss", "label_smoothing", "crop_scale", "flip", "auto_augment", "color_jitter",
-    "erase", "mixup", "cutmix", "repeats", "seed",
+    "lr", "weight_decay", "layer_decay", "ema", "ema_warmup", "loss", "label_smoothing", "crop_scale", "flip", "auto_augment",
+    "color_jitter", "erase", "mixup", "cutmix", "repeats", "seed",
 )  # fmt: skip
 
 
@@ -34,12 +35,12 @@ def model_card(config: TrainConfig, found: dict[str, Any], recipe: dict[str, Any
     )
     parts = [
         "---\nlibrary_name: timm\npipeline_tag: image-classification\ntags:\n- timm\n- gpt4image-ray\n---",
-        f"# {config.backbone}, {len(recipe['labels'])} classes, {config.image_size} x {config.image_size}",
+        f"# {found['architecture']}, {len(recipe['labels'])} classes, {config.image_size} x {config.image_size}",
         f"{found['parameters']:,} parameters, trained with {how} by gpt4image-ray. What served the alignment is not in it: it "
-        f"has the size and speed of timm's `{config.backbone}`.",
+        f"has the size and speed of timm's `{found['architecture']}`.",
         "## Accuracy\n\n" + _accuracy(config, found["weights"], state),
         "## Input\n\n" + _input(recipe),
-        "## Use\n\n" + "\n\n".join(_USE[name](config, recipe) for name in found["formats"]),
+        "## Use\n\n" + "\n\n".join(_USE[name](config, found, recipe) for name in found["formats"]),
         "## Checked\n\n" + "\n".join(_checked(name, check) for name, check in found["checks"].items()),
         "## Training\n\n" + _training(config, found, store, aligned),
     ]
@@ -65,28 +66,28 @@ def _input(recipe: dict[str, Any]) -> str:
     )
 
 
-def _timm(config: TrainConfig, recipe: dict[str, Any]) -> str:
+def _timm(config: TrainConfig, found: dict[str, Any], recipe: dict[str, Any]) -> str:
     if not config.small_stem:
         load = 'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
         return f"```python\nimport timm\n\n{load}\n```"
     return (
         "timm has no argument for this model's first convolution (3 x 3, stride 1, then no pooling); make that change first:\n\n"
         "```python\nimport timm\nfrom safetensors.torch import load_file\nfrom torch import nn\n\n"
-        f'model = timm.create_model("{config.backbone}", num_classes={len(recipe["labels"])})\n'
+        f'model = timm.create_model("{found["architecture"]}", num_classes={len(recipe["labels"])})\n'
         "model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride=1, padding=1, bias=False)\n"
         "model.maxpool = nn.Identity()\n"
         'model.load_state_dict(load_file("FOLDER/model.safetensors"))\nmodel.eval()\n```'
     )
 
 
-def _onnx(config: TrainConfig, recipe: dict[str, Any]) -> str:
+def _onnx(config: TrainConfig, found: dict[str, Any], recipe: dict[str, Any]) -> str:
     return (
         '```python\nimport onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
         'logits = session.run(["logits"], {"images": images})[0]  # float32, any batch size\n```'
     )
 
 
-def _torch(config: TrainConfig, recipe: dict[str, Any]) -> str:
+def _torch(config: TrainConfig, found: dict[str, Any], recipe: dict[str, Any]) -> str:
     return (
         '```python\nimport torch\n\nmodel = torch.export.load("FOLDER/model.pt2").module()\n'
         "logits = model(images)  # float32, any batch size\n```"
@@ -105,7 +106,8 @@ def _checked(name: str, check: dict[str, Any]) -> str:
 
 def _training(config: TrainConfig, found: dict[str, Any], store: Store, aligned: bool) -> str:
     lines = [f"Epoch {found['epoch']} of {config.epochs}, {found['weights']} weights, split `{config.train_split}`."]
-    if aligned:
+    # An early run does not name its embeddings, and there may be others by now: no reason to withhold the model.
+    if aligned and (config.embeddings or len(store.variants("embeddings")) == 1):
         embeddings = store.only_variant("embeddings", config.embeddings)
         encoder = store.variant("embeddings", embeddings)
         captions = store.variant("captions", str(encoder["captions"]))
@@ -115,9 +117,17 @@ def _training(config: TrainConfig, found: dict[str, Any], store: Store, aligned:
             f"Descriptions by {os.path.basename(str(by))} (captions `{encoder['captions']}`), text encoder "
             f"{os.path.basename(str(encoder['encoder']))} (embeddings `{embeddings}`)."
         )
-    settings = asdict(config)
+    settings = asdict(config) | {"backbone": _backbone(config)}
     shown = [name for name in _TOLD if aligned or name not in _ALIGNED]
     return "\n".join(lines) + "\n\n| setting | value |\n|---|---|\n" + "\n".join(f"| {n} | {settings[n]} |" for n in shown)
+
+
+def _backbone(config: TrainConfig) -> str:
+    """What training started from; of a folder its last part and the hash of its files, which say enough elsewhere."""
+    source = backbones.source_of(config.backbone, config.architecture)
+    if source is None or config.backbone.startswith(HUB):
+        return config.backbone
+    return f"{FOLDER}{os.path.basename(config.backbone)} ({source.revision})"
 
 
 _ALIGNED = (

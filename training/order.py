@@ -9,7 +9,7 @@ sample. A batch may reach into the next pass, so that none is short and no row i
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from pipeline.store import Store
 Array = npt.NDArray[Any]
 PASS, SHARD, ROW, REPEAT = range(4)
 """Columns of a sample."""
+Deal = Literal["shard", "place"]
 
 
 class Rows:
@@ -53,10 +54,10 @@ class Rows:
 
 
 class Sequence:
-    """All samples of a run, in order; `batch` is the global batch size B."""
+    """All samples of a run, in order; `batch` is the global batch size B, `by` what `share` deals it out by."""
 
-    def __init__(self, rows: Rows, *, seed: int, window: int, batch: int, repeats: int = 1) -> None:
-        self.batch, self.epoch_samples = batch, len(rows)
+    def __init__(self, rows: Rows, *, seed: int, window: int, batch: int, repeats: int = 1, by: Deal = "shard") -> None:
+        self.batch, self.epoch_samples, self.by = batch, len(rows), by
         self._rows, self._seed, self._window, self._repeats = rows, seed, window, repeats
         self._passes: dict[int, Array] = {}
 
@@ -67,11 +68,13 @@ class Sequence:
     def share(self, step: int, rank: int, world: int) -> Array:
         """[b, 4] samples of one worker at a step; b differs by at most one between workers.
 
-        The batch is dealt out by shard, so that a worker opens about 1/world of a window's shards and not all of them.
+        Dealt out by shard, a worker opens about 1/world of a window's shards and not all of them; dealt out by place in the
+        sequence, its share is a random sample of the window.
         """
         whole = self._slice(step * self.batch, (step + 1) * self.batch)
-        whole = whole[np.lexsort((whole[:, REPEAT], whole[:, ROW], whole[:, SHARD], whole[:, PASS]))]
-        return np.array_split(whole, world)[rank]
+        if self.by == "place":
+            return _sorted(np.array_split(whole, world)[rank])
+        return np.array_split(_sorted(whole), world)[rank]
 
     def _slice(self, start: int, stop: int) -> Array:
         length = self.epoch_samples * self._repeats
@@ -89,6 +92,25 @@ class Sequence:
                 del self._passes[old]
             self._passes[number] = _samples(number, self._rows.shuffled(self._seed, number, self._window), self._repeats)
         return self._passes[number]
+
+
+def deal(source: dict[str, Any], *, looks_across: bool) -> Deal:
+    """How to deal batches out: by shard, but where that would show.
+
+    Shards are random samples of their split, but for those of Parquet files, which keep row groups together: in a file sorted by
+    class a worker would see few classes at a time. An exact loss does not mind; what looks across a worker's share does.
+
+    Args:
+        source: of the store's `dataset.json`.
+        looks_across: BatchNorm's statistics are each worker's own, or pictures are mixed with others of the share.
+    """
+    return "place" if looks_across and source.get("kind") == "parquet" else "shard"
+
+
+def _sorted(samples: Array) -> Array:
+    order = np.lexsort((samples[:, REPEAT], samples[:, ROW], samples[:, SHARD], samples[:, PASS]))
+    found: Array = samples[order]
+    return found
 
 
 def _pairs(shard: int, rows: Array) -> Array:

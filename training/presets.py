@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.errors import SettingsError
+
 _Settings = dict[str, Any]
 
 # DeiT's augmentation and regularisation (arXiv 2012.12877), which GPT4Image's DeiT script and ConvNeXt use, too.
@@ -31,6 +33,16 @@ _DEIT: _Settings = {
     "loader_workers": 12,
 }
 
+_FINE_TUNING: _Settings = {
+    "image_size": 224,
+    "pretrained": True,
+    "min_lr": 0.0,
+    "warmup_epochs": 0.0,
+    "crop_scale": 0.08,
+    "projection_dim": 0,
+    "loader_workers": 4,
+}
+
 PRESETS: dict[str, _Settings] = {
     # Small pictures from nothing; the defaults.
     "small-64": {},
@@ -39,6 +51,7 @@ PRESETS: dict[str, _Settings] = {
     "small-64-vit": {
         "backbone": "vit_tiny_patch16_224",
         "patch_size": 8,
+        "temperature": 0.05,
         "drop_path": 0.05,
         "warmup_epochs": 5.0,
         "clip_grad": 1.0,
@@ -65,7 +78,8 @@ PRESETS: dict[str, _Settings] = {
         "temperature": 0.1,
         "workers": 2,
     },
-    # GPT4Image's released recipes (batch 1024 over 4 or 8 GPUs, lr scaled to it; its effective lambda is smaller: README).
+    # GPT4Image's released recipes: batch 1024, lr scaled to it. Their code says lambda 0.3 and keeps local gradients only, so
+    # that it acts like 0.3 / GPUs: 0.075 for ResNet-50 on 4, 0.0375 for DeiT-B on 8. Here the weight is what it says.
     "paper-resnet50": {
         "backbone": "resnet50",
         "image_size": 224,
@@ -77,11 +91,18 @@ PRESETS: dict[str, _Settings] = {
         "weight_decay": 1e-4,
         "warmup_epochs": 0.0,
         "crop_scale": 0.08,
+        "alignment_weight": 0.3 / 4,
         "temperature": 0.2,
         "projection_dim": 0,
         "loader_workers": 12,
     },
-    "paper-deit-b": {**_DEIT, "backbone": "deit_base_patch16_224", "drop_path": 0.1, "ema": 0.99996},
+    "paper-deit-b": {
+        **_DEIT,
+        "backbone": "deit_base_patch16_224",
+        "alignment_weight": 0.3 / 8,
+        "drop_path": 0.1,
+        "ema": 0.99996,
+    },
     # DeiT-S and ConvNeXt-T as published (arXiv 2012.12877; 2201.03545: batch 4096, lr 4e-3, 20 warm-up epochs, EMA 0.9999).
     "deit-s": {**_DEIT, "backbone": "deit_small_patch16_224", "drop_path": 0.1, "ema": 0.99996},
     "convnext-t": {
@@ -106,6 +127,48 @@ PRESETS: dict[str, _Settings] = {
         "drop_path": 0.1,
         "repeats": 1,
     },
+    # Fine-tuning of supervised weights (network) on a thousand pictures or more; --backbone brings in others, also one's own.
+    # Batches are smaller than published, so that small sets get the 500 steps and more that BiT (arXiv 1912.11370) and ViT take.
+    # What most fine-tuning of ResNets uses: SGD, lr 0.01, momentum 0.9, weight decay 1e-4 (arXiv 2002.11770), crop and flip.
+    "resnet50-finetune": {
+        **_FINE_TUNING,
+        "backbone": "resnet50.a1_in1k",
+        "batch_size": 64,
+        "optimizer": "sgd",
+        "lr": 0.01,
+        "weight_decay": 1e-4,
+        "epochs": 50,
+        "temperature": 0.2,
+    },
+    # How to train your ViT (arXiv 2106.10270) as its code fine-tunes: SGD, gradients limited to 1, a short warm-up, no weight
+    # decay and no regularisation; there at batch 512, for 500 steps and more.
+    "vit-s-finetune": {
+        **_FINE_TUNING,
+        "backbone": "vit_small_patch16_224.augreg_in21k",
+        "batch_size": 128,
+        "optimizer": "momentum",
+        "lr": 0.01,
+        "weight_decay": 0.0,
+        "clip_grad": 1.0,
+        "warmup_epochs": 2.0,
+        "epochs": 20,
+        "temperature": 0.05,
+    },
+    # ConvNeXt (arXiv 2201.03545), its table for fine-tuning weights of ImageNet-22K; there at batch 512.
+    "convnext-t-finetune": {
+        **_FINE_TUNING,
+        "backbone": "convnext_tiny.fb_in22k",
+        "batch_size": 128,
+        "lr": 5e-5,
+        "min_lr": 1e-6,
+        "weight_decay": 1e-8,
+        "layer_decay": 0.8,
+        "epochs": 30,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "erase": 0.25,
+        "label_smoothing": 0.1,
+        "temperature": 0.05,
+    },
 }
 
 
@@ -117,7 +180,7 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in PRESETS:
         message = f"preset={name!r}: unknown; choose one of {', '.join(PRESETS)}."
-        raise ValueError(message)
+        raise SettingsError(message)
     return {"preset": name, **PRESETS[name]}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pyarrow import fs
 
 from pipeline import locations
+from training.record import headline
 
 
 def read_json(run: str, name: str) -> dict[str, Any] | None:
@@ -99,10 +100,10 @@ class Follower:
     def _epoch_line(self, m: dict[str, float]) -> str:
         left = (self._epochs - m["epoch"]) * m["seconds"]
         aligned = f"  align {m['alignment']:.3f}" if "alignment" in m else ""
-        averaged = f" (average {m['ema_top1']:.1f})" if "ema_top1" in m else ""
+        raw = f" (without averaging {m['top1']:.1f})" if "ema_top1" in m else ""
         return (
-            f"epoch {m['epoch']:>3.0f}/{self._epochs}  ce {m['cross_entropy']:.3f}{aligned}  top-1 {m['top1']:.1f}{averaged}  "
-            f"top-5 {m['top5']:.1f}  {m['images_per_s']:.0f} img/s  {_clock(left)} left"
+            f"epoch {m['epoch']:>3.0f}/{self._epochs}  ce {m['cross_entropy']:.3f}{aligned}  top-1 {headline(m):.1f}{raw}  "
+            f"top-5 {headline(m, 'top5'):.1f}  {m['images_per_s']:.0f} img/s  {_clock(left)} left"
         )
 
     def _step_line(self, now: dict[str, float]) -> str:

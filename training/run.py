@@ -19,22 +19,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline import locations, session
+from pipeline import locations, lock, session
+from pipeline.errors import NotFiniteError, SettingsError
 from pipeline.store import Store
-from training import tracking
-from training.config import TrainConfig
+from training import record, tracking
+from training.config import FREE, TrainConfig, short_name
 from training.progress import Follower, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from training import checkpoint, data, loop
 
 Result = dict[str, Any]
-
-# What may differ between a run and its resumption: where it runs and how it is watched, not what is computed.
-_FREE = (
-    "run", "workers", "min_workers", "resize_seconds", "threads", "loader", "loader_workers", "checkpoint_minutes",
-    "checkpoint_steps", "max_failures", "tracking_uri", "experiment", "log_artifacts", "register_as", "parent_run",
-)  # fmt: skip
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool = True) -> Result:
@@ -47,20 +42,28 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
 
     Raises:
         ValueError: settings that do not fit the store, the cluster or the run that is to be resumed.
-        FloatingPointError: the loss was no number; the text names the pictures.
+        NotFiniteError: the loss was no number; the text names the pictures.
     """
-    variants = check(config)
-    config = replace(config, run=_address(config.run or default_run(config)))
+    config, variants = prepare(config)
     finished = read_json(config.run, "result.json")
-    _check_same_settings(config)
     if finished is not None:
         print(f"train: {config.run} is complete; nothing to do", file=sys.stderr)
         return finished
+    with lock.held(config.run, "run"):  # two drivers would write each other's checkpoints
+        recorded, finished = read_json(config.run, "config.json"), read_json(config.run, "result.json")
+        if recorded is not None:  # perhaps another driver's, which has ended just now
+            config = record.resumed(config, recorded)
+        if finished is not None:
+            return finished
+        return _trained(config, variants, callbacks, progress)
+
+
+def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[Any], progress: bool) -> Result:
     session.start_ray()
     config, cpus, gpus = _placed(config)
     filesystem, path = locations.resolve(config.run)
     filesystem.create_dir(path, recursive=True)
-    write_json(config.run, "config.json", asdict(config) | {"tracking_uri": tracking.masked(config.tracking_uri)})
+    write_json(config.run, "config.json", record.written(config))
     if read_json(config.run, "failure.json") is not None:
         filesystem.delete_file(f"{path}/failure.json")
     run_id = _tracking_run(config, variants)
@@ -86,14 +89,14 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
         run_config=RunConfig(
             name=path.rpartition("/")[2], storage_path=path.rpartition("/")[0], storage_filesystem=filesystem,
             callbacks=list(callbacks), failure_config=FailureConfig(max_failures=config.max_failures),
-            # The best by top-1 and the latest: Ray keeps both.
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="top1"),
+            # The best by top-1 of what is exported, and the latest: Ray keeps both.
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=record.headline_name(config)),
         ),
     )  # fmt: skip
     with Follower(config.run, config.epochs, show=progress):
         trainer.fit()
     if (failure := read_json(config.run, "failure.json")) is not None:
-        raise FloatingPointError(failure["message"])
+        raise NotFiniteError(failure["message"])
     result = _result(config, tracking.actual_run_id(run_id, _spool(config)))
     _log_artifacts(config, run_id)
     write_json(config.run, "result.json", result)
@@ -107,7 +110,6 @@ def train_worker(arguments: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from training import loop
-    from training.watch import NotFiniteError
 
     config = TrainConfig(**arguments["config"])
     rank = ray.train.get_context().get_world_rank()
@@ -239,7 +241,26 @@ def default_run(config: TrainConfig) -> str:
     """A new folder below runs/, named by what differs between runs, by the time and by chance."""
     kind = f"w{config.alignment_weight:g}-d{config.projection_dim}" if config.alignment_weight else "baseline"
     # Two runs begun in the same second, or on two machines, must not meet in one folder.
-    return f"runs/{config.backbone}-{kind}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"runs/{short_name(config.backbone)}-{kind}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
+    """The settings as the run will have them, checked, and the variants trained on: addresses whole, embeddings named.
+
+    A run that was begun before lends what was left open, see `record.resumed`.
+
+    Raises:
+        ValueError: settings that do not fit the store, or the run that is to be resumed.
+    """
+    config = replace(config, run=record.address(config.run or default_run(config)), store=record.address(config.store))
+    from training import backbones
+
+    recorded = read_json(config.run, "config.json")
+    config = backbones.resolved(config, recorded)
+    if recorded is not None:
+        config = record.resumed(config, recorded)
+    variants = check(config)
+    return replace(config, embeddings=variants["embeddings"] or config.embeddings), variants
 
 
 def check(config: TrainConfig) -> dict[str, str]:
@@ -249,7 +270,15 @@ def check(config: TrainConfig) -> dict[str, str]:
 
     store = Store(config.store)
     store.require_complete("images")
-    backbones.probe(config.backbone, config.image_size, config.patch_size, small_stem=config.small_stem)
+    config = backbones.resolved(config)
+    backbones.probe(
+        config.backbone,
+        config.image_size,
+        config.patch_size,
+        small_stem=config.small_stem,
+        drop_path=config.drop_path,
+        architecture=config.architecture,
+    )
     backbones.check_optimizer(config.optimizer)
     store.split_shards(config.eval_split)
     rows = len(Rows(store, config.train_split))
@@ -258,31 +287,12 @@ def check(config: TrainConfig) -> dict[str, str]:
             f"batch_size={config.batch_size}: the split {config.train_split} has {rows} usable images; "
             f"pass --batch-size {max(2, rows // 2 * 2)} or less."
         )
-        raise ValueError(message)
+        raise SettingsError(message)
     if config.alignment_weight == 0:
         return {"embeddings": "", "captions": ""}
     # Fits and keeps the PCA here, once, rather than in every worker.
     found = targets.of_config(config, store)
     return {"embeddings": found.embeddings, "captions": found.captions}
-
-
-def _address(run: str) -> str:
-    return run.rstrip("/") if "://" in run else os.path.abspath(os.path.expanduser(run))
-
-
-def _check_same_settings(config: TrainConfig) -> None:
-    recorded = read_json(config.run, "config.json")
-    if recorded is None:
-        return
-    now = asdict(config)
-    changed = [
-        f"{key}: {recorded.get(key)!r} then, {now[key]!r} now"
-        for key in now
-        if key not in _FREE and recorded.get(key) != now[key]
-    ]
-    if changed:
-        message = f"run={config.run}: was begun with other settings; pass another --run.\n  " + "\n  ".join(changed)
-        raise ValueError(message)
 
 
 def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
@@ -291,10 +301,10 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
     workers = config.workers or gpus or 2
     if gpus and workers > gpus and not config.min_workers:
         message = f"workers={workers}: the cluster has {gpus} GPUs; pass --workers {gpus} or fewer."
-        raise ValueError(message)
+        raise SettingsError(message)
     if config.sync_batch_norm and not gpus:
         message = "sync_batch_norm: torch computes it on GPUs only, and the cluster has none; leave the flag out."
-        raise ValueError(message)
+        raise SettingsError(message)
     # Ray gives a worker as many OpenMP threads as CPUs; decoding threads come on top.
     largest = session.largest_node()
     cpus = 2 if gpus else config.threads or max(1, session.cores() // workers)
@@ -302,7 +312,7 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
         message = (
             f"threads={cpus}: no node of the cluster has so many CPUs (the largest has {largest}); pass a smaller --threads."
         )
-        raise ValueError(message)
+        raise SettingsError(message)
     loader = config.loader
     if loader == "auto":
         loader = "actors" if config.auto_augment or config.color_jitter else "threads"
@@ -312,7 +322,7 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
             f"loader=actors: {workers} workers with {config.loader_workers} decoders each need {wanted} CPUs, the cluster "
             f"has {total}; pass a smaller --loader-workers."
         )
-        raise ValueError(message)
+        raise SettingsError(message)
     return replace(config, workers=workers, loader=loader), cpus, gpus > 0
 
 
@@ -320,7 +330,7 @@ def _tracking_run(config: TrainConfig, variants: dict[str, str]) -> str:
     recorded = read_json(config.run, "mlflow.json")
     if recorded is not None:
         return str(recorded["run_id"])
-    params = {key: value for key, value in asdict(config).items() if key not in _FREE}
+    params = {key: value for key, value in asdict(config).items() if key not in FREE}
     name = config.run.rpartition("/")[2]
     run_id = tracking.start_run(
         config.tracking_uri, config.experiment, name, params, variants, config.parent_run, spool=_spool(config)
@@ -350,7 +360,8 @@ def _log_artifacts(config: TrainConfig, run_id: str) -> None:
         else:
             tracker.artifacts(os.path.join(folder, "model"), "model")
         if config.log_artifacts == "all":
-            tracker.artifacts(checkpoint.find(config.run), "checkpoint")
+            with checkpoint.opened(config.run) as latest:
+                tracker.artifacts(latest, "checkpoint")
         tracker.finish(wait_s=20)
 
 
@@ -358,8 +369,8 @@ def _result(config: TrainConfig, run_id: str) -> Result:
     from training import checkpoint
 
     history = checkpoint.read_state(checkpoint.find(config.run))["history"]
-    best = max(history, key=lambda metrics: metrics["top1"])
+    best = max(history, key=record.headline)
     return {
         "run": config.run, "run_id": run_id, "epochs": len(history), "last": history[-1],
-        "best_epoch": best["epoch"], "best_top1": best["top1"], "history": history,
+        "best_epoch": best["epoch"], "best_top1": record.headline(best), "history": history,
     }  # fmt: skip

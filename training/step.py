@@ -93,8 +93,10 @@ class Stepper:
             )
             dispatch_clip_grad(list(limited), config.clip_grad, config.clip_mode)
         self.optimizer.step()
+        self.task.keep_bounds()
         if self.ema is not None:
-            self.ema.update(self.task)
+            # The warm-up follows from the step: a resumed run's average goes on as it would have.
+            self.ema.update(self.task, step + 1 if config.ema_warmup else None)
         return parts
 
     def learning_rate(self, step: int) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
 
@@ -58,7 +59,7 @@ def load(store: Store, *, embeddings: str, dim: int, split: str) -> Targets:
         message = (
             f"projection_dim={dim}: the embeddings of {name} have {width} dimensions; pass --projection-dim {width} or less."
         )
-        raise ValueError(message)
+        raise SettingsError(message)
     if dim in (0, width):
         return Targets(embeddings=name, captions=captions, dim=width)
     mean, basis = _pca(store, name, split, width)
@@ -96,7 +97,7 @@ def _fit(store: Store, name: str, split: str, width: int) -> tuple[Array, Array,
         second += vectors.T @ vectors
     if count < 2:
         message = f"embeddings={name}: {count} vectors in split {split}, too few for PCA; pass --projection-dim 0."
-        raise ValueError(message)
+        raise SettingsError(message)
     mean = total / count
     variance, basis = np.linalg.eigh(second / count - np.outer(mean, mean))
     order = np.argsort(variance)[::-1]

@@ -21,6 +21,7 @@ from typing import Any
 
 import tyro
 
+from pipeline.errors import SettingsError
 from training.tracking_journal import Journal, Record
 from training.tracking_secrets import masked, metric_name, recordable
 from training.tracking_sender import PENDING, Sender
@@ -238,14 +239,14 @@ def send(spool: str, uri: str = "", wait_s: float = 600.0) -> bool:
     """
     if not os.path.isfile(os.path.join(spool, "journal.jsonl")):
         message = f"{spool}: holds no journal.jsonl; pass the folder that the message named, such as RUN/tracking."
-        raise ValueError(message)
+        raise SettingsError(message)
     journal = Journal(spool)
     first = next((record for _, record in journal.read()), {})
     recorded = str(first.get("uri", ""))
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or (recorded if "***" not in recorded else "")
     if not uri:
         message = f"{spool}: the address of MLflow is not recorded ({recorded or 'none'}); pass --uri."
-        raise ValueError(message)
+        raise SettingsError(message)
     sender = Sender(uri, journal)
     sender.start()
     return _flush(sender, journal, uri, wait_s)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.errors import NotFiniteError
 from pipeline.store import Store
 from training.checkpoint import State
 from training.config import TrainConfig
@@ -24,10 +25,6 @@ from training.order import ROW, SHARD, Array
 Metrics = dict[str, float]
 TOGETHER = 10
 NAMED = 12
-
-
-class NotFiniteError(FloatingPointError):
-    """The loss is infinite or not a number; the text names the pictures."""
 
 
 class Watch:

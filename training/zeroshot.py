@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.encoders import TextEncoder
+from pipeline.errors import MissingError, SettingsError
 from pipeline.models import ModelRef, resolve
 from pipeline.prompts import class_name, fill
 from pipeline.store import Store
@@ -48,8 +49,12 @@ def candidates(classes: list[str], file: str = "") -> Candidates:
     """
     if not file:
         return Candidates(names=[class_name(name) for name in classes], of_class=np.arange(len(classes)))
-    with open(file, encoding="utf-8") as stream:
-        lines = [line.strip("\n").split("\t") for line in stream if line.strip()]
+    try:
+        with open(file, encoding="utf-8") as stream:
+            lines = [line.strip("\n").split("\t") for line in stream if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        message = f"classes_file={file}: cannot be read ({error})."
+        raise MissingError(message) from None
     keys = [_key(parts[0]) for parts in lines]
     twice = [name for name, count in Counter(keys).items() if count > 1]
     known = {key: place for place, key in enumerate(keys)}
@@ -60,7 +65,7 @@ def candidates(classes: list[str], file: str = "") -> Candidates:
             f"classes_file={file}: {why}; it needs one class a line, as the store calls it ({', '.join(classes[:3])}, ...), "
             "and after a tab another name for it, if wanted."
         )
-        raise ValueError(message)
+        raise SettingsError(message)
     return Candidates(names=[class_name(parts[-1].strip()) for parts in lines], of_class=of_class)
 
 
@@ -141,7 +146,7 @@ def _encoder(store: Store, variant: str) -> TextEncoder:
             f"embeddings={variant}: records no encoder and revision, so class prompts cannot be encoded alike; "
             "train on a variant that `gpt4image embed` made."
         )
-        raise ValueError(message)
+        raise SettingsError(message)
     if not revision.startswith("files-"):
         return TextEncoder(ModelRef(name=name, location=name, revision=revision), settings["pooling"])
     model = resolve(name)
@@ -150,7 +155,7 @@ def _encoder(store: Store, variant: str) -> TextEncoder:
             f"embeddings={variant}: the files of its encoder {name!r} have changed ({model.revision} now, {revision} then); "
             "bring the former ones back, or embed and train again."
         )
-        raise ValueError(message)
+        raise SettingsError(message)
     return TextEncoder(model, settings["pooling"])
 
 

@@ -117,6 +117,17 @@ def test_evaluation_sees_every_row_once_whatever_the_workers(tmp_path: Path, mak
     assert len(seen) == len(set(seen)) == 23
 
 
+def test_evaluation_shows_the_same_batches_whatever_the_workers(tmp_path: Path, make_store: MakeStore) -> None:
+    """What is ranked within a batch, or rounded by it, does not depend on how many look."""
+    store = Store(str(make_store(tmp_path / "s", val=23)))
+    order = Rows(store, "val").in_order()
+    alone = [batch.samples.tolist() for batch in loader(store, None).evaluate(order, 4, 0, 1)]
+    assert [len(batch) for batch in alone] == [4, 4, 4, 4, 4, 3]
+    for world in (2, 3, 5, 8):
+        together = [batch for rank in range(world) for batch in loader(store, None).evaluate(order, 4, rank, world)]
+        assert [batch.samples.tolist() for batch in together] == alone
+
+
 def test_texts_belong_to_their_pictures_and_equal_captions_share_a_group(tmp_path: Path, make_store: MakeStore) -> None:
     store = Store(str(make_store(tmp_path / "s", classes=3, train=40, missing_captions=2)))
     found = targets.load(store, embeddings="", dim=0, split="train")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from pipeline.encoders import TextEncoder
 from pipeline.models import resolve
 from pipeline.store import CAPTIONS, IMAGES, Dataset, Split, Store, embeddings_table
-from training import checkpoint, evaluate, judging, loop, targets
+from training import checkpoint, evaluate, judging, loop, record, targets
 from training.__main__ import main
 from training.config import EvaluateConfig, TrainConfig
 
@@ -206,7 +206,7 @@ def test_retrieval_ranks_the_own_caption_among_the_different_ones(
 
 def projected(run: Path, coloured: Path, split: str = "val") -> np.ndarray:
     """Projected features by the training task itself, from the average's weights."""
-    config = evaluate.read_config(str(run))
+    config = record.read(str(run))
     weights = load_file(Path(checkpoint.find(str(run))) / "ema.safetensors")
     text = weights.get("text_projection.weight")
     task = loop.build_task(config, len(COLOURS), 6, 0 if text is None else text.shape[1])
@@ -271,7 +271,7 @@ def test_classes_come_from_a_file_with_names_the_store_does_not_know(
 def test_knn_is_that_of_the_backbones_features(run: Path, coloured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
-    config = evaluate.read_config(str(run))
+    config = record.read(str(run))
     judge = evaluate.Judge(config, evaluate.load(config, checkpoint.find(str(run)), len(COLOURS)))
     train, val = (judge.outputs(split, features=True) for split in ("train", "val"))
     assert train.features is not None and val.features is not None
@@ -318,7 +318,7 @@ def test_an_encoder_that_changed_is_refused(
     path.write_text(json.dumps({**recorded, "revision": "files-0000"}))
     other = tmp_path / "run"
     shutil.copytree(run, other)
-    (other / "config.json").write_text(json.dumps(asdict(replace(evaluate.read_config(str(run)), store=str(copied)))))
+    (other / "config.json").write_text(json.dumps(asdict(replace(record.read(str(run)), store=str(copied)))))
     assert main(["evaluate", str(other), "--zero-shot"]) == 2
     assert "have changed" in capsys.readouterr().err
 

@@ -19,8 +19,9 @@ import timm.data
 import torch
 from safetensors.torch import load_file
 
+from pipeline.errors import RunStoppedError
 from pipeline.store import Store
-from training import checkpoint, evaluate, export, loop
+from training import checkpoint, export, loop, record
 from training.__main__ import main
 from training.config import ExportConfig, TrainConfig
 
@@ -59,7 +60,7 @@ def fresh(store: Path, run: Path, **changes: Any) -> Path:
 
 def logits_of(run: Path, weights: str, images: torch.Tensor) -> torch.Tensor:
     """By the training task."""
-    config = evaluate.read_config(str(run))
+    config = record.read(str(run))
     tensors = load_file(run / "checkpoint" / f"{weights}.safetensors")
     task = loop.build_task(config, 3, 4 if config.alignment_weight else 0)
     task.load_state_dict(tensors)
@@ -214,7 +215,7 @@ def test_what_answers_otherwise_is_not_delivered(run: Path, tmp_path: Path, monk
         return written
 
     monkeypatch.setitem(export._WRITERS, "timm", broken)
-    with pytest.raises(ValueError, match=r"format=timm: .*difference of logits 1\.0e-02"):
+    with pytest.raises(RunStoppedError, match=r"format=timm: .*difference of logits 1\.0e-02"):
         export.export(ExportConfig(run=str(run), to=str(tmp_path / "model")))
     assert not (tmp_path / "model").exists()
 

@@ -334,7 +334,9 @@ def test_every_preset_is_valid_and_builds() -> None:
     for name in PRESETS:
         config = TrainConfig(store="s", **preset(name))
         assert timm.is_model(config.backbone), name
-        backbones.probe(config.backbone, config.image_size, config.patch_size, small_stem=config.small_stem)
+        backbones.probe(
+            config.backbone, config.image_size, config.patch_size, small_stem=config.small_stem, drop_path=config.drop_path
+        )
         backbones.check_optimizer(config.optimizer)
     with pytest.raises(ValueError, match="choose one of small-64"):
         preset("nope")
@@ -354,3 +356,10 @@ def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path: Path, make_store:
     expected, found = (load_file(folder / "model.safetensors") for folder in (plain, compiled))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_stochastic_depth_that_a_backbone_does_not_have_is_told_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match=r"drop_path=0\.1: .*vgg11.* pass --drop-path 0"):
+        backbones.probe("vgg11", 64, drop_path=0.1)
+    for name, size in BACKBONES:
+        backbones.probe(name, size, drop_path=0.1)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.store import Store
-from training.order import PASS, REPEAT, SHARD, Rows, Sequence
+from training import loop
+from training.config import TrainConfig
+from training.order import PASS, REPEAT, ROW, SHARD, Rows, Sequence, deal
 
 MakeStore = Callable[..., Path]
 
@@ -61,6 +66,61 @@ def test_a_step_is_the_same_batch_for_any_number_of_workers_and_from_any_start(t
         fresh = Sequence(rows, seed=3, window=2, batch=10)  # as after a restart
         joint = np.concatenate([fresh.share(step, rank, 4) for rank in range(4)])
         np.testing.assert_array_equal(joint, alone.share(step, 0, 1))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_dealt_by_place_the_batches_are_the_same_ones(tmp_path: Path, make_store: MakeStore, world: int) -> None:
+    rows = rows_of(tmp_path / "s", make_store, train=57, shard_rows=10)
+    by_shard, by_place = (Sequence(rows, seed=3, window=2, batch=19, repeats=2, by=by) for by in ("shard", "place"))
+    for step in range(7):
+        shares = [by_place.share(step, rank, world) for rank in range(world)]
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        joint = np.concatenate(shares)
+        np.testing.assert_array_equal(joint[np.lexsort(joint.T[::-1])], by_shard.share(step, 0, 1))
+
+
+def test_every_worker_sees_all_classes_of_a_parquet_source_sorted_by_class() -> None:
+    """Class k is shard k, as in row groups of a sorted file; four workers with 64 pictures each."""
+    rows = Rows.__new__(Rows)
+    rows.rows = {shard: np.arange(100) for shard in range(16)}
+
+    def classes_of_shares(source: str) -> list[int]:
+        by = deal({"kind": source}, looks_across=True)
+        sequence = Sequence(rows, seed=0, window=16, batch=256, by=by)
+        return [len(set(sequence.share(step, rank, 4)[:, SHARD])) for step in range(6) for rank in range(4)]
+
+    assert max(classes_of_shares("folder")) <= 6, "few shards to open: of other sources a shard is a sample"
+    assert min(classes_of_shares("parquet")) >= 14
+    # Within a share views of a picture, and rows of a shard, still come one after the other.
+    share = Sequence(rows, seed=0, window=16, batch=256, repeats=3, by="place").share(0, 1, 4)
+    assert (np.diff(share[:, SHARD]) >= 0).all() and len(np.unique(share[:, [SHARD, ROW]], axis=0)) <= len(share) / 3 + 2
+    # A loss that looks at single pictures and at the whole batch does not mind who has which.
+    assert deal({"kind": "parquet"}, looks_across=False) == deal({}, looks_across=True) == "shard"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "settings", "by"),
+    [("test_resnet", {}, "place"), ("test_vit", {}, "shard"), ("test_vit", {"mixup": 0.2}, "place")],
+)
+def test_a_run_deals_a_parquet_source_out_as_its_model_needs_it(
+    tmp_path: Path, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, backbone: str, settings: dict[str, Any], by: str
+) -> None:
+    store = make_store(tmp_path / "s", train=16, val=4)
+    recorded = json.loads((store / "dataset.json").read_text())
+    recorded["source"]["kind"] = "parquet"
+    (store / "dataset.json").write_text(json.dumps(recorded))
+    made: list[Sequence] = []
+
+    def sequence(*arguments: Any, **more: Any) -> Sequence:
+        made.append(Sequence(*arguments, **more))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "Sequence", sequence)
+    config = TrainConfig(
+        store=str(store), backbone=backbone, image_size=32, epochs=1, batch_size=16, alignment_weight=0, **settings
+    )
+    loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: None)
+    assert made[0].by == by
 
 
 def test_a_worker_opens_its_part_of_the_shards() -> None:

@@ -17,7 +17,8 @@ from training import backbones
 from training.heads import Kind, ProjectionHead, TextProjection
 from training.losses import TextGather, Texts, Variant, alignment_loss
 
-SIGMOID_BIAS = -10.0  # SigLIP's start: nearly all pairs are negatives
+COLDEST = 0.01
+"""CLIP's bound of a learned temperature: logits of at most 100."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class Alignment:
     temperature: float = 0.2
     learn_temperature: bool = False
     text_dim: int = 0
+    texts: int = 2
+    """How many an image is told apart from, its own among them; what the sigmoid's bias starts from."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ class AlignTask(nn.Module):
                 self.log_temperature = start
             if alignment.variant == "sigmoid":
                 del self.bias
-                self.bias = nn.Parameter(torch.tensor(SIGMOID_BIAS))
+                # One of so many pairs is a match: the bias starts at the logit of that, so that negatives, nearly all pairs, do
+                # not push everything apart first. SigLIP's -10 (arXiv 2303.15343) is this for its batches of 32 k.
+                self.bias = nn.Parameter(torch.tensor(-math.log(max(1, alignment.texts - 1))))
 
     def forward(
         self, images: Tensor, classes: Tensor, goal: Goal | None = None, cached: Cached | None = None, share: float = 1.0
@@ -127,11 +132,19 @@ class AlignTask(nn.Module):
             texts = replace(texts, vectors_Bd=self.text_projection(texts.vectors_Bd))
             if negatives is not None:
                 negatives = replace(negatives, vectors_Bd=self.text_projection(negatives.vectors_Bd))
-        temperature = self.log_temperature.exp().clamp_min(0.01)  # CLIP's bound: logits of at most 100
+        temperature, variant = self.log_temperature.exp(), self.alignment.variant
         return alignment_loss(
-            z_bd, texts, goal.groups_bK, goal.weights_bK, temperature, variant=self.alignment.variant, negatives=negatives,
-            bias=self.bias,
-        )  # fmt: skip
+            z_bd, texts, goal.groups_bK, goal.weights_bK, temperature, variant=variant, negatives=negatives, bias=self.bias
+        )
+
+    @torch.no_grad()
+    def keep_bounds(self) -> None:
+        """After an optimizer's step: a learned temperature does not fall below its bound, and its gradient can bring it back.
+
+        As CLIP does it. A clamp in the forward pass would have no gradient beyond the bound, where a step may have led.
+        """
+        if isinstance(self.log_temperature, nn.Parameter):
+            self.log_temperature.clamp_(min=math.log(COLDEST))
 
     def project(self, images: Tensor) -> Tensor:
         """[b, d] unit-length projected features."""

@@ -1,0 +1,212 @@
+"""What a run's config.json promises: which settings a resumption may change, and how records of other releases are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training import checkpoint, loop, record, run
+from training.__main__ import main, parse_train
+from training.config import DECIDING, FREE, TrainConfig
+from training.tracking_journal import Journal
+
+BASE = TrainConfig(store="/store", run="/run", embeddings="first", alignment_weight=0.5, batch_size=64, workers=2, ema=0.5)
+HINTS = typing.get_type_hints(TrainConfig)
+OLD_RUN = Path(__file__).resolve().parent.parent / "golden" / "run-55880e0"
+
+
+def another(name: str) -> Any:
+    """A valid value that is not the one in BASE."""
+    value = getattr(BASE, name)
+    if typing.get_origin(HINTS[name]) is typing.Literal:
+        return next(option for option in typing.get_args(HINTS[name]) if option != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return f"{value}x"
+    return value + 1 if isinstance(value, int) else value / 2 or 0.25
+
+
+def recorded(config: TrainConfig) -> record.Recorded:
+    """What config.json holds of it."""
+    content: record.Recorded = json.loads(json.dumps(record.written(config)))
+    return content
+
+
+def test_every_setting_is_either_deciding_or_free() -> None:
+    names = {field.name for field in fields(TrainConfig)}
+    assert names == DECIDING | FREE, "a new setting belongs into one of the two sets of training/config.py"
+    assert not DECIDING & FREE
+
+
+@pytest.mark.parametrize("name", sorted(DECIDING))
+def test_a_run_does_not_go_on_with_a_deciding_setting_changed(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)begun with other settings; pass another --run.*\n  {name}: .* then, .* now"):
+        record.resumed(replace(BASE, **{name: another(name)}), recorded(BASE))
+
+
+@pytest.mark.parametrize("name", sorted(FREE))
+def test_a_run_goes_on_with_a_free_setting_changed(name: str) -> None:
+    now = replace(BASE, **{name: another(name)})
+    assert record.resumed(now, recorded(BASE)) == now
+
+
+@pytest.mark.parametrize("name", sorted(field.name for field in fields(TrainConfig) if field.default is not MISSING))
+def test_a_record_without_a_setting_is_of_a_run_that_had_its_default(name: str) -> None:
+    """As of a release before the setting: the run goes on with it as it was, and not with it switched on."""
+    content = recorded(replace(BASE, embeddings=""))
+    before = record._BEFORE.get(name, TrainConfig.__dataclass_fields__[name].default)
+    del content[name]
+    config = replace(BASE, **{"embeddings": "", name: TrainConfig.__dataclass_fields__[name].default})
+    assert getattr(record.settings("/run", content), name) == before
+    assert getattr(record.resumed(config, content), name) == before
+
+
+def test_a_record_of_a_later_release_is_refused_with_what_is_unknown() -> None:
+    with pytest.raises(ValueError, match=r"begun by another release.*settings unknown here: warp_factor. Use the release"):
+        record.resumed(BASE, recorded(BASE) | {"warp_factor": 9})
+    with pytest.raises(ValueError, match=r"version 99, this one reads up to \d"):
+        record.settings("/run", recorded(BASE) | {"version": 99})
+
+
+def test_a_record_holds_no_secrets_and_its_version() -> None:
+    content = record.written(replace(BASE, tracking_uri="https://me:secret@host"))
+    assert content["version"] == record.VERSION and "secret" not in json.dumps(content)
+
+
+@pytest.fixture
+def two_embeddings(tmp_path: Path, make_store: Callable[..., Path]) -> Path:
+    """A store that got a second embedding variant."""
+    store = make_store(tmp_path / "store")
+    shutil.copytree(store / "embeddings" / "test", store / "embeddings" / "another")
+    return store
+
+
+def begun(config: TrainConfig, **changes: Any) -> Path:
+    """The folder of a run with nothing but its record."""
+    folder = Path(config.run)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(recorded(config) | changes))
+    return folder
+
+
+def test_a_run_records_which_embeddings_it_found_and_goes_on_with_them(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+    store = make_store(tmp_path / "store")
+    flags = [
+        "--store",
+        str(store),
+        "--run",
+        str(tmp_path / "run"),
+        "--preset",
+        "smoke",
+        "--batch-size",
+        "12",
+        "--projection-dim",
+        "4",
+    ]
+    config, variants = run.prepare(parse_train(flags))
+    assert variants == {"embeddings": "test", "captions": "test"}
+    assert config.embeddings == "test"
+    begun(config)
+    shutil.copytree(store / "embeddings" / "test", store / "embeddings" / "another")
+    again, _ = run.prepare(parse_train(flags))
+    assert again == config
+    with pytest.raises(ValueError, match="embeddings: 'test' then, 'another' now"):
+        run.prepare(parse_train([*flags, "--embeddings", "another"]))
+
+
+def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(tmp_path: Path, two_embeddings: Path) -> None:
+    config = TrainConfig(store=str(two_embeddings), run=str(tmp_path / "run"), batch_size=12, projection_dim=4)
+    folder = begun(config)
+    Journal(str(folder / "tracking")).append({"kind": "create", "tags": {"embeddings": "test", "captions": "test"}})
+    assert run.prepare(config)[0].embeddings == "test"
+    assert record.read(str(folder)).embeddings == "test"
+
+
+def test_an_early_run_that_told_nobody_is_given_its_embeddings(tmp_path: Path, two_embeddings: Path) -> None:
+    config = TrainConfig(store=str(two_embeddings), run=str(tmp_path / "run"), batch_size=12, projection_dim=4)
+    begun(config)
+    with pytest.raises(ValueError, match="pass --embeddings with one of: another, test"):
+        run.prepare(config)
+    assert run.prepare(replace(config, embeddings="test"))[0].embeddings == "test"
+
+
+def test_paths_are_recorded_whole(tmp_path: Path, make_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers have working directories of their own."""
+    make_store(tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    config, _ = run.prepare(TrainConfig(store="store", run="run", batch_size=12, projection_dim=4))
+    assert (config.store, config.run) == (str(tmp_path / "store"), str(tmp_path / "run"))
+
+
+def old_run(tmp_path: Path, make_store: Callable[..., Path], **changes: Any) -> tuple[Path, list[str]]:
+    """A copy of the kept run beside its store, and the command that it was begun with."""
+    store, folder = make_store(tmp_path / "store"), tmp_path / "run"
+    shutil.copytree(OLD_RUN, folder)
+    content = json.loads((OLD_RUN / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"store": str(store), "run": str(folder)} | changes))
+    return folder, [
+        "--store", str(store), "--run", str(folder), "--preset", "smoke", "--backbone", "test_efficientnet", "--epochs", "40",
+        "--batch-size", "12", "--projection-dim", "4", "--head", "linear", "--optimizer", "momentum", "--workers", "1",
+        "--tracking-uri", "none",
+    ]  # fmt: skip
+
+
+def test_a_run_that_an_early_release_began_goes_on(
+    tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its settings, its checkpoint, and what evaluation makes of it; two more epochs in this process, without Ray."""
+    folder, flags = old_run(tmp_path, make_store)
+    config, _ = run.prepare(parse_train(flags))
+    latest = checkpoint.find(str(folder))
+    before = checkpoint.read_state(latest)["history"]
+    history = loop.fit(replace(config, epochs=3), torch.device("cpu"), 0, latest, lambda metrics, take: None)
+    assert history[:1] == before and [metrics["epoch"] for metrics in history] == [1, 2, 3]
+    assert main(["evaluate", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(before[-1]["top1"], abs=1e-3)
+
+
+def test_an_early_run_is_exported_whatever_the_store_holds_by_now(
+    tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = old_run(tmp_path, make_store)
+    shutil.copytree(tmp_path / "store" / "embeddings" / "test", tmp_path / "store" / "embeddings" / "another")
+    assert main(["export", str(folder), "--to", str(tmp_path / "model")]) == 0
+    assert main(["evaluate", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "several: another, test; write the name into" in said and "pass --no-retrieval" in said
+    assert main(["evaluate", str(folder), "--no-retrieval"]) == 0
+
+
+@pytest.mark.slow
+def test_the_command_of_an_early_release_ends_its_run(
+    tmp_path: Path, make_store: Callable[..., Path], ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.05")  # 39 epochs of two steps, each waiting for its report
+    folder, flags = old_run(tmp_path, make_store)
+    first = (folder / "metrics.jsonl").read_text()
+    assert main(["train", *flags]) == 0
+    assert (folder / "metrics.jsonl").read_text().startswith(first), "the first epoch was not trained again"
+    assert json.loads((folder / "result.json").read_text())["epochs"] == 40
+    assert set(json.loads((folder / "config.json").read_text())) == {"version", *asdict(BASE)}
+
+
+def test_a_second_driver_of_a_run_is_refused_while_the_first_is_at_work(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+    from pipeline import lock
+    from pipeline.errors import SettingsError
+
+    config = TrainConfig(
+        store=str(make_store(tmp_path / "store")), run=str(tmp_path / "run"), alignment_weight=0.0, image_size=32,
+        backbone="test_resnet", batch_size=8,
+    )  # fmt: skip
+    with lock.held(config.run, "run"), pytest.raises(SettingsError, match=r"process \d+ on .* is at work in it"):
+        run.train(config)
+    assert not (tmp_path / "run" / "config.json").exists(), "nothing was written"

@@ -1,0 +1,130 @@
+"""What a run's folder says of the run, and how it is read again: by a resumption, by evaluation and export, by later releases.
+
+config.json holds all settings and a version. A setting that an older release did not know has the value that stands for what that
+release did; one that this release does not know ends in an error, since nothing can be said of what it did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from pipeline import locations
+from pipeline.errors import MissingError, OtherSettingsError, SettingsError
+from training import tracking
+from training.config import FREE, TrainConfig
+
+Recorded = dict[str, Any]
+
+# Raised when a setting keeps its name and changes its meaning. Records without a version are older than versions.
+VERSION = 1
+
+# What releases did that did not know a setting, where that is not the setting's default.
+_BEFORE: Recorded = {"ema_warmup": False}
+
+
+def written(config: TrainConfig) -> Recorded:
+    """The content of config.json."""
+    return {"version": VERSION, **asdict(config), "tracking_uri": tracking.masked(config.tracking_uri)}
+
+
+def settings(run: str, recorded: Recorded) -> TrainConfig:
+    """The settings of a record, whichever release wrote it.
+
+    Args:
+        run: whose it is.
+        recorded: the content of its config.json.
+
+    Raises:
+        ValueError: a newer release wrote it, or it holds settings that this one does not know.
+    """
+    version, values = recorded.get("version", 0), {name: value for name, value in recorded.items() if name != "version"}
+    unknown = sorted(values.keys() - {field.name for field in fields(TrainConfig)})
+    if version > VERSION or unknown:
+        message = (
+            f"run={run}: was begun by another release: its config.json has version {version}, this one reads up to {VERSION}; "
+            f"settings unknown here: {', '.join(unknown) or 'none'}. Use the release that began it, or pass another --run."
+        )
+        raise SettingsError(message)
+    found = TrainConfig(**{**_BEFORE, **values})
+    if found.alignment_weight and not found.embeddings:
+        return replace(found, embeddings=_tracked_embeddings(run))
+    return found
+
+
+def read(run: str) -> TrainConfig:
+    """The settings that a run was made with.
+
+    Raises:
+        FileNotFoundError: `run` is no folder of a run.
+        ValueError: see `settings`.
+    """
+    try:
+        text = locations.fetch(run, "config.json")
+    except (FileNotFoundError, NotADirectoryError):
+        message = f"run={run}: holds no config.json, so it is no run; `gpt4image train` makes one."
+        raise MissingError(message) from None
+    return settings(run, json.loads(text))
+
+
+def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
+    """The settings that a run goes on with: those given, and the recorded ones of what was left open.
+
+    Left open are the embeddings, where none are named, and what the release that began the run did not know.
+
+    Raises:
+        ValueError: a setting that decides what is computed is another one now.
+    """
+    then = settings(config.run, recorded)
+    then = replace(then, store=address(then.store))
+    plain = {field.name: field.default for field in fields(TrainConfig)}
+    open_ = {name for name in plain if name not in recorded and getattr(config, name) == plain[name]}
+    if not config.embeddings:
+        open_.add("embeddings")
+    elif not then.embeddings:  # begun by a release that did not record what it found: who names it knows
+        then = replace(then, embeddings=config.embeddings)
+    now = replace(config, **{name: getattr(then, name) for name in open_})
+    changed = [
+        f"{field.name}: {getattr(then, field.name)!r} then, {getattr(now, field.name)!r} now"
+        for field in fields(TrainConfig)
+        if field.name not in FREE and getattr(now, field.name) != getattr(then, field.name)
+    ]
+    if "version" not in recorded and then.loss == "bce":
+        message = (
+            f"run={config.run}: was begun when --loss bce was a mean over classes; it is a sum now, which weighs as much as "
+            "cross entropy. Go on with the release that began it, or pass another --run."
+        )
+        raise SettingsError(message)
+    if changed:
+        message = f"run={config.run}: was begun with other settings; pass another --run.\n  " + "\n  ".join(changed)
+        raise OtherSettingsError(message)
+    return now
+
+
+def address(place: str) -> str:
+    """A folder's path from the root, or a URI as it is: workers have working directories of their own."""
+    return place.rstrip("/") if "://" in place else os.path.abspath(os.path.expanduser(place))
+
+
+def headline(metrics: Mapping[str, float], name: str = "top1") -> float:
+    """An accuracy in percent of the weights that an export takes: those of the moving average, where there is one."""
+    return metrics.get(f"ema_{name}", metrics[name])
+
+
+def headline_name(config: TrainConfig) -> str:
+    """The metric that `headline` takes from every epoch of a run."""
+    return "ema_top1" if config.ema else "top1"
+
+
+def _tracked_embeddings(run: str) -> str:
+    """The embeddings that MLflow was told of, for releases that recorded an empty name; empty where nothing is known."""
+    if not locations.is_local(run):
+        return ""
+    try:  # the first record is the run's creation
+        line = locations.fetch(run, "tracking/journal.jsonl", 2**16).partition(b"\n")[0]
+        return str(json.loads(line)["tags"]["embeddings"])
+    except (OSError, ValueError, KeyError):
+        return ""
