@@ -5,63 +5,58 @@ Exit codes: 0 done; 2 wrong settings or input, nothing was started; 1 anything e
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import tyro
 
-from training import config as training_config
+from pipeline import verbs
+from pipeline.errors import SettingsError
+from pipeline.verbs import Verb
 from training.presets import preset, preset_name
 from tuning import config
 
-VERBS = {"tune": "sweep weight x dimension x backbone x seed", "report": "the table of a sweep, and the page"}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses, runs one verb, and turns the known errors into a message and an exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] not in VERBS:
-        print("usage: python -m tuning VERB ...   (VERB --help shows its flags)\n", file=sys.stderr)
-        print("\n".join(f"  {verb:16} {text}" for verb, text in VERBS.items()), file=sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    verb, rest = arguments[0], arguments[1:]
-    try:
-        return _tune(rest) if verb == "tune" else _report(rest)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"gpt4image {verb}: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "TrialsFailedError":
-            raise
-        print(f"gpt4image {verb}: {error}", file=sys.stderr)
-        return 1
+    """Parses and runs one verb; returns its exit code."""
+    return verbs.main("tuning", VERBS, argv)
 
 
 def parse_tune(arguments: list[str]) -> config.TuneConfig:
-    """The settings of a command line: the preset's, overruled by the flags beside it."""
-    train = training_config.TrainConfig(**{**preset(preset_name(arguments)), "store": "?"})
-    object.__setattr__(train, "store", tyro.MISSING)
+    """The settings of a command line: the preset's, overruled by the flags beside it.
+
+    Raises:
+        SettingsError: a flag of `train` that the sweep sets for each trial.
+    """
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in config.INSTEAD:
+            message = f"{flag}: a sweep sets this for each trial; {config.INSTEAD[flag]}."
+            raise SettingsError(message.replace("?.", "?"))
+    train = config.SharedConfig(**{**preset(preset_name(arguments)), "store": "?"})
+    object.__setattr__(train, "store", tyro.MISSING)  # the one flag without a default
     return tyro.cli(config.TuneConfig, args=arguments, prog="gpt4image tune", default=config.TuneConfig(train=train))
 
 
-def _tune(arguments: list[str]) -> int:
-    settings = parse_tune(arguments)
+def _tune(settings: config.TuneConfig) -> int:
     from training import tracking
     from tuning import run
 
-    runs = settings.sweep.rstrip("/").rpartition("/")[0] or "runs"
-    uri = tracking.tracking_uri(settings.train.tracking_uri, runs)
+    # The file of the default is one of this machine, also for a sweep on an object store.
+    runs = "" if "://" in settings.sweep else settings.sweep.rstrip("/").rpartition("/")[0]
+    uri = tracking.tracking_uri(settings.train.tracking_uri, runs or "runs")
     content = run.tune(replace(settings, train=replace(settings.train, tracking_uri=uri)))
     _print(content)
     if content["exported"]:
-        print(f"\nbest model: {content['exported']} (timm.create_model('local-dir:...', pretrained=True))")
+        load = "copy it here, then " if "://" in content["exported"] else ""
+        source = content["exported_from"]["trial"]
+        print(f"\nbest model, of {source}: {content['exported']} ({load}timm.create_model('local-dir:...', pretrained=True))")
+    run.require_results(content)
     return 0
 
 
-def _report(arguments: list[str]) -> int:
-    settings = tyro.cli(config.ReportConfig, args=arguments, prog="gpt4image report")
+def _report(settings: config.ReportConfig) -> int:
     from tuning import report
 
     sweeps = [report.read_sweep(folder) for folder in settings.sweeps]
@@ -81,6 +76,12 @@ def _print(content: dict[str, Any]) -> None:
 
     print(table(content))
     print(f"\n{comparisons(content)}")
+
+
+VERBS = {
+    "tune": Verb("sweep weight x dimension x backbone x seed", parse_tune, _tune),
+    "report": Verb("the table of a sweep, and the page", config.ReportConfig, _report),
+}
 
 
 if __name__ == "__main__":

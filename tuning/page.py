@@ -15,6 +15,7 @@ from typing import Any
 from pipeline import images
 from pipeline.prompts import class_name
 from pipeline.store import Store
+from training.record import headline
 from tuning import report
 from tuning.significance import Paired, paired
 
@@ -49,7 +50,7 @@ def _sweep(content: dict[str, Any]) -> dict[str, Any]:
     trials = report.finished(content)
     return {
         "name": os.path.basename(content["sweep"]), "rows": report.rows(content), "exported": content["exported"],
-        "missing": len(content["trials"]) - len(trials), "curves": _safe(_curves_plot(trials)),
+        "unfinished": report.unfinished(content), "curves": _safe(_curves_plot(trials)),
         "heat": [_safe(plot) for plot in _heat_maps(trials)], "tracking": _tracking(content), "parent": content["parent_run"],
     }  # fmt: skip
 
@@ -89,17 +90,22 @@ def _gallery(store: Store, captions: str, count: int) -> list[dict[str, str]]:
     shown: list[dict[str, str]] = []
     seen: dict[int, int] = {}
     for shard in range(store.dataset.shards):
-        rows = store.read_shard("images", "", shard, ["image", "label", "error"]).to_pylist()
+        columns = ["content_hash", "image", "uri", "label", "error"]
+        rows = store.read_shard("images", "", shard, columns).to_pylist()
         texts = store.read_shard("captions", captions, shard, ["caption", "finish_reason"]).to_pylist()
         share = -(-count // len(store.dataset.classes))
         for row, text in zip(rows, texts, strict=True):
             if len(shown) == count:
                 return shown
             if row["error"] is None and text["caption"] and seen.get(row["label"], 0) < share:
+                try:
+                    source = _data_uri(store.picture(row["image"], row["uri"], row["content_hash"]))
+                except (OSError, images.ImageError):
+                    continue  # stored by reference, and not there any more: the page shows others
                 seen[row["label"]] = seen.get(row["label"], 0) + 1
                 cut = " (cut at the token limit)" if text["finish_reason"] == "length" else ""
                 label = class_name(store.dataset.classes[row["label"]])
-                shown.append({"label": label, "caption": text["caption"] + cut, "source": _data_uri(row["image"])})
+                shown.append({"label": label, "caption": text["caption"] + cut, "source": source})
     return shown
 
 
@@ -134,7 +140,7 @@ def _curves_plot(trials: list[dict[str, Any]]) -> str:
             colour = BASELINE if not weight else {0.3: "#58a6ff"}.get(weight, ALIGNED)
             history = trial["result"]["history"]
             panel.plot(
-                [m["epoch"] for m in history], [m["top1"] for m in history], color=colour, linewidth=1.4,
+                [m["epoch"] for m in history], [headline(m) for m in history], color=colour, linewidth=1.4,
                 linestyle="-" if weight else "--", label=None if label in labels else label,
             )  # fmt: skip
             labels.add(label)
@@ -152,11 +158,11 @@ def _heat_maps(trials: list[dict[str, Any]]) -> list[str]:
         cells: dict[tuple[float, int], list[float]] = {}
         base: list[float] = []
         for trial in (trial for trial in trials if trial["config"]["backbone"] == backbone):
-            config, top1 = trial["config"], trial["result"]["last"]["top1"]
+            config, score = trial["config"], headline(trial["result"]["last"])
             if config["alignment_weight"]:
-                cells.setdefault((config["alignment_weight"], config["projection_dim"]), []).append(top1)
+                cells.setdefault((config["alignment_weight"], config["projection_dim"]), []).append(score)
             else:
-                base.append(top1)
+                base.append(score)
         if len(cells) > 1:
             plots.append(_heat_map(backbone, cells, base))
     return plots

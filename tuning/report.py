@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from typing import Any
 
+from pipeline.errors import MissingError
+from training.progress import read_json
+from training.record import headline
 from tuning.significance import Paired, paired
 
 
@@ -13,20 +14,26 @@ def read_sweep(folder: str) -> dict[str, Any]:
     """The content of a sweep's sweep.json.
 
     Raises:
-        FileNotFoundError: `folder` is no folder of a sweep.
+        MissingError: `folder` is no folder of a sweep.
     """
-    path = os.path.join(folder, "sweep.json")
-    if not os.path.isfile(path):
+    content = read_json(folder, "sweep.json")
+    if content is None:
         message = f"sweep={folder}: holds no sweep.json, so it is no sweep; `gpt4image tune` makes one."
-        raise FileNotFoundError(message)
-    with open(path, encoding="utf-8") as stream:
-        content: dict[str, Any] = json.load(stream)
+        raise MissingError(message)
     return content
 
 
 def finished(content: dict[str, Any]) -> list[dict[str, Any]]:
     """The trials with a result."""
     return [trial for trial in content["trials"] if trial["result"] is not None]
+
+
+def unfinished(content: dict[str, Any]) -> list[str]:
+    """What is to be said of the trials without a result."""
+    diverged = [trial for trial in content["trials"] if trial.get("failure")]
+    lines = [f"{trial['name']} diverged: {trial['failure']}" for trial in diverged]
+    missing = len(content["trials"]) - len(finished(content)) - len(diverged)
+    return [*lines, f"{missing} trials have no result"] if missing else lines
 
 
 def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -38,7 +45,8 @@ def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 "backbone": config["backbone"], "weight": config["alignment_weight"],
                 "dim": (config["projection_dim"] or "D") if config["alignment_weight"] else "-", "seed": config["seed"],
-                "top1": result["last"]["top1"], "top5": result["last"]["top5"], "best_top1": result["best_top1"],
+                "top1": headline(result["last"]), "top5": headline(result["last"], "top5"),
+                "best_top1": result["best_top1"],
                 "best_epoch": result["best_epoch"], "images_per_s": result["last"]["images_per_s"], "run_id": result["run_id"],
             }
         )  # fmt: skip
@@ -55,8 +63,7 @@ def table(content: dict[str, Any]) -> str:
         f"{r['best_top1']:>7.2f} {r['best_epoch']:>5} {r['images_per_s']:>7.0f}"
         for r in rows(content)
     ]
-    missing = len(content["trials"]) - len(finished(content))
-    return "\n".join(lines + ([f"{missing} trials have no result"] if missing else []))
+    return "\n".join(lines + unfinished(content))
 
 
 def sentence(result: Paired) -> str:

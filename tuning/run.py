@@ -1,62 +1,138 @@
 """`tune`: a Ray Tune sweep whose trials are Ray Train runs over one store; the only file here that builds Ray objects.
 
-Tune starts a small driver function a trial, which builds the trainer. A sweep is a folder: sweep.json, one run folder a trial,
-and the best model exported. Finished trials are not run again, and an interrupted one goes on from its last checkpoint.
+Tune starts a small driver function a trial, which builds the trainer. A sweep is a folder, on a disk or s3://: sweep.json, a run
+folder for each trial, and the best model exported. Finished trials are not run again, nor those that diverged, and an interrupted
+one goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipeline import session
+from pyarrow import fs
+
+from pipeline import locations, lock, session
+from pipeline.errors import NotFiniteError, OtherSettingsError, TrialsFailedError
+from training import record, tracking
 from training import run as training_run
-from training import tracking
 from training.config import ExportConfig, TrainConfig
+from training.progress import read_json, write_json
 from tuning import space
-from tuning.config import TuneConfig
+from tuning.config import GROWING, TuneConfig
 
 Trial = dict[str, Any]
 
 
-class TrialsFailedError(RuntimeError):
-    """Some trials ended in an error; the others are kept. The same command runs the failed ones again."""
-
-
 def tune(config: TuneConfig) -> dict[str, Any]:
-    """Runs the grid, or what is left of it; returns the content of sweep.json."""
-    sweep = os.path.abspath(os.path.expanduser(config.sweep or f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}"))
-    trials = space.trials(config, sweep)
-    for trial in trials:
-        training_run.check(trial)  # every fault of the grid before the first trial starts
-    os.makedirs(sweep, exist_ok=True)
-    parent = _parent_run(config, sweep)
-    trials = [replace(trial, parent_run=parent) for trial in trials]
-    todo = [trial for trial in trials if not os.path.isfile(os.path.join(trial.run, "result.json"))]
-    print(f"tune: {len(trials)} trials, {len(trials) - len(todo)} done before", file=sys.stderr)
-    if todo:
-        _run_trials(config, sweep, todo)
-    content = _collect(config, sweep, parent, trials)
-    _write(sweep, content)
-    failed = [trial["name"] for trial in content["trials"] if trial["result"] is None]
-    if failed:
-        message = f"{len(failed)} of {len(trials)} trials failed: {', '.join(failed)}; see {sweep}/tune for their errors."
-        raise TrialsFailedError(message)
-    if config.export and not content["exported"]:
-        content["exported"] = _export_best(config, sweep, parent, content)
-        _write(sweep, content)
+    """Runs the grid, or what is left of it, and exports the best model; returns the content of sweep.json.
+
+    The same sweep may be given other values of its axes: trials that are finished stay, whatever the grid is now.
+
+    Raises:
+        SettingsError: settings that do not fit the store, or not the trials that are there, or another process is at this sweep.
+    """
+    sweep = config.sweep or f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+    sweep = locations.resolve(sweep)[1] if locations.is_local(sweep) else sweep.rstrip("/")
+    # Every fault of the grid before the first trial starts.
+    plain = space.trials(config, sweep)
+    _check_earlier_grids(plain, sweep)
+    trials = [_prepared(trial, sweep) for trial in plain]
+    with lock.held(sweep, "sweep"):
+        parent = _parent_run(config, sweep)
+        trials = [replace(trial, parent_run=parent) for trial in trials]
+        rows = [_row(trial) for trial in trials]
+        ended = {row["name"] for row in rows if row["result"] or row["failure"]}
+        todo = [trial for trial in trials if space.trial_name(trial) not in ended]
+        print(f"tune: {len(trials)} trials, {len(ended)} done before", file=sys.stderr)
+        for row in rows:
+            if row["failure"]:
+                again = f"delete {sweep}/{row['name']} to have it trained again"
+                print(f"tune: {row['name']} diverged before, as it would again; {again}", file=sys.stderr)
+        content = _content(sweep, parent, trials)
+        write_json(sweep, "sweep.json", content)
+        if todo:
+            _run_trials(config, sweep, todo)
+            content = _content(sweep, parent, trials)
+            write_json(sweep, "sweep.json", content)  # whatever becomes of the export
+        if config.export:
+            content |= _export_best(config, sweep, content)
+        write_json(sweep, "sweep.json", content)
     return content
+
+
+def require_results(content: dict[str, Any]) -> None:
+    """Raises TrialsFailedError unless every trial has a result."""
+    without = [trial for trial in content["trials"] if trial["result"] is None]
+    diverged = [trial["name"] for trial in without if trial["failure"]]
+    failed = [trial["name"] for trial in without if not trial["failure"]]
+    if not without:
+        return
+    lines = [f"{len(without)} of {len(content['trials'])} trials failed; the others are kept."]
+    if failed:
+        where = f"{content['sweep']}/tune holds their errors, and the same command runs them again."
+        lines.append(f"Failed: {', '.join(failed)}. {where}")
+    if diverged:
+        lines.append(
+            f"Diverged: {', '.join(diverged)}. They are not run again; leave them out of the grid, or change the recipe."
+        )
+    raise TrialsFailedError("\n".join(lines))
 
 
 def run_trial(trial: Trial) -> None:
     """One trial: builds the trainer in Tune's process and hands its metrics up, epoch by epoch."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    training_run.train(TrainConfig(**trial["config"]), callbacks=[TuneReportCallback()], progress=False)
+    class Epochs(TuneReportCallback):
+        """Results are the ends of epochs: between them a run reports checkpoints, without metrics."""
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            if metrics[0]:
+                super().after_report(run_context, metrics, checkpoint)
+
+    try:
+        training_run.train(TrainConfig(**trial["config"]), callbacks=[Epochs()], progress=False)  # type: ignore[no-untyped-call]
+    except NotFiniteError:
+        return  # which the run's failure.json says; to Tune this is an end, since after an error it would try once more
+
+
+def _prepared(trial: TrainConfig, sweep: str) -> TrainConfig:
+    recorded = read_json(trial.run, "config.json")
+    if recorded is not None and not trial.alignment_weight:  # whose width decides nothing
+        trial = replace(trial, projection_dim=recorded.get("projection_dim", trial.projection_dim))
+    try:
+        return training_run.prepare(trial)[0]
+    except OtherSettingsError as error:
+        raise _other_settings(trial, sweep, error) from None
+
+
+def _other_settings(trial: TrainConfig, sweep: str, error: OtherSettingsError) -> OtherSettingsError:
+    message = (
+        f"sweep={sweep}: its trial {space.trial_name(trial)} was begun with other settings; pass another --sweep. In the same "
+        f"one only the grid may have other values.\n{str(error).partition(chr(10))[2]}"
+    )
+    return OtherSettingsError(message)
+
+
+def _check_earlier_grids(plain: list[TrainConfig], sweep: str) -> None:
+    """Trials of an earlier grid stand beside those of this one and are compared with them: they must share its settings."""
+    names = {space.trial_name(trial) for trial in plain}
+    before = read_json(sweep, "sweep.json") or {"trials": []}
+    for name in (row["name"] for row in before["trials"] if row["name"] not in names):
+        run = locations.join(sweep, name)
+        if (recorded := read_json(run, "config.json")) is None:
+            continue
+        axes = ("backbone", "alignment_weight", "projection_dim", "seed", "architecture", "pretrained", "embeddings")
+        own = {axis: recorded[axis] for axis in axes if axis in recorded}
+        trial = replace(plain[0], run=run, store=record.address(plain[0].store), **own)
+        try:
+            record.resumed(trial, recorded)
+        except OtherSettingsError as error:
+            raise _other_settings(trial, sweep, error) from None
 
 
 def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None:
@@ -68,15 +144,17 @@ def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None
     todo = [replace(trial, threads=trial.threads or threads) for trial in todo]
     # The trial's own process only waits for its workers, whose CPUs and GPUs Ray Train asks for itself.
     trainable = ray_tune.with_resources(run_trial, {"CPU": 0.1})
+    filesystem, path = locations.resolve(sweep)
     tuner = ray_tune.Tuner(
         trainable,
         param_space={"config": ray_tune.grid_search([asdict(trial) for trial in todo])},
+        # Without a metric: Tune would demand it of every trial, and one that diverges in its first epoch has none.
         tune_config=ray_tune.TuneConfig(
-            metric="top1", mode="max", max_concurrent_trials=concurrent, reuse_actors=False,
+            max_concurrent_trials=concurrent, reuse_actors=False,
             trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,
         ),
         run_config=ray_tune.RunConfig(
-            name="tune", storage_path=sweep, verbose=0, callbacks=[_progress(len(todo))],
+            name="tune", storage_path=path, storage_filesystem=filesystem, verbose=0, callbacks=[_progress(len(todo))],
             failure_config=ray_tune.FailureConfig(max_failures=1),
         ),
     )  # fmt: skip
@@ -105,7 +183,8 @@ def _progress(count: int) -> Any:
         done = 0
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self._line(trial, f"top-1 {trial.last_result.get('top1', float('nan')):.2f}")
+            diverged = read_json(trial.config["config"]["run"], "failure.json") is not None
+            self._line(trial, "diverged" if diverged else f"top-1 {trial.last_result.get('top1', float('nan')):.2f}")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._line(trial, "failed")
@@ -119,62 +198,78 @@ def _progress(count: int) -> Any:
 
 
 def _parent_run(config: TuneConfig, sweep: str) -> str:
-    path = os.path.join(sweep, "mlflow.json")
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as stream:
-            return str(json.load(stream)["run_id"])
-    grid = {name: getattr(config, name) for name in ("alignment_weights", "projection_dims", "backbones", "seeds")}
-    train = config.train
-    parent = tracking.start_run(
-        train.tracking_uri,
-        train.experiment,
-        os.path.basename(sweep),
-        {**grid, "store": train.store, "preset": train.preset},
-        {},
-        spool=os.path.join(sweep, "tracking"),
-    )
-    with open(path, "w", encoding="utf-8") as stream:
-        json.dump({"run_id": parent, "tracking_uri": tracking.masked(train.tracking_uri)}, stream)
+    recorded = read_json(sweep, "mlflow.json")
+    if recorded is not None:
+        return str(recorded["run_id"])
+    grid = {name: getattr(config, name) for name in GROWING}
+    train, name = config.train, sweep.rpartition("/")[2]
+    told = {**grid, "store": train.store, "preset": train.preset}
+    parent = tracking.start_run(train.tracking_uri, train.experiment, name, told, {}, spool=_spool(sweep))
+    write_json(sweep, "mlflow.json", {"run_id": parent, "tracking_uri": tracking.masked(train.tracking_uri)})
     return parent
 
 
-def _collect(config: TuneConfig, sweep: str, parent: str, trials: list[TrainConfig]) -> dict[str, Any]:
-    rows = []
-    for trial in trials:
-        path = os.path.join(trial.run, "result.json")
-        result = None
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as stream:
-                result = json.load(stream)
-        rows.append({"name": space.trial_name(trial), "config": asdict(trial), "result": result})
-    exported = os.path.join(sweep, "best") if os.path.isfile(os.path.join(sweep, "best", "config.json")) else ""
+def _spool(sweep: str) -> str:
+    """Where metrics wait for MLflow: in the sweep's folder, if that is on a disk."""
+    return os.path.join(sweep, "tracking") if locations.is_local(sweep) else ""
+
+
+def _row(trial: TrainConfig) -> Trial:
+    """What a trial's own folder says of it: its settings are those it was begun with, whatever the command line says now."""
+    result, failure = read_json(trial.run, "result.json"), read_json(trial.run, "failure.json")
+    settings = read_json(trial.run, "config.json") or asdict(trial) | {"tracking_uri": tracking.masked(trial.tracking_uri)}
+    why = failure["message"] if failure is not None and result is None else ""
+    return {"name": space.trial_name(trial), "config": settings, "result": result, "failure": why}
+
+
+def _content(sweep: str, parent: str, trials: list[TrainConfig]) -> dict[str, Any]:
+    """What is known now: of the grid's trials, of finished ones that an earlier grid had, and of the model exported last."""
+    before = read_json(sweep, "sweep.json") or {"trials": [], "exported": ""}
+    rows = [_row(trial) for trial in trials]
+    names = {row["name"] for row in rows}
+    # A sweep's folder may have been moved since: the trials are where it is now.
+    for name in (trial["name"] for trial in before["trials"] if trial["name"] not in names):
+        settings, result = (read_json(locations.join(sweep, name), file) for file in ("config.json", "result.json"))
+        if settings is not None and result is not None:
+            rows.append({"name": name, "config": settings, "result": result, "failure": ""})
+    exported = (
+        locations.join(sweep, "best")
+        if before["exported"] and read_json(locations.join(sweep, "best"), "config.json") is not None
+        else ""
+    )
     return {
-        "sweep": sweep, "store": config.train.store, "tracking_uri": tracking.masked(config.train.tracking_uri),
-        "parent_run": parent, "exported": exported, "trials": rows,
+        "version": 1, "sweep": sweep, "store": trials[0].store, "tracking_uri": tracking.masked(trials[0].tracking_uri),
+        "parent_run": parent, "exported": exported, "exported_from": before.get("exported_from", {}) if exported else {},
+        "trials": rows,
     }  # fmt: skip
 
 
-def best_trial(content: dict[str, Any]) -> Trial:
-    """The trial with the best top-1 in its last epoch."""
+def best_trial(content: dict[str, Any]) -> Trial | None:
+    """The trial with the best top-1 in its last epoch, of the weights that export takes; None where none has a result."""
     done: list[Trial] = [trial for trial in content["trials"] if trial["result"] is not None]
-    return max(done, key=lambda trial: float(trial["result"]["last"]["top1"]))
+    return max(done, key=lambda trial: record.headline(trial["result"]["last"]), default=None)
 
 
-def _export_best(config: TuneConfig, sweep: str, parent: str, content: dict[str, Any]) -> str:
+def _export_best(config: TuneConfig, sweep: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Exports the best trial's model, unless it is the one that was exported; what sweep.json is to say of it."""
+    best = best_trial(content)
+    if best is None:
+        return {}
+    source = {"trial": best["name"], "run_id": best["result"]["run_id"], "top1": record.headline(best["result"]["last"])}
+    if content["exported"] and content["exported_from"] == source:
+        return {}
     from training.export import export
 
-    best = best_trial(content)
-    folder = os.path.join(sweep, "best")
-    export(ExportConfig(run=best["result"]["run"], to=folder))
-    tracker = tracking.Tracker(config.train.tracking_uri, parent, spool=os.path.join(sweep, "tracking"))
-    tracker.metrics({"best_top1": best["result"]["last"]["top1"]}, step=0)
-    tracker.artifacts(folder, "best")
-    tracker.finish()
-    return folder
-
-
-def _write(sweep: str, content: dict[str, Any]) -> None:
-    path = os.path.join(sweep, "sweep.json")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2)
-    os.replace(f"{path}.tmp", path)
+    to = locations.join(sweep, "best")
+    with tempfile.TemporaryDirectory(prefix="best-") as temporary:
+        folder = to if locations.is_local(sweep) else temporary
+        export(ExportConfig(run=locations.join(sweep, best["name"]), to=folder, overwrite=True))
+        if folder != to:
+            filesystem, path = locations.resolve(to)
+            filesystem.delete_dir_contents(path, missing_dir_ok=True)
+            fs.copy_files(folder, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+        tracker = tracking.Tracker(config.train.tracking_uri, content["parent_run"], spool=_spool(sweep))
+        tracker.metrics({"best_top1": source["top1"]}, step=0)
+        tracker.artifacts(folder, "best")
+        tracker.finish()
+    return {"exported": to, "exported_from": source}

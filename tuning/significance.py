@@ -7,6 +7,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from training.record import headline
+
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
@@ -45,8 +47,7 @@ def paired(trials: list[dict[str, Any]], *, which: str = "last", confidence: flo
         config, result = trial["config"], trial["result"]
         weight = config["alignment_weight"]
         key = (config["backbone"], weight, config["projection_dim"] if weight else 0)
-        top1 = result["last"]["top1"] if which == "last" else result["best_top1"]
-        scores.setdefault(key, {})[config["seed"]] = float(top1)
+        scores.setdefault(key, {})[config["seed"]] = headline(result["last"]) if which == "last" else float(result["best_top1"])
     found = []
     for (backbone, weight, dim), aligned in scores.items():
         baseline = scores.get((backbone, 0.0, 0), {})

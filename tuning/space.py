@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 
-from training.config import TrainConfig
+from pipeline import locations
+from training.config import TrainConfig, short_name
 from tuning.config import TuneConfig
 
 
@@ -16,16 +16,23 @@ def trials(config: TuneConfig, sweep: str) -> list[TrainConfig]:
     Trials log no models: the sweep logs its best one.
     """
     found = []
+    shared = asdict(config.train)
     for backbone in config.backbones or (config.train.backbone,):
         for weight, dim, seed in itertools.product(config.alignment_weights, config.projection_dims, config.seeds):
             if weight == 0 and dim != config.projection_dims[0]:
                 continue
-            trial = replace(config.train, backbone=backbone, alignment_weight=weight, projection_dim=dim, seed=seed)
-            found.append(replace(trial, run=os.path.join(sweep, trial_name(trial)), log_artifacts="none"))
+            own = {"backbone": backbone, "alignment_weight": weight, "projection_dim": dim if weight else 0, "seed": seed}
+            trial = TrainConfig(**{**shared, **own, "log_artifacts": "none"})
+            found.append(replace(trial, run=locations.join(sweep, trial_name(trial))))
     return found
 
 
 def trial_name(trial: TrainConfig) -> str:
-    """backbone-weight-dimension-seed, or backbone-baseline-seed."""
+    """backbone-weight-dimension-seed, or backbone-baseline-seed; of a trial that has its folder the folder's name.
+
+    A backbone of the hub or a folder is pinned after its trial was named.
+    """
+    if trial.run:
+        return locations.split_options(trial.run)[0].rstrip("/").rpartition("/")[2]
     kind = f"w{trial.alignment_weight:g}-d{trial.projection_dim}" if trial.alignment_weight else "baseline"
-    return f"{trial.backbone.replace('/', '_')}-{kind}-s{trial.seed}"
+    return f"{short_name(trial.backbone)}-{kind}-s{trial.seed}"

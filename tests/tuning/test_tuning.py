@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import timm
 
-from training.config import TrainConfig
 from tuning import page, report, space
 from tuning.__main__ import main, parse_tune
-from tuning.config import TuneConfig
+from tuning.config import SharedConfig, TuneConfig
 from tuning.significance import paired
 
 
@@ -27,7 +26,7 @@ def trial(backbone: str, weight: float, dim: int, seed: int, top1: float) -> dic
 
 def test_the_baseline_is_trained_once_whatever_the_dimensions() -> None:
     config = TuneConfig(
-        train=TrainConfig(store="s"),
+        train=SharedConfig(store="s"),
         alignment_weights=(0.0, 0.3, 1.0),
         projection_dims=(64, 128),
         backbones=("a", "b"),
@@ -129,6 +128,7 @@ def test_a_sweep_trains_tracks_exports_resumes_and_reports(
     command = [
         "tune", "--store", str(tmp_path / "store"), "--preset", "smoke", "--batch-size", "12", "--workers", "1",
         "--alignment-weights", "0", "0.5", "--projection-dims", "4", "--sweep", str(sweep), "--concurrent", "2",
+        "--checkpoint-steps", "2",
     ]  # fmt: skip
     assert main(command) == 0
     told = capsys.readouterr()
@@ -153,3 +153,27 @@ def test_a_sweep_trains_tracks_exports_resumes_and_reports(
     assert main(["report", str(sweep), "--html", str(tmp_path / "report.html")]) == 0
     assert "test_resnet" in capsys.readouterr().out
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_sweep_on_an_object_store_with_a_trial_that_diverges_exports_the_best_of_the_others(
+    ray_session: None, bucket: str, tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The store's path is relative to the working directory, which trials have another one of."""
+    make_store(tmp_path / "store", train=24, val=9)
+    monkeypatch.chdir(tmp_path)
+    sweep = f"{bucket}/runs/diverging"
+    command = [
+        "tune", "--store", "store", "--preset", "smoke", "--batch-size", "12", "--workers", "1", "--tracking-uri", "none",
+        "--alignment-weights", "0", "1e39", "--projection-dims", "4", "--sweep", sweep, "--concurrent", "2",
+    ]  # fmt: skip
+    assert main(command) == 1
+    told = capsys.readouterr()
+    assert f"best model, of test_resnet-baseline-s0: {sweep}/best" in told.out
+    assert told.err.count("diverged  ") == 1, "and was not tried again"
+    assert "Diverged: test_resnet-w1e+39-d4-s0" in told.err
+    assert main(command) == 1
+    again = capsys.readouterr()
+    assert "2 trials, 2 done before" in again.err and "test_resnet-w1e+39-d4-s0 diverged: step 1: the loss" in again.out
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
