@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SETUP_FILES := pyproject.toml $(wildcard environment/*)
 
-.PHONY: setup demo test quick check format clean
+.PHONY: setup demo test gpu quick check format clean
 
 setup: $(STAMP)  ## build $(VENV) with pinned packages; at once when nothing changed
 
@@ -20,11 +20,14 @@ check: setup  ## format, lint and types
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 
-test: check  ## everything
-	@$(BIN)/python -m pytest -q
+test: check  ## everything but what needs a GPU
+	@$(BIN)/python -m pytest -q -m 'not gpu'
+
+gpu: setup  ## what needs a CUDA device
+	@$(BIN)/python -m pytest -q -m gpu
 
 quick: check  ## without what starts Ray clusters, engines or trainings
-	@$(BIN)/python -m pytest -q -m 'not slow'
+	@$(BIN)/python -m pytest -q -m 'not slow and not gpu'
 
 format: setup  ## rewrite the code in the house format
 	@$(BIN)/ruff format .

@@ -33,7 +33,7 @@ from pipeline.captioners.vllm import VLLMCaptioner
 from pipeline.config import CaptionConfig
 from pipeline.models import resolve
 from pipeline.store import Store
-store, config = Store(sys.argv[1]), CaptionConfig(store=sys.argv[1])
+store, config = Store(sys.argv[1]), CaptionConfig(store=sys.argv[1], caption_preset="scenes")
 captioner = VLLMCaptioner(config, resolve(config.model))
 shards = [store.read_shard("images", "", shard, ["id", "image"]) for shard in range(store.dataset.shards)]
 rows = [row for shard in shards for row in shard.to_pylist()]
@@ -60,7 +60,7 @@ from pipeline.config import CaptionConfig
 from pipeline.models import resolve
 from pipeline.store import Store
 logging.getLogger("ray.data").setLevel(logging.ERROR)
-store, config = Store(sys.argv[1]), CaptionConfig(store=sys.argv[1])
+store, config = Store(sys.argv[1]), CaptionConfig(store=sys.argv[1], caption_preset="scenes")
 ray.data.DataContext.get_current().enable_progress_bars = False
 gpu = torch.cuda.is_available()
 
@@ -198,8 +198,8 @@ def _pipeline(store: str, **settings: int) -> dict[str, float]:
 
     shutil.rmtree(Path(store) / "captions", ignore_errors=True)
     flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    assert cli.main(["caption", "--store", store, *flags]) == 0
-    opened, config = Store(store), CaptionConfig(store=store, **settings)  # type: ignore[arg-type]
+    assert cli.main(["caption", "--store", store, "--caption-preset", "scenes", *flags]) == 0
+    opened, config = Store(store), CaptionConfig(store=store, caption_preset="scenes", **settings)  # type: ignore[arg-type]
     engines = placement.captioners(config, models.resolve(config.model), opened.dataset.rows).actors
     ray.shutdown()
     variant = opened.only_variant("captions")

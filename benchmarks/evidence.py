@@ -79,7 +79,7 @@ def scenes(place: Path, count: int) -> str:
     script = str(ROOT / "examples" / "scenes" / "render.py")
     counts = ["--train-per-class", str(count), "--val-per-class", "100"]
     subprocess.run([sys.executable, script, "--to", str(place / "images"), *counts], check=True, stdout=sys.stderr)
-    verb("describe", "--images", str(place / "images"), "--store", str(place / "store"))
+    verb("describe", "--images", str(place / "images"), "--store", str(place / "store"), "--caption-preset", "scenes")
     return str(place / "store")
 
 

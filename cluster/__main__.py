@@ -5,49 +5,50 @@ Exit codes: 0 done; 2 wrong settings or input, nothing was started; 1 anything e
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import tyro
 
 from cluster import config
+from pipeline import verbs
+from pipeline.verbs import Verb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses and runs one verb."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    verbs = {"doctor": _doctor, "demo": _demo, "submit": _submit}
-    if not arguments or arguments[0] not in verbs:
-        print("usage: python -m cluster doctor | demo | submit   (VERB --help shows its flags)", file=sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    try:
-        return verbs[arguments[0]](arguments[1:])
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
-        print(f"gpt4image {arguments[0]}: {error}", file=sys.stderr)
-        return 2
+    """Parses and runs one verb; returns its exit code."""
+    return verbs.main("cluster", VERBS, argv)
 
 
-def _doctor(arguments: list[str]) -> int:
-    settings = tyro.cli(config.DoctorConfig, args=arguments, prog="gpt4image doctor")
+def parse_submit(arguments: list[str]) -> tuple[config.SubmitConfig, list[str]]:
+    """Submit's own settings, and the command line of the job behind `--`."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    own, job = arguments[:place], arguments[place + 1 :]
+    return tyro.cli(config.SubmitConfig, args=own, prog="gpt4image submit"), job
+
+
+def _doctor(settings: config.DoctorConfig) -> int:
     from cluster import doctor
 
     return doctor.run(settings)
 
 
-def _demo(arguments: list[str]) -> int:
-    settings = tyro.cli(config.DemoConfig, args=arguments, prog="gpt4image demo")
+def _demo(settings: config.DemoConfig) -> int:
     from cluster import demo
 
     return demo.run(settings)
 
 
-def _submit(arguments: list[str]) -> int:
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    own, verb = arguments[:place], arguments[place + 1 :]
-    settings = tyro.cli(config.SubmitConfig, args=own, prog="gpt4image submit")
+def _submit(settings: tuple[config.SubmitConfig, list[str]]) -> int:
     from cluster import jobs
 
-    return jobs.submit(settings, verb)
+    return jobs.submit(*settings)
+
+
+VERBS = {
+    "submit": Verb("run a verb as a job on a Ray cluster", parse_submit, _submit),
+    "doctor": Verb("what this machine can do, and how to mend the rest", config.DoctorConfig, _doctor),
+    "demo": Verb("everything, on the embedded default", config.DemoConfig, _demo),
+}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.errors import SettingsError
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
@@ -33,7 +35,7 @@ class DemoConfig:
             f"{n}={getattr(self, n)}: must be at least 8." for n in ("train_per_class", "val_per_class") if getattr(self, n) < 8
         ]
         if small:
-            raise ValueError("\n".join(small))
+            raise SettingsError("\n".join(small))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ def _steps(config: DemoConfig, root: str) -> dict[str, Callable[[], int]]:
 
     return {
         "draw scenes": lambda: _render(config, root),
-        "describe them": verb("describe", "--images", f"{root}/scenes", "--store", store),
+        "describe them": verb("describe", "--images", f"{root}/scenes", "--store", store, "--caption-preset", "scenes"),
         "what the store holds": verb("status", "--store", store),
         "sweep weight, dimension and backbone": verb(
             "tune", *common, "--sweep", f"{root}/sweep", "--alignment-weights", "0", "0.3", "1",

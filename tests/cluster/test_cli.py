@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,29 @@ def test_the_command_without_a_verb_or_with_a_wrong_one(capsys: pytest.CaptureFi
     assert cli.main(["--help"]) == 0
     assert cli.main([]) == 2
     assert cli.main(["descibe"]) == 2
-    assert "no verb 'descibe'" in capsys.readouterr().err
+    assert "no verb 'descibe'; did you mean describe?" in capsys.readouterr().err
+    assert pipeline_main(["descibe"]) == 2
+    assert "did you mean describe?" in capsys.readouterr().err
+
+
+def test_versions_are_told_without_importing_what_they_are_of() -> None:
+    code = (
+        "import sys; from cluster import cli\n"
+        "assert cli.main(['--version']) == 0\n"
+        "assert not {'torch', 'ray', 'pyarrow', 'vllm'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert told["torch"] == metadata.version("torch") and told["ray"] == metadata.version("ray")
+    assert told["gpt4image"] == metadata.version("gpt4image-ray") and "0." in told["vllm"]
+
+
+@pytest.mark.parametrize("package", MAINS)
+def test_a_verb_says_the_same_of_itself_everywhere(package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--help"])
+    lines = set(capsys.readouterr().out.splitlines())
+    MAINS[package](["--help"])
+    assert lines.issuperset(line for line in capsys.readouterr().err.splitlines() if line.startswith("  "))
 
 
 @pytest.mark.parametrize("arguments", [["status"], ["train"], ["tune"], ["export", "run"], ["ingest", "--images", "x"]])

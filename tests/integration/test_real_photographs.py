@@ -27,7 +27,7 @@ def test_small_photographs_with_imported_captions(ray_session: None, tmp_path: P
     assert {name: split.rows for name, split in opened.dataset.splits.items()} == {"train": 5000, "test": 2000}
     assert not list(opened.errors("embeddings", opened.only_variant("embeddings")))
 
-    recipe = ["--store", store, "--preset", "small-32", "--backbone", "test_resnet", "--epochs", "2", "--eval-split", "test"]
+    recipe = ["--store", store, "--preset", "small-32", "--backbones", "test_resnet", "--epochs", "2", "--eval-split", "test"]
     sweep = ["--alignment-weights", "0", "0.3", "--projection-dims", "64", "--sweep", str(runs / "sweep")]
     assert cli.main(["tune", *recipe, *sweep]) == 0
     capsys.readouterr()
@@ -42,7 +42,8 @@ def test_small_photographs_with_imported_captions(ray_session: None, tmp_path: P
 def test_ordinary_photographs_through_the_vllm_captioner(ray_session: None, tmp_path: Path) -> None:
     store = tmp_path / "store"
     assert cli.main(["ingest", "--images", str(DATA / "photos"), "--store", str(store), "--val-fraction", "0.2"]) == 0
-    assert cli.main(["caption", "--store", str(store), "--prompt", "Describe this image of {label} in detail."]) == 0
+    captioner = ["--caption-preset", "scenes", "--prompt", "Describe this image of {label} in detail."]
+    assert cli.main(["caption", "--store", str(store), *captioner]) == 0
     opened = Store(str(store))
     variant = opened.only_variant("captions")
     assert opened.dataset.rows == len(list((DATA / "photos").rglob("*.JPEG")))
