@@ -158,7 +158,9 @@ def test_every_family_exports_to_every_format(store: Path, tmp_path: Path, setti
     found = export.export(ExportConfig(run=str(folder), to=str(tmp_path / "model"), format="torch, onnx,timm"))
     assert list(found["checks"]) == ["timm", "onnx", "torch"]
     for check in found["checks"].values():
-        assert check["same"] == check["random"] + check["real"] == 44 and check["difference"] < 1e-4
+        assert check["same"] == check["random"] + check["real"] == 44
+        # Heads of unit weights: logits of 60, which float32 rounds by 5e-5 (Hiera, against float64).
+        assert check["difference"] < check["limit"] < 1e-3
     assert found["checks"]["timm"]["difference"] == 0
 
 
