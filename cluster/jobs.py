@@ -17,6 +17,12 @@ from pipeline.errors import SettingsError, UnreachableError
 
 PATH_FLAGS = ("--store", "--images", "--run", "--sweep", "--to", "--html")
 EXCLUDES = [".git", ".venv", "runs", "docs", "tests", "benchmarks", "*.pyc"]
+# What often lies in a folder and is nobody else's business: every node of the cluster gets a copy of what is uploaded.
+SECRETS = [
+    ".env", ".env.*", ".envrc", ".netrc", ".pypirc", ".npmrc", ".aws", ".ssh", ".kube", ".config", ".databrickscfg", "*.pem",
+    "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*credentials*.json",
+    "*service_account*.json", "*service-account*.json", "*.tfstate*",
+]  # fmt: skip
 
 
 def submit(config: SubmitConfig, verb: list[str]) -> int:
@@ -69,7 +75,7 @@ def _start(address: str, entrypoint: str, folder: str) -> tuple[Any, str]:
 
     try:
         client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder, "excludes": EXCLUDES})
+        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder, "excludes": EXCLUDES + SECRETS})
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         reason = str(error).splitlines()[0]
         message = (

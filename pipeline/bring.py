@@ -13,6 +13,7 @@ from pipeline.captioners import imported
 from pipeline.config import ImportConfig
 from pipeline.errors import SettingsError
 from pipeline.failures import check_failures
+from pipeline.listings import ALL_SPLIT_NAMES
 from pipeline.store import CAPTIONS, Store, variant_name
 
 
@@ -26,6 +27,9 @@ def import_captions(config: ImportConfig) -> str:
     store = Store(config.store)
     store.require_complete("images")
     captions = _read(config, store)
+    if not captions:
+        message = f"file={config.file}: holds no caption, so there is nothing to import."
+        raise SettingsError(message)
     with open(config.file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     settings = {"engine": "imported", "file": os.path.basename(config.file), "sha256": digest}
@@ -69,11 +73,17 @@ def _read(config: ImportConfig, store: Store) -> dict[str, str]:
         message = f"file={config.file}: no such file."
         raise SettingsError(message)
     if _positional(config.file):
+        if (kind := store.dataset.source.get("kind")) not in ("folder", "test"):
+            message = (
+                f"file={config.file}: a list without paths goes by the order of an image folder, and the store was made of "
+                f"{kind}: give captions as JSONL of path and caption."
+            )
+            raise SettingsError(message)
         ids = [key for shard in store.split_shards(config.split) for key in _ids(store, shard)]
-        has_splits = all(key.split("/")[0].lower() in ("train", "training", "val", "valid", "validation", "test") for key in ids)
+        has_splits = all(key.split("/")[0].lower() in ALL_SPLIT_NAMES and key.count("/") > 1 for key in ids)
         return imported.read_positional(config.file, ids, label_depth=2 if has_splits else 1)
-    captions = imported.read_jsonl(config.file)
     known = {key for shard in range(store.dataset.shards) for key in _ids(store, shard)}
+    captions = imported.matched(imported.read_jsonl(config.file), known)
     unknown = sorted(captions.keys() - known)
     if unknown and not config.ignore_unknown:
         message = (

@@ -392,7 +392,7 @@ class DescribeConfig(SourceConfig, CaptionConfig, EmbedConfig):
     """ingest, caption and embed in one go; each stage resumes where it stopped."""
 
     images: str = ""
-    """Image folder, as for `ingest`; may be left out when the store is already ingested."""
+    """Pictures, as for `ingest`; may be left out when the store is already ingested."""
     captions: tyro.conf.Suppress[str] = ""
 
     def __post_init__(self) -> None:

@@ -18,6 +18,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of any program that SIGINT ends."""
+
 
 class UserError(Exception):
     """What went wrong, why, and the mend."""
@@ -74,9 +77,12 @@ def exit_code(error: Exception) -> int | None:
 
 
 def reported(name: str, work: Callable[[], int]) -> int:
-    """What `work` returns; an error of ours becomes a message on standard error and its exit code."""
+    """What `work` returns; an error of ours becomes a message on standard error and its exit code, Ctrl-C a message and 130."""
     try:
         return work()
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped. What is finished is kept: the same command goes on from there.", file=sys.stderr)
+        return INTERRUPTED
     except UserError as error:
         code = exit_code(error)
         if code is None:

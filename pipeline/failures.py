@@ -42,10 +42,17 @@ def check_failures(store: Store, stage: Stage, variant: str, failed: int, max_ra
     """
     if failed <= max_rate * store.dataset.rows:
         return
+    imported = stage == "captions" and store.variant(stage, variant)["engine"] == "imported"
+    mend = (
+        "Import again from a file that has the missing ones (which makes a variant of its own; this one may be deleted: "
+        f"{store.folder(stage, variant)} in the store)"
+        if imported
+        else f"Mend the causes and run `gpt4image retry --store {store.uri}`"
+    )
     reasons = "\n".join(f"  {count} x {reason}" for reason, count in commonest_errors(store, stage, variant))
     message = (
         f"{stage}: {failed} of {store.dataset.rows} rows failed, more than --max-failure-rate {max_rate} allows.\n{reasons}\n"
-        f"What is done is kept. Mend the causes and run `gpt4image retry --store {store.uri}`, or raise --max-failure-rate."
+        f"What is done is kept. {mend}, or raise --max-failure-rate."
     )
     raise TooManyFailuresError(message)
 

@@ -23,7 +23,7 @@ import markupsafe
 import numpy as np
 import pyarrow as pa
 
-from pipeline import images
+from pipeline import images, locations
 from pipeline.config import InspectConfig
 from pipeline.errors import SettingsError
 from pipeline.store import STAGES, Stage, Store
@@ -59,7 +59,9 @@ def write(config: InspectConfig) -> str:
         stages=_stages(store, tally), variants=_settings(store, tally), repeats=_repeats(store, tally),
         charts=_charts(tally), lists=_lists(store, tally), script_hash=_script_hash(template),
     )  # fmt: skip
-    os.makedirs(os.path.dirname(os.path.abspath(config.to)), exist_ok=True)
+    folder = os.path.dirname(os.path.abspath(config.to))
+    locations.check_writable("to", folder)
+    os.makedirs(folder, exist_ok=True)
     with open(config.to, "w", encoding="utf-8", errors="replace") as stream:
         stream.write(text)
     return config.to

@@ -103,6 +103,8 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _said(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "or more than this machine's memory holds"
     return (str(error) or type(error).__name__)[:300]
 
 

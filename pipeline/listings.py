@@ -3,8 +3,8 @@
 One function a kind; each reads names, sizes, labels and splits, and no picture. Every picture has an entry or is counted in a
 note. What one line, row or member lacks or gets wrong is its entry's `error`, and never ends the listing:
 
-- No label (null, an empty text, NaN, or -1 among whole numbers): an error. Where no row of a split has one, as in test sets
-  whose labels are kept secret, the split is left out, with a note.
+- No label (null, an empty text, NaN, or -1), or a stray text among class numbers: an error. Where no row of a split has a label,
+  as in test sets whose labels are kept secret, the split is left out, with a note.
 - A split of another name than train, val, test and their synonyms, or a path that leads out of a list's folder: an error.
 
 This is where names come in: those that are not UTF-8 are written as `locations.escaped` does, here and nowhere else.
@@ -45,6 +45,8 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "picture")
 READERS = 16  # listing waits for answers and not for a processor
 HEADS = 1000  # files of a list that are asked for their sizes one by one; of more, their folder is listed
 BESIDE = "pictures are left out: they belong to another of the same key, as key.depth.png does to key.jpg"
+STRAY = 0.02  # share of labels that are no numbers, up to which they are taken for faults and not for names
+MOST_CLASSES = 100_000  # a single row's label must not make a classifier larger than any
 LARGE_GROUP = 2**28  # bytes of pictures in a Parquet row group above which it is not held whole
 
 
@@ -90,10 +92,14 @@ def kind_of(uri: str) -> str:
         raise SettingsError(message)
     # Tars and Parquet files lie at the top or one folder down; pictures of an image folder lie below class folders.
     names = [name for name, _ in _files(uri, depth=2)]
-    for kind in ("tar", "parquet"):
-        if any(name.lower().endswith(f".{kind}") for name in names):
-            return by_ending[kind]
-    return "folder"
+    counts = {kind: sum(name.lower().endswith(f".{kind}") for name in names) for kind in ("tar", "parquet")}
+    pictures = sum(name.lower().endswith(EXTENSIONS) for name in names)
+    found = {by_ending[kind]: count for kind, count in counts.items() if count} | ({"folder": pictures} if pictures else {})
+    if len(found) > 1:
+        what = ", ".join(f"{count} of {kind}" for kind, count in found.items())
+        message = f"images={uri}: holds files of several kinds ({what}): say which with --source-kind, or move the others away."
+        raise SettingsError(message)
+    return next(iter(found), "folder")
 
 
 def _entry(*, id: str, place: str, size: int, label: object, split: object = "", group: str = "", error: str = "") -> Entry:
@@ -132,8 +138,12 @@ def _label(value: object) -> str | None:
 def _list_folder(config: SourceConfig) -> Listing:
     files = _files(config.images)
     folders = _class_folders(config.images, files)
-    # Where the first level holds splits, only they count; otherwise the first level is the classes.
-    has_splits = any(folder.lower() in SPLIT_NAMES for folder, _ in folders)
+    # Where the first level holds splits, only they count; otherwise the first level is the classes. A folder called `train` whose
+    # pictures lie in itself is a class beside others.
+    named = {top for top, _ in folders if top.lower() in SPLIT_NAMES}
+    pictures = [key.split("/") for key, _ in files if key.lower().endswith(EXTENSIONS)]
+    deep, flat = ({parts[0] for parts in pictures if (len(parts) > 2) == below} for below in (True, False))
+    has_splits = bool(named) and (bool(named & deep) or not named & flat or {top for top, _ in folders} <= named)
     splits = ALL_SPLIT_NAMES if has_splits else {}
     entries: list[Entry] = []
     skipped = loose = 0
@@ -269,6 +279,7 @@ def _tar_members(root: str, file: str) -> list[_Member]:
     """Every file of a tar, from headers only: pictures are not read."""
     found: list[_Member] = []
     with opened(root, file) as stream:
+        size = stream.size()
         # Headers are small and next to each other's labels: 8 KiB at a time, so that a remote tar costs few requests.
         buffered: Any = io.BufferedReader(_Raw(stream), 8192)
         try:
@@ -281,14 +292,24 @@ def _tar_members(root: str, file: str) -> list[_Member]:
                         found.append((member.name, -1, 0, b""))
                     if not member.isreg() or member.issparse():
                         continue
+                    if member.offset_data + member.size > size:
+                        message = f"it ends inside {member.name!r}"
+                        raise tarfile.ReadError(message)
                     side = member.name.lower().endswith((".cls", ".json")) and member.size < 2**16
                     content = tar.extractfile(member) if side else None
                     found.append((member.name, member.offset_data, member.size, content.read() if content else b""))
-                # Python takes a damaged header for the end of the tar, and what follows would be lost without a word.
+                # Python takes a damaged header, or a zero one, for the end of the tar, and what follows would be lost without
+                # a word. The end is two blocks of zeros, with nothing but zeros after them.
                 buffered.seek(tar.offset)
-                if any(buffered.read(tarfile.BLOCKSIZE)):
-                    message = f"damaged at byte {tar.offset}"
+                end = buffered.read(2 * tarfile.BLOCKSIZE)
+                if len(end) < 2 * tarfile.BLOCKSIZE and not any(end):
+                    message = f"its end, from byte {tar.offset} on, is missing"
                     raise tarfile.ReadError(message)
+                while end:
+                    if any(end):
+                        message = f"damaged at byte {tar.offset}, or another tar follows there"
+                        raise tarfile.ReadError(message)
+                    end = buffered.read(2**20)
         except (tarfile.TarError, EOFError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             message = (
                 f"{file}: cannot be read as a tar ({error}); it must be whole, and not compressed (pictures are read in place)."
@@ -514,13 +535,21 @@ def _with_labels(config: SourceConfig, entries: list[Entry], skipped: int, notes
     if not entries:
         message = f"images={config.images}: no pictures found."
         raise SettingsError(message)
-    labels = {entry.label for entry in entries} - {""}
-    if all(re.fullmatch(r"-1|[0-9]{1,7}", label) for label in labels):
-        numbers = {label: str(int(label)) if label != "-1" else "" for label in labels}
-        entries = [replace(entry, label=numbers.get(entry.label, "")) for entry in entries]
-        labels = set(numbers.values()) - {""}
+    entries = [replace(entry, label="") if entry.label == "-1" else entry for entry in entries]
+    counts = Counter(entry.label for entry in entries if entry.label)
+    numbers = {label: int(label) for label in counts if re.fullmatch("[0-9]{1,18}", label)}
+    odd = counts.total() - sum(counts[label] for label in numbers)
+    # Where nearly all labels are numbers, classes are numbered, and a stray other label is its row's error: by name, all rows
+    # would be numbered anew (0, 1, 10, 2), and none the wiser.
+    if numbers and odd <= STRAY * counts.total():
+        most = max(MOST_CLASSES, 10 * len(numbers))
+        entries = [_numbered(entry, numbers, most) if entry.label else entry for entry in entries]
+        labels = {entry.label for entry in entries} - {""}
         keys = [str(number) for number in range(max(map(int, labels), default=-1) + 1)]
+        if len(keys) > 2 * len(labels) + 1:
+            notes = [*notes, f"labels up to {len(keys) - 1} make {len(keys)} classes, of which {len(labels)} have a picture"]
     else:
+        labels = set(counts)
         keys = sorted(labels)
     if not labels:
         first = next((f"{entry.id}: {entry.error}" for entry in entries if entry.error), f"no label, such as {entries[0].id}")
@@ -537,6 +566,15 @@ def _with_labels(config: SourceConfig, entries: list[Entry], skipped: int, notes
             left[entry.split] += 1
     told = [f"{count} pictures of split {split or 'train'} are left out: none has a label" for split, count in left.items()]
     return Listing(entries=kept, keys=keys, skipped=skipped, notes=(*notes, *told))
+
+
+def _numbered(entry: Entry, numbers: dict[str, int], most: int) -> Entry:
+    number = numbers.get(entry.label)
+    if number is not None and number < most:
+        return replace(entry, label=str(number))
+    flaw = "is no class number, as those of the other rows are" if number is None else f"would make more than {most} classes"
+    error = f"label {entry.label[:80]!r} {flaw}: mend it, and ingest into a new store"
+    return replace(entry, label="", place="", error=error)
 
 
 # Files, names, splits.
@@ -571,7 +609,7 @@ def _files(uri: str, depth: int = 0) -> list[tuple[str, int]]:
         message = f"images={uri}: no such folder."
         raise SettingsError(message)
     found = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    listed = [(info.path[len(root) :].lstrip("/"), int(info.size or 0)) for info in found if info.type == fs.FileType.File]
+    listed = [(info.path[len(root) + 1 :], int(info.size or 0)) for info in found if info.type == fs.FileType.File]
     visible = [(name, size) for name, size in listed if not any(part.startswith(".") for part in name.split("/"))]
     return sorted((name, size) for name, size in visible if not depth or name.count("/") < depth)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import tempfile
 from urllib.parse import urlsplit
 
 from pyarrow import fs
@@ -102,9 +103,7 @@ def join(root: str, place: str) -> str:
 
 
 def locate(root: str, place: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a source, and the path of a place in it; a place that is an address itself is resolved as one."""
-    if "://" in place or place.startswith("/"):
-        return resolve(place)
+    """The file system of a source, and the path of a place in it, joined as it is written."""
     filesystem, path = resolve(root)
     return filesystem, f"{path}/{place}" if place else path
 
@@ -149,8 +148,15 @@ def fetch(root: str, place: str, max_bytes: int | None = None) -> bytes:
     return _read(filesystem, path, int(part[2]) if part else None, wanted)
 
 
-def fetch_picture(root: str, place: str, max_bytes: int) -> bytes:
+def fetch_picture(root: str, place: str, max_bytes: int, *, listed: bool = False) -> bytes:
     """`fetch` for one of many: what befalls one picture is told from what befalls the storage of all.
+
+    Args:
+        root: the source.
+        place: of the picture in it.
+        max_bytes: see `fetch`.
+        listed: the place was found by listing folders, so that its first two, often links to other disks, must be there. A list
+            of files may name folders that never were.
 
     Raises:
         StorageError: whatever holds the source does not answer: this picture is not to blame.
@@ -160,7 +166,7 @@ def fetch_picture(root: str, place: str, max_bytes: int) -> bytes:
         try:
             return fetch(root, place, max_bytes)
         except OSError as error:
-            check_alive(root, error)
+            check_alive(root, error, place if listed else "")
             # Storage answers: a file that is missing or forbidden stays so, anything else may have been a hiccup.
             if not left or isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
                 raise
@@ -179,8 +185,10 @@ def _read(filesystem: fs.FileSystem, path: str, offset: int | None, wanted: int 
         return bytes(stream.read_at(wanted, offset))
 
 
-def check_alive(root: str, error: OSError) -> None:
+def check_alive(root: str, error: OSError, place: str = "") -> None:
     """Tells storage that fails from a file that fails, after `error`: whether the source itself can still be looked at.
+
+    Of a folder on this machine also the first two folders of `place`, which may be links to other disks: splits and classes.
 
     Raises:
         StorageError: it cannot: a server that does not answer, credentials that have expired, a disk that is no longer mounted.
@@ -188,10 +196,14 @@ def check_alive(root: str, error: OSError) -> None:
     filesystem, path = resolve(root)
     try:
         if isinstance(filesystem, fs.LocalFileSystem):
-            with os.scandir(path) as entries:
-                if next(entries, None) is not None:
-                    return
-            reason = "is empty: is it mounted?"
+            folders = unescaped(place).split("/")[:-1][:2]
+            for folder in [path, *(os.path.join(path, *folders[: n + 1]) for n in range(len(folders)))]:
+                with os.scandir(folder) as entries:
+                    if next(entries, None) is None:
+                        reason = f"is empty ({folder}): is it mounted?"
+                        break
+            else:
+                return
         else:
             # The folder or one of its keys; a bucket alone may be forbidden to look at.
             if filesystem.get_file_info(path).type != fs.FileType.NotFound:
@@ -203,6 +215,29 @@ def check_alive(root: str, error: OSError) -> None:
         reason = f"does not answer ({gone})"
     message = f"{root}: {reason}. First seen as: {error}"
     raise StorageError(message) from None
+
+
+def check_writable(setting: str, place: str) -> None:
+    """Finds before any work that its result could not be written; an object store says so itself.
+
+    Args:
+        setting: its name, for the message.
+        place: a folder that is there or is to be made.
+
+    Raises:
+        ValueError: it is a file or below one, or nothing can be made there.
+    """
+    if not is_local(place):
+        return
+    path = resolve(place)[1]
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".gpt4image-", dir=path))
+    except OSError as error:
+        flag = setting.replace("_", "-")
+        message = f"{setting}={place}: nothing can be written there ({path}: {error.strerror}); pass another --{flag}."
+        raise SettingsError(message) from None
 
 
 def is_inside(place: str, folder: str) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline import locations, models, placement, shards, sources
+from pipeline import locations, lock, models, placement, shards, sources
 from pipeline.config import ENCODER_PRESETS, CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
 from pipeline.errors import SettingsError
 from pipeline.failures import check_failures, plain_error
@@ -34,6 +34,10 @@ def ingest(config: SourceConfig) -> None:
     if locations.is_inside(config.store, config.images):
         message = f"store={config.store}: lies in images={config.images}, and would be taken for pictures; put it elsewhere."
         raise SettingsError(message)
+    if locations.is_inside(config.images, config.store) and locations.is_local(config.store):
+        message = f"store={config.store}: holds images={config.images}; put the store beside the pictures and not around them."
+        raise SettingsError(message)
+    locations.check_writable("store", config.store)
     plan = sources.plan(config)
     store = Store(config.store) if Store.exists(config.store) else Store.create(config.store, plan.dataset)
     _check_same_source(store, plan)
@@ -97,14 +101,17 @@ def retry(config: RetryConfig) -> None:
     for variant, (caption_config, model) in captioners.items():
         caption_chain = _caption_chain(caption_config, model, variant)
         items = _shard_items(captions[variant], redo=True)
-        _run(f"retry {variant}", store, "captions", variant, items, caption_chain, config.max_failure_rate)
+        _run("retry", store, "captions", variant, items, caption_chain, config.max_failure_rate)
     for variant, (embed_config, model) in encoders.items():
         embed_chain = _embed_chain(embed_config, model, embed_config.captions, variant)
         items = _shard_items(embeddings[variant], redo=True)
-        _run(f"retry {variant}", store, "embeddings", variant, items, embed_chain, config.max_failure_rate)
+        _run("retry", store, "embeddings", variant, items, embed_chain, config.max_failure_rate)
     for variant in captions.keys() - captioners.keys():
         rows = sum(receipt.failed for receipt in store.receipts("captions", variant).values())
         _say(f"retry: {rows} rows of {variant} have no caption: it was imported, so import again from a file that has them")
+    for variant in captions.keys() - captioners.keys():
+        rows = sum(receipt.failed for receipt in store.receipts("captions", variant).values())
+        check_failures(store, "captions", variant, rows, config.max_failure_rate)
     if not (failed or captions or embeddings):
         _say("retry: no row has failed; nothing to do")
 
@@ -173,7 +180,19 @@ def _actors(size: int) -> ray.data.ActorPoolStrategy:
 
 
 def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[str, Any]], chain: Chain, max_rate: float) -> None:
-    """Drives a chain over the shards to do, shows progress, and stops when too many rows have failed."""
+    """Drives a chain over the shards to do, shows progress, and stops when too many rows have failed.
+
+    Raises:
+        SettingsError: another process is at it: both would pay for the same captions.
+    """
+    # Where nothing is to do nothing is written.
+    with lock.held(locations.join(store.uri, store.folder(stage, variant)), "store") if items else contextlib.nullcontext():
+        _drive(verb, store, stage, variant, items, chain, max_rate)
+
+
+def _drive(
+    verb: str, store: Store, stage: Stage, variant: str, items: list[dict[str, Any]], chain: Chain, max_rate: float
+) -> None:
     from tqdm import tqdm
 
     store.remove_leftovers(stage, variant)
@@ -185,6 +204,8 @@ def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[s
     if not items:
         _say(f"{verb}: {where} is complete ({done_rows} rows, {failed} failed); nothing to do")
     else:
+        if stage != "images":
+            _say(f"{verb}: {variant}: loading models for {len(items)} shards")
         start_ray()
         import ray.data
 
@@ -205,6 +226,9 @@ def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[s
                 check_failures(store, stage, variant, failed, max_rate)
         if stage == "captions" and not store.pending(stage, variant):
             store.delete_folder(f"{store.folder(stage, variant)}/underway")
+        _say(
+            f"{verb}: {sum(r.rows for r in store.receipts(stage, variant).values())} rows in {store.uri}/{where}, {failed} failed"
+        )
     check_failures(store, stage, variant, failed, max_rate)
 
 

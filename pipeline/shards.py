@@ -63,7 +63,7 @@ class IngestShard:
     def __init__(self, store: str) -> None:
         self._store = Store(store)
         self._source = self._store.dataset.source
-        self._read = sources.Reader(self._source["uri"])
+        self._read = sources.Reader(self._source["uri"], self._source["kind"])
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo, rows (those of `sources.Row`). Out: those of `Done`."""

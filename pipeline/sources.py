@@ -26,7 +26,7 @@ from pipeline import listings, locations
 from pipeline.config import SourceConfig
 from pipeline.errors import SettingsError
 from pipeline.listings import Entry, Listing
-from pipeline.store import SCHEMA_VERSION, Dataset, Split
+from pipeline.store import LISTED, SCHEMA_VERSION, Dataset, Split
 
 _IN_PARQUET = re.compile(r"(.*)#g(\d+)-(\d+)", re.DOTALL)
 
@@ -65,18 +65,24 @@ def plan(config: SourceConfig) -> Plan:
         raise SettingsError(message)
     listing = listings.LISTINGS[kind](config)
     entries, notes = _with_splits(_told_apart(listing.entries), config.val_fraction)
+    if not config.class_names and not listing.names and kind != "folder" and all(key.isdigit() for key in listing.keys):
+        notes.append("classes are numbers: --class-names FILE gives them names, which {label} in prompts and zero-shot go by")
     _check_faults(entries, config)
     entries.sort(key=lambda e: (_split_order(e.split), _digest(e.group or e.id), e.group, _digest(e.id)))
     entries = _limited(entries, config.limit)
     numbers = {key: number for number, key in enumerate(listing.keys)}
     shards: list[list[Row]] = []
     splits: dict[str, Split] = {}
+    if empty := sorted(set(listing.keys) - {entry.label for entry in entries if entry.split == "train"}):
+        notes.append(f"{len(empty)} of {len(listing.keys)} classes have no picture to train on, such as {_some(set(empty))}")
     for split in dict.fromkeys(entry.split for entry in entries):
         of_split = [entry for entry in entries if entry.split == split]
         cut = _cut(of_split, config.shard_rows, config.shard_bytes)
         splits[split] = Split(rows=len(of_split), first_shard=len(shards), num_shards=len(cut))
         shards += [[_row(entry, numbers) for entry in part] for part in cut]
-    listed = "\n".join(f"{e.id}\t{e.size}\t{e.split}\t{e.label}" for e in entries)
+    # In a list an id of its own may stand for another file than before; elsewhere the place follows from the id.
+    elsewhere = {e.id: f"\t{e.place}" for e in entries if kind == "jsonl" and e.place and e.place != locations.place_of(e.id)}
+    listed = "\n".join(f"{e.id}\t{e.size}\t{e.split}\t{e.label}{elsewhere.get(e.id, '')}" for e in entries)
     source = {
         "kind": kind, "uri": _recorded_uri(config.images, kind), "val_fraction": config.val_fraction, "limit": config.limit,
         "shard_rows": config.shard_rows, "shard_bytes": config.shard_bytes, "max_pixels": config.max_pixels,
@@ -144,7 +150,7 @@ def notes(dataset: Dataset) -> list[str]:
     """What is to be said of a source before anything is made of it: what is left out, and splits that training will miss."""
     told = list(dataset.source.get("notes", []))
     if skipped := dataset.source.get("skipped_files"):
-        told.append(f"{skipped} files without a picture's ending are left out")
+        told.append(f"{skipped} files without a picture's ending, or linked folders inside a class, are left out")
     again = "to train on this source, ingest into a new store with --val-fraction 0.1"
     if "train" not in dataset.splits:
         told.append("there is no train split: captions can be made, but nothing can be trained on this store")
@@ -167,8 +173,8 @@ class Reader:
     piece by piece: where a file is one group of many gigabytes, several readers would otherwise hold it several times.
     """
 
-    def __init__(self, root: str) -> None:
-        self._root = root
+    def __init__(self, root: str, kind: str) -> None:
+        self._root, self._listed = root, kind in LISTED
         self._kept: tuple[str, pa.ChunkedArray | dict[int, pa.Scalar]] = ("", {})
         self._expected: dict[str, set[int]] = {}
 
@@ -187,7 +193,7 @@ class Reader:
         """
         match = _IN_PARQUET.fullmatch(place)
         if match is None:
-            return locations.fetch_picture(self._root, place, max_bytes)
+            return locations.fetch_picture(self._root, place, max_bytes, listed=self._listed)
         file, group, row = match[1], int(match[2]), int(match[3])
         kept = self._kept[1]
         if self._kept[0] != f"{file}#g{group}" or (isinstance(kept, dict) and row not in kept):
@@ -195,7 +201,7 @@ class Reader:
             try:
                 kept = self._row_group(file, group, self._expected.get(f"{file}#g{group}", set()) | {row})
             except OSError as error:
-                locations.check_alive(self._root, error)
+                locations.check_alive(self._root, error, file if self._listed else "")
                 raise
             self._kept = (f"{file}#g{group}", kept)
         picture = kept[row].as_py()
@@ -237,7 +243,10 @@ def _recorded_uri(uri: str, kind: str) -> str:
     single = kind == "jsonl" or locations.split_options(uri)[0].lower().endswith((".tar", ".parquet"))
     if single:
         return listings.parent(uri)
-    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+    if "://" in uri:
+        base, options = locations.split_options(uri)
+        return base.rstrip("/") + options
+    return os.path.abspath(os.path.expanduser(uri))
 
 
 def _class_names(listing: Listing, file: str) -> list[str]:
@@ -249,7 +258,7 @@ def _class_names(listing: Listing, file: str) -> list[str]:
     if not file:
         return list(listing.names or listing.keys)
     try:
-        with open(os.path.expanduser(file), encoding="utf-8", errors="surrogateescape") as stream:
+        with open(os.path.expanduser(file), encoding="utf-8-sig", errors="surrogateescape") as stream:
             text = locations.escaped(stream.read())
         mapping = json.loads(text) if text.lstrip().startswith("{") else {}
     except (OSError, ValueError) as error:
@@ -258,10 +267,13 @@ def _class_names(listing: Listing, file: str) -> list[str]:
     if mapping:
         named = {str(key): str(name) for key, name in mapping.items()}
     else:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        pairs = [re.split(r"[\t ]+", line, maxsplit=1) for line in lines]
-        if all(len(pair) == 2 and pair[0] in listing.keys for pair in pairs):
-            named = {key: name for key, name in pairs}
+        lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+        pairs = [_key_and_name(line, set(listing.keys)) for line in lines]
+        if any("\t" in line for line in lines) or all(pairs):
+            if wrong := next((line for line, pair in zip(lines, pairs, strict=True) if pair is None), None):
+                message = f"class_names={file}: {wrong[:80]!r} is not a class of the source, a tab and its name."
+                raise SettingsError(message)
+            named = {pair[0]: pair[1] for pair in pairs if pair is not None}
         elif len(lines) == len(listing.keys):
             named = dict(zip(listing.keys, lines, strict=True))
         elif all(key.isdigit() for key in listing.keys) and len(lines) > len(listing.keys):
@@ -278,6 +290,16 @@ def _class_names(listing: Listing, file: str) -> list[str]:
         message = f"class_names={file}: no name for {len(missing)} classes, such as {', '.join(missing[:3])}."
         raise SettingsError(message)
     return [named[key] for key in listing.keys]
+
+
+def _key_and_name(line: str, keys: set[str]) -> tuple[str, str] | None:
+    """A class and its name, with a tab between them, or else blanks; None where the line begins with no class."""
+    key, tab, name = line.partition("\t")
+    if tab:
+        return (key.strip(), name.strip()) if key.strip() in keys and name.strip() else None
+    blanks = [match.start() for match in re.finditer(" +", line)]
+    found = next((place for place in reversed(blanks) if line[:place] in keys and line[place:].strip()), None)
+    return None if found is None else (line[:found], line[found:].strip())
 
 
 def _told_apart(entries: list[Entry]) -> list[Entry]:

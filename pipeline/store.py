@@ -35,6 +35,8 @@ from pipeline.errors import MissingError, SettingsError
 SCHEMA_VERSION = 1
 Stage = Literal["images", "captions", "embeddings"]
 STAGES: tuple[Stage, ...] = ("images", "captions", "embeddings")
+LISTED = ("folder", "webdataset", "parquet")
+"""Kinds of sources whose files were found by listing folders."""
 _BEGINNING = "beginning-"
 
 IMAGES = pa.schema(
@@ -212,6 +214,14 @@ class Store:
             filesystem.delete_file(f"{root}/{mine}")
         return Store(uri)
 
+    @property
+    def contents(self) -> str:
+        """A hash that tells this store's rows and classes from those of another store that stood, or will stand, at its place."""
+        source = self.dataset.source
+        cut = {name: source.get(name) for name in ("fingerprint", "cut", "shard_rows", "shard_bytes")}
+        told = [self.dataset.classes, {name: asdict(split) for name, split in self.dataset.splits.items()}, cut]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
     def folder(self, stage: Stage, variant: str = "") -> str:
         """Path of a stage's shards, relative to the store."""
         assert bool(variant) == (stage != "images"), (stage, variant)
@@ -246,10 +256,19 @@ class Store:
         if not names:
             verb = "caption" if stage == "captions" else "embed"
             message = f"store={self.uri}: has no {stage} yet; run: gpt4image {verb} --store {self.uri}"
+            if stage == "captions":
+                message += " --caption-preset NAME, or gpt4image import-captions FILE for captions that you have"
         else:
             flaw = f"no {stage} variant {wanted!r}" if wanted else f"several {stage} variants and none named"
-            message = f"store={self.uri}: {flaw}; pass --{stage} with one of: {', '.join(names)}."
+            told = [f"{name}{self._made_of(stage, name)}" for name in names]
+            message = (
+                f"store={self.uri}: {flaw}; pass --{stage} with one of: {', '.join(told)}. One that is not wanted any more may "
+                f"be deleted: its folder in {stage}/."
+            )
         raise SettingsError(message)
+
+    def _made_of(self, stage: Stage, variant: str) -> str:
+        return f" (of captions {self.variant(stage, variant)['captions']})" if stage == "embeddings" else ""
 
     def write_variant(self, stage: Stage, variant: str, settings: dict[str, Any]) -> None:
         """Records what makes a variant, once: an existing record is left as it is."""
@@ -353,9 +372,8 @@ class Store:
             ValueError: the store has no such split.
         """
         if split not in self.dataset.splits:
-            message = (
-                f"split={split!r}: the store has {', '.join(self.dataset.splits)}; name one of these, "
-                "or ingest again into a new store with --val-fraction 0.1."
+            message = f"split={split!r}: the store has {', '.join(self.dataset.splits)}; name one of these" + (
+                ", or ingest again into a new store with --val-fraction 0.1." if split == "val" else "."
             )
             raise SettingsError(message)
         found = self.dataset.splits[split]
@@ -370,7 +388,8 @@ class Store:
         """
         if image is not None:
             return image
-        data = locations.fetch_picture(self.dataset.source["uri"], uri or "", self.dataset.source["max_bytes"])
+        source = self.dataset.source
+        data = locations.fetch_picture(source["uri"], uri or "", source["max_bytes"], listed=source["kind"] in LISTED)
         if expected_hash and content_hash(data) != expected_hash:
             message = (
                 f"{uri} of {self.dataset.source['uri']} is another picture than when it was ingested: put the old one back, or "

@@ -109,6 +109,34 @@ def _files(found: models.ModelRef) -> str:
     return folder
 
 
+def fetch_weights(name: str) -> None:
+    """Fetches timm's pre-trained weights into this machine's cache, so that a run without a network ends before it begins.
+
+    Raises:
+        ValueError: timm has none for it, or they are not to be had.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    known = timm.get_pretrained_cfg(name)
+    if known is None or not known.has_weights:
+        message = f"pretrained: timm has no pre-trained weights for {name}; leave the flag out, or choose another backbone."
+        raise SettingsError(message)
+    if not known.hf_hub_id:
+        return  # of the few that timm has from elsewhere the workers tell
+    repository, _, revision = known.hf_hub_id.partition("@")
+    try:
+        hf_hub_download(repository, known.hf_hub_filename or WEIGHTS, revision=revision or None)
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return  # the repository has its weights under another name, which timm knows
+        message = (
+            f"pretrained: the weights of {name} ({repository} on the hub) are not to be had ({str(error).splitlines()[0]}). On a "
+            f"machine without a network fill the hub's cache elsewhere and copy it, or pass --backbone {FOLDER}FOLDER."
+        )
+        raise SettingsError(message) from None
+
+
 def _fetched(found: models.ModelRef, file: str) -> str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError

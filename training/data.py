@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipeline.errors import SettingsError
+from pipeline.errors import RunStoppedError, SettingsError
 from pipeline.store import Store
 from training.augment import Augment
 from training.order import ROW, SHARD, Sequence
@@ -148,7 +148,7 @@ class Decoder:
         cuts = np.flatnonzero((np.diff(samples[:, [SHARD, ROW]], axis=0) != 0).any(1)) + 1
         for views in np.split(np.arange(len(samples)), cuts) if len(samples) else []:
             shard, row = shards[views[0]], int(samples[views[0], ROW])
-            data = self._store.picture(*(column[row].as_py() for column in (shard.pictures, shard.uris, shard.hashes)))
+            data = self._bytes(shard, row)
             if train:
                 width, height = (int(edge) for edge in shard.sizes[row])
                 for place, view in zip(views, self._augment.train(data, width, height, samples[views]), strict=True):
@@ -164,6 +164,17 @@ class Decoder:
             part["texts"] = np.stack([s.texts[r] for s, r in pairs if s.texts is not None])
             part["groups"] = np.array([s.groups[r] for s, r in pairs if s.groups is not None], np.int64)
         return part
+
+    def _bytes(self, shard: _Shard, row: int) -> bytes:
+        image, uri, content_hash = (column[row].as_py() for column in (shard.pictures, shard.uris, shard.hashes))
+        try:
+            return self._store.picture(image, uri, content_hash)
+        except OSError as error:  # of a store that keeps places and no pictures
+            message = (
+                f"picture {uri} cannot be read any more ({error}). Put it back, and the same command goes on; a store that is "
+                "ingested without --no-pack holds its pictures itself."
+            )
+            raise RunStoppedError(message) from None
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Reads shards that will be needed."""

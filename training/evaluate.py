@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import locations
 from pipeline.errors import SettingsError
 from pipeline.prompts import class_name
 from pipeline.store import Store
@@ -170,6 +171,8 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
         ValueError: no such split, or zero-shot of a run without alignment or with an encoder that is not to be had.
     """
     config = record.read(settings.run)
+    if settings.to:
+        locations.check_writable("to", settings.to)
     if settings.asks_zero_shot and not config.alignment_weight:
         message = f"zero_shot: {settings.run} is a baseline, without a head into the texts' space; evaluate an aligned run."
         raise SettingsError(message)

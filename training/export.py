@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import locations
 from pipeline.errors import RunStoppedError, SettingsError
 from pipeline.prompts import class_name
 from pipeline.store import Store
@@ -224,6 +225,7 @@ def _check_folder(settings: ExportConfig) -> None:
     if os.path.exists(settings.to) and not os.path.isdir(settings.to):
         message = f"to={settings.to}: is a file; pass a folder."
         raise SettingsError(message)
+    locations.check_writable("to", settings.to)
     if not settings.overwrite and os.path.isdir(settings.to) and os.listdir(settings.to):
         message = f"to={settings.to}: the folder is not empty; pass another, or --overwrite to replace an earlier export in it."
         raise SettingsError(message)

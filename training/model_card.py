@@ -55,7 +55,10 @@ def _accuracy(config: TrainConfig, weights: str, state: dict[str, Any]) -> str:
     if top1 is None or top5 is None:
         return "Not evaluated."
     images = f"{int(last['eval_images'])} images of the split `{config.eval_split}`"
-    return f"top-1 {top1:.2f} %, top-5 {top5:.2f} % on {images}, as timm's validation counts."
+    inside = ""
+    if state.get("sums"):
+        inside = f" That was at the end of epoch {int(last['epoch'])}; these weights are from inside the next one, not evaluated."
+    return f"top-1 {top1:.2f} %, top-5 {top5:.2f} % on {images}, as timm's validation counts.{inside}"
 
 
 def _input(recipe: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline import locations
 from pipeline.errors import MissingError, OtherSettingsError, SettingsError
+from pipeline.store import Store
 from training import tracking
 from training.config import FREE, TrainConfig
 
@@ -22,13 +23,30 @@ Recorded = dict[str, Any]
 # Raised when a setting keeps its name and changes its meaning. Records without a version are older than versions.
 VERSION = 1
 
+_NO_SETTINGS = ("version", "store_contents")
+
 # What releases did that did not know a setting, where that is not the setting's default.
 _BEFORE: Recorded = {"ema_warmup": False}
 
 
-def written(config: TrainConfig) -> Recorded:
-    """The content of config.json."""
-    return {"version": VERSION, **asdict(config), "tracking_uri": tracking.masked(config.tracking_uri)}
+def written(config: TrainConfig, store_contents: str) -> Recorded:
+    """The content of config.json; see `Store.contents`."""
+    masked = {"tracking_uri": tracking.masked(config.tracking_uri)}
+    return {"version": VERSION, "store_contents": store_contents, **asdict(config), **masked}
+
+
+def check_store(run: str, recorded: Recorded, store: Store) -> None:
+    """Whether the store is the one that a run was begun on; early releases did not record which.
+
+    Raises:
+        OtherSettingsError: it was made anew since, at the same place, of other pictures, labels, splits or shards.
+    """
+    if recorded.get("store_contents", store.contents) != store.contents:
+        message = (
+            f"run={run}: was begun on another store; pass another --run.\n"
+            f"  {store.uri} has other pictures, classes, splits or shards now than when the run began"
+        )
+        raise OtherSettingsError(message)
 
 
 def settings(run: str, recorded: Recorded) -> TrainConfig:
@@ -41,7 +59,7 @@ def settings(run: str, recorded: Recorded) -> TrainConfig:
     Raises:
         ValueError: a newer release wrote it, or it holds settings that this one does not know.
     """
-    version, values = recorded.get("version", 0), {name: value for name, value in recorded.items() if name != "version"}
+    version, values = recorded.get("version", 0), {name: recorded[name] for name in recorded if name not in _NO_SETTINGS}
     unknown = sorted(values.keys() - {field.name for field in fields(TrainConfig)})
     if version > VERSION or unknown:
         message = (
@@ -56,18 +74,22 @@ def settings(run: str, recorded: Recorded) -> TrainConfig:
 
 
 def read(run: str) -> TrainConfig:
-    """The settings that a run was made with.
+    """The settings that a run was made with; its store, if it is still there, must be the one that it was made on.
 
     Raises:
         FileNotFoundError: `run` is no folder of a run.
-        ValueError: see `settings`.
+        ValueError: see `settings` and `check_store`.
     """
     try:
         text = locations.fetch(run, "config.json")
     except (FileNotFoundError, NotADirectoryError):
         message = f"run={run}: holds no config.json, so it is no run; `gpt4image train` makes one."
         raise MissingError(message) from None
-    return settings(run, json.loads(text))
+    recorded = json.loads(text)
+    found = settings(run, recorded)
+    if Store.exists(found.store):
+        check_store(run, recorded, Store(found.store))
+    return found
 
 
 def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:

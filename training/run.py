@@ -19,8 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from pyarrow import fs
+
 from pipeline import locations, lock, session
-from pipeline.errors import NotFiniteError, SettingsError
+from pipeline.errors import MissingError, NotFiniteError, RunStoppedError, SettingsError
 from pipeline.store import Store
 from training import record, tracking
 from training.config import FREE, TrainConfig, short_name
@@ -59,13 +61,16 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
 
 
 def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[Any], progress: bool) -> Result:
+    config = _tracked_as_begun(config)
     session.start_ray()
     config, cpus, gpus = _placed(config)
     filesystem, path = locations.resolve(config.run)
     filesystem.create_dir(path, recursive=True)
-    write_json(config.run, "config.json", record.written(config))
-    if read_json(config.run, "failure.json") is not None:
-        filesystem.delete_file(f"{path}/failure.json")
+    write_json(config.run, "config.json", record.written(config, Store(config.store).contents))
+    for name in ("failure.json", "stopped.json", "progress.json"):
+        if read_json(config.run, name) is not None:
+            filesystem.delete_file(f"{path}/{name}")
+    _remove_leftovers(config.run)
     run_id = _tracking_run(config, variants)
 
     # A report waits until the one before has been fetched; Ray's two seconds are longer than an epoch of a small set.
@@ -93,8 +98,18 @@ def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=record.headline_name(config)),
         ),
     )  # fmt: skip
-    with Follower(config.run, config.epochs, show=progress):
-        trainer.fit()
+    if progress:
+        print(f"train: {config.run}: starting {config.workers} workers", file=sys.stderr, flush=True)
+    try:
+        with Follower(config.run, config.epochs, show=progress):
+            trainer.fit()
+    except SystemExit:  # how Ray Train ends the program after Ctrl-C
+        raise KeyboardInterrupt from None
+    except Exception:
+        if read_json(config.run, "stopped.json") is None:
+            raise
+    if (stopped := read_json(config.run, "stopped.json")) is not None:
+        raise RunStoppedError(stopped["message"])
     if (failure := read_json(config.run, "failure.json")) is not None:
         raise NotFiniteError(failure["message"])
     result = _result(config, tracking.actual_run_id(run_id, _spool(config)))
@@ -112,6 +127,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     from training import loop
 
     config = TrainConfig(**arguments["config"])
+    if read_json(config.run, "stopped.json") is not None:
+        return  # started again after what the next start would meet, too
     rank = ray.train.get_context().get_world_rank()
     device = get_device()
     assert isinstance(device, torch.device)
@@ -130,6 +147,11 @@ def train_worker(arguments: dict[str, Any]) -> None:
         if rank == 0:
             write_json(config.run, "failure.json", {"message": str(error)})
         reporter.finish("FAILED")
+    except RunStoppedError as error:
+        # Of this worker alone: the others wait for it, so Ray must start the group again, which then finds the note and ends.
+        write_json(config.run, "stopped.json", {"message": str(error)})
+        reporter.finish("FAILED")
+        raise
     else:
         reporter.finish("FINISHED")
 
@@ -253,14 +275,28 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
         ValueError: settings that do not fit the store, or the run that is to be resumed.
     """
     config = replace(config, run=record.address(config.run or default_run(config)), store=record.address(config.store))
+    locations.check_writable("run", config.run)
     from training import backbones
 
     recorded = read_json(config.run, "config.json")
     config = backbones.resolved(config, recorded)
     if recorded is not None:
         config = record.resumed(config, recorded)
+        record.check_store(config.run, recorded, Store(config.store))
     variants = check(config)
+    if config.pretrained and not config.brings_weights and not _has_checkpoint(config.run):
+        backbones.fetch_weights(config.backbone)
     return replace(config, embeddings=variants["embeddings"] or config.embeddings), variants
+
+
+def _has_checkpoint(run: str) -> bool:
+    from training import checkpoint
+
+    try:
+        checkpoint.find(run)
+    except MissingError:
+        return False
+    return True
 
 
 def check(config: TrainConfig) -> dict[str, str]:
@@ -281,6 +317,12 @@ def check(config: TrainConfig) -> dict[str, str]:
     )
     backbones.check_optimizer(config.optimizer)
     store.split_shards(config.eval_split)
+    if not len(Rows(store, config.eval_split)):
+        message = (
+            f"eval_split={config.eval_split}: none of its pictures can be used, and training is judged by it; "
+            f"`gpt4image status --store {config.store}` says why. Mend them, or pass another --eval-split."
+        )
+        raise SettingsError(message)
     rows = len(Rows(store, config.train_split))
     if rows < config.batch_size:
         message = (
@@ -292,6 +334,11 @@ def check(config: TrainConfig) -> dict[str, str]:
         return {"embeddings": "", "captions": ""}
     # Fits and keeps the PCA here, once, rather than in every worker.
     found = targets.of_config(config, store)
+    receipts = store.receipts("embeddings", found.embeddings)
+    if without := sum(receipts[shard].failed for shard in store.split_shards(config.train_split)):
+        split, all_rows = config.train_split, store.dataset.splits[config.train_split].rows
+        told = f"{without} of {all_rows} pictures of the split {split} have no embedding in {found.embeddings}"
+        print(f"train: {told}: they count for classification only", file=sys.stderr)
     return {"embeddings": found.embeddings, "captions": found.captions}
 
 
@@ -326,9 +373,43 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
     return replace(config, workers=workers, loader=loader), cpus, gpus > 0
 
 
+def _remove_leftovers(run: str) -> None:
+    """Deletes checkpoints that a killed driver left behind: those that Ray Train's own list, if it is there, does not name."""
+    listed = read_json(run, "checkpoint_manager_snapshot.json")
+    if listed is None or "checkpoint_results" not in listed:
+        return
+    kept = {result["checkpoint_dir_name"] for result in listed["checkpoint_results"]}
+    filesystem, path = locations.resolve(run)
+    for info in filesystem.get_file_info(fs.FileSelector(path)):
+        if info.base_name.startswith("checkpoint_") and info.base_name not in kept and info.type == fs.FileType.Directory:
+            filesystem.delete_dir(info.path)
+
+
+def _tracked_as_begun(config: TrainConfig) -> TrainConfig:
+    """A run goes on where its metrics went so far: no other MLflow knows it.
+
+    Raises:
+        ValueError: another address, and the one on record had a password, which is not.
+    """
+    recorded = read_json(config.run, "mlflow.json")
+    if recorded is None or not recorded["run_id"] or config.tracking_uri == tracking.OFF:
+        return config
+    before, now = str(recorded["tracking_uri"]), tracking.masked(config.tracking_uri)
+    if before == now:
+        return config
+    if "***" in before:
+        message = (
+            f"tracking_uri={now}: the run is in {before}, and no other MLflow knows it; pass that address, or --tracking-uri "
+            f"{tracking.OFF}."
+        )
+        raise SettingsError(message)
+    print(f"train: metrics go on to {before}, where the run is, and not to {now}", file=sys.stderr)
+    return replace(config, tracking_uri=before)
+
+
 def _tracking_run(config: TrainConfig, variants: dict[str, str]) -> str:
     recorded = read_json(config.run, "mlflow.json")
-    if recorded is not None:
+    if recorded is not None and (recorded["run_id"] or config.tracking_uri == tracking.OFF):
         return str(recorded["run_id"])
     params = {key: value for key, value in asdict(config).items() if key not in FREE}
     name = config.run.rpartition("/")[2]

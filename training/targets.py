@@ -1,11 +1,13 @@
 """Text targets of training: which embedding variant, how wide, and PCA for a shared space narrower than the embeddings.
 
-PCA is fitted once for an embedding variant, on the train split, streaming over its shards in float64, and kept in the store
-beside the vectors (`pca.safetensors`), so that every trial and every resumed run projects alike.
+PCA is fitted once for an embedding variant and the split that is trained on, streaming over its shards in float64, and kept in
+the store beside the vectors (`pca.safetensors`), so that every trial and every resumed run projects alike.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,14 +79,30 @@ def _pca(store: Store, name: str, split: str, width: int) -> tuple[Array, Array]
     from safetensors.numpy import load as from_bytes
     from safetensors.numpy import save as to_bytes
 
-    path = f"embeddings/{name}/pca.safetensors"
+    path = f"embeddings/{name}/pca{'' if split == 'train' else f'-{split}'}.safetensors"
+    of = _vectors_of_split(store, name, split)
     data = store.read_file(path)
-    if data is None:
+    # Vectors that were made anew have another basis; files of earlier releases do not say of which they are, and are believed.
+    if data is None or _made_of(data) not in ("", of):
         mean, basis, variance = _fit(store, name, split, width)
-        data = to_bytes({"mean": mean, "basis": basis, "variance": variance})
+        data = to_bytes({"mean": mean, "basis": basis, "variance": variance}, metadata={"vectors": of})
         store.write_file(path, data)
     parts = from_bytes(data)
     return parts["mean"], parts["basis"]
+
+
+def _vectors_of_split(store: Store, name: str, split: str) -> str:
+    receipts = store.receipts("embeddings", name)
+    digest = hashlib.sha256()
+    for shard in store.split_shards(split):
+        digest.update(receipts[shard].checksum.encode())
+    return digest.hexdigest()
+
+
+def _made_of(data: bytes) -> str:
+    """What a file of safetensors says of its vectors: its header, JSON behind the length of it in eight bytes."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return str(header.get("__metadata__", {}).get("vectors", ""))
 
 
 def _fit(store: Store, name: str, split: str, width: int) -> tuple[Array, Array, Array]:

@@ -59,9 +59,9 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         faults = []
-        for name in ("alignment_weights", "projection_dims", "seeds"):
+        for name in ("alignment_weights", "projection_dims", "seeds", "backbones"):
             values = getattr(self, name)
-            if not values or len(set(values)) != len(values):
+            if (not values and name != "backbones") or len(set(values)) != len(values):
                 faults.append(f"{name}={values}: give one or more values, each once.")
         if any(not 0 <= weight < float("inf") for weight in self.alignment_weights):
             faults.append(f"alignment_weights={self.alignment_weights}: must be 0 or more.")

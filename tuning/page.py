@@ -12,7 +12,7 @@ import os
 from importlib import resources
 from typing import Any
 
-from pipeline import images
+from pipeline import images, locations
 from pipeline.prompts import class_name
 from pipeline.store import Store
 from training.record import headline
@@ -41,6 +41,7 @@ def write(path: str, sweeps: list[dict[str, Any]], *, pictures: int) -> None:
         sweeps=[_sweep(content) for content in sweeps],
         comparisons=[_comparison(result) for result in results if len(result.seeds) > 1],
     )
+    locations.check_writable("html", os.path.dirname(os.path.abspath(path)))
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "w", encoding="utf-8") as stream:
         stream.write(text)

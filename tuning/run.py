@@ -18,6 +18,7 @@ from pyarrow import fs
 
 from pipeline import locations, lock, session
 from pipeline.errors import NotFiniteError, OtherSettingsError, TrialsFailedError
+from pipeline.store import Store
 from training import record, tracking
 from training import run as training_run
 from training.config import ExportConfig, TrainConfig
@@ -38,6 +39,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     """
     sweep = config.sweep or f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     sweep = locations.resolve(sweep)[1] if locations.is_local(sweep) else sweep.rstrip("/")
+    locations.check_writable("sweep", sweep)
     # Every fault of the grid before the first trial starts.
     plain = space.trials(config, sweep)
     _check_earlier_grids(plain, sweep)
@@ -83,7 +85,7 @@ def require_results(content: dict[str, Any]) -> None:
     raise TrialsFailedError("\n".join(lines))
 
 
-def run_trial(trial: Trial) -> None:
+def run_trial(trial: dict[str, str], configs: dict[str, dict[str, Any]]) -> None:
     """One trial: builds the trainer in Tune's process and hands its metrics up, epoch by epoch."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -95,7 +97,7 @@ def run_trial(trial: Trial) -> None:
                 super().after_report(run_context, metrics, checkpoint)
 
     try:
-        training_run.train(TrainConfig(**trial["config"]), callbacks=[Epochs()], progress=False)  # type: ignore[no-untyped-call]
+        training_run.train(TrainConfig(**configs[trial["trial"]]), callbacks=[Epochs()], progress=False)  # type: ignore[no-untyped-call]
     except NotFiniteError:
         return  # which the run's failure.json says; to Tune this is an end, since after an error it would try once more
 
@@ -131,6 +133,7 @@ def _check_earlier_grids(plain: list[TrainConfig], sweep: str) -> None:
         trial = replace(plain[0], run=run, store=record.address(plain[0].store), **own)
         try:
             record.resumed(trial, recorded)
+            record.check_store(run, recorded, Store(trial.store))
         except OtherSettingsError as error:
             raise _other_settings(trial, sweep, error) from None
 
@@ -141,20 +144,23 @@ def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None
     from ray import tune as ray_tune
 
     concurrent, threads = _concurrent(config)
+    print(f"tune: starting {len(todo)} trials, {concurrent} at a time", file=sys.stderr, flush=True)
     todo = [replace(trial, threads=trial.threads or threads) for trial in todo]
     # The trial's own process only waits for its workers, whose CPUs and GPUs Ray Train asks for itself.
-    trainable = ray_tune.with_resources(run_trial, {"CPU": 0.1})
+    # Settings reach it beside Tune's own parameters, which Tune writes into files: an MLflow address may hold a password.
+    configs = {space.trial_name(trial): asdict(trial) for trial in todo}
+    trainable = ray_tune.with_resources(ray_tune.with_parameters(run_trial, configs=configs), {"CPU": 0.1})
     filesystem, path = locations.resolve(sweep)
     tuner = ray_tune.Tuner(
         trainable,
-        param_space={"config": ray_tune.grid_search([asdict(trial) for trial in todo])},
+        param_space={"trial": ray_tune.grid_search(list(configs))},
         # Without a metric: Tune would demand it of every trial, and one that diverges in its first epoch has none.
         tune_config=ray_tune.TuneConfig(
             max_concurrent_trials=concurrent, reuse_actors=False,
             trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,
         ),
         run_config=ray_tune.RunConfig(
-            name="tune", storage_path=path, storage_filesystem=filesystem, verbose=0, callbacks=[_progress(len(todo))],
+            name="tune", storage_path=path, storage_filesystem=filesystem, verbose=0, callbacks=[_progress(configs)],
             failure_config=ray_tune.FailureConfig(max_failures=1),
         ),
     )  # fmt: skip
@@ -162,7 +168,7 @@ def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None
 
 
 def _trial_name(trial: Any) -> str:
-    return space.trial_name(TrainConfig(**trial.config["config"]))
+    return str(trial.config["trial"])
 
 
 def _concurrent(config: TuneConfig) -> tuple[int, int]:
@@ -173,18 +179,19 @@ def _concurrent(config: TuneConfig) -> tuple[int, int]:
     return concurrent, max(1, session.cores() // (workers * concurrent))
 
 
-def _progress(count: int) -> Any:
+def _progress(configs: dict[str, dict[str, Any]]) -> Any:
     """A Tune callback that prints a line a finished trial, with the time left."""
     from ray.tune import Callback
 
-    start = time.monotonic()
+    start, count = time.monotonic(), len(configs)
 
     class Progress(Callback):
         done = 0
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            diverged = read_json(trial.config["config"]["run"], "failure.json") is not None
-            self._line(trial, "diverged" if diverged else f"top-1 {trial.last_result.get('top1', float('nan')):.2f}")
+            diverged = read_json(configs[_trial_name(trial)]["run"], "failure.json") is not None
+            last = trial.last_result if "top1" in trial.last_result else {"top1": float("nan")}
+            self._line(trial, "diverged" if diverged else f"top-1 {record.headline(last):.2f}")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._line(trial, "failed")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import asdict, replace
 
 from pipeline import locations
+from pipeline.errors import SettingsError
 from training.config import TrainConfig, short_name
 from tuning.config import TuneConfig
 
@@ -24,6 +26,10 @@ def trials(config: TuneConfig, sweep: str) -> list[TrainConfig]:
             own = {"backbone": backbone, "alignment_weight": weight, "projection_dim": dim if weight else 0, "seed": seed}
             trial = TrainConfig(**{**shared, **own, "log_artifacts": "none"})
             found.append(replace(trial, run=locations.join(sweep, trial_name(trial))))
+    names = Counter(trial_name(trial) for trial in found)
+    if twice := [name for name, count in names.items() if count > 1]:
+        message = f"trials of one name, which would share a folder: {', '.join(twice)}; leave one of each out of the grid."
+        raise SettingsError(message)
     return found
 
 
@@ -34,5 +40,7 @@ def trial_name(trial: TrainConfig) -> str:
     """
     if trial.run:
         return locations.split_options(trial.run)[0].rstrip("/").rpartition("/")[2]
-    kind = f"w{trial.alignment_weight:g}-d{trial.projection_dim}" if trial.alignment_weight else "baseline"
+    weight = f"{trial.alignment_weight:g}"
+    weight = weight if float(weight) == trial.alignment_weight else repr(trial.alignment_weight)
+    kind = f"w{weight}-d{trial.projection_dim}" if trial.alignment_weight else "baseline"
     return f"{short_name(trial.backbone)}-{kind}-s{trial.seed}"

@@ -10,6 +10,7 @@ import json
 import posixpath
 from collections.abc import Sequence
 
+from pipeline import locations
 from pipeline.errors import SettingsError
 
 
@@ -46,7 +47,24 @@ def _parse_line(line: str, where: str) -> tuple[str, str]:
     if not isinstance(key, str) or not isinstance(caption, str):
         message = f'{where}: "path" and "caption" must be strings.'
         raise SettingsError(message)
-    return posixpath.normpath(key.replace("\\", "/")), caption
+    return key, caption
+
+
+def matched(captions: dict[str, str], known: set[str]) -> dict[str, str]:
+    """Captions by the store's ids: by the path as it is written, else with `./` and `\\` understood, else as it is written."""
+
+    def key_of(path: str) -> str:
+        if path in known:
+            return path
+        plain = posixpath.normpath(path.replace("\\", "/"))
+        return plain if plain in known else path
+
+    found: dict[str, str] = {}
+    for path, caption in captions.items():
+        if found.setdefault(key_of(path), caption) != caption:
+            message = f"a second, different caption for {key_of(path)!r}, as {path!r}; keep one line a picture."
+            raise SettingsError(message)
+    return found
 
 
 def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str, str]:
@@ -81,6 +99,7 @@ def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str
 
 def image_folder_key(key: str, label_depth: int) -> tuple[str, str, str]:
     """Sorts ids as torchvision's ImageFolder does: by class, then by directory, then by file name."""
-    parts = key.split("/")
+    name = locations.unescaped(key)  # as torchvision sees it: of names that are no UTF-8 the escapes would sort elsewhere
+    parts = name.split("/")
     label = parts[label_depth - 1]
-    return label, posixpath.dirname(key), parts[-1]
+    return label, posixpath.dirname(name), parts[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -123,3 +124,26 @@ def test_a_missing_part_comes_with_its_mend() -> None:
     assert (found.state, found.mend) == ("missing", "install it")
     assert "no_such_module" in found.detail
     assert doctor._examine(doctor.Check(name="x", code="raise SystemExit(1)", mend="m", needed=False)).state == "absent"
+
+
+def test_a_job_takes_no_secrets_along(tmp_path: Path) -> None:
+    """What Ray packs of a folder in which keys lie about."""
+    from ray._private.runtime_env.packaging import create_package
+
+    secret = [
+        ".env",
+        ".env.local",
+        "key.pem",
+        "sub/id_ed25519",
+        ".ssh/config",
+        "gcp-credentials.json",
+        "sub/.netrc",
+        ".aws/config",
+    ]
+    wanted = ["pipeline/run.py", "prompts/environment.txt", "names.json"]
+    for name in [*secret, *wanted]:
+        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "work" / name).write_text("x")
+    create_package(str(tmp_path / "work"), tmp_path / "job.zip", include_gitignore=True, excludes=jobs.EXCLUDES + jobs.SECRETS)
+    with zipfile.ZipFile(tmp_path / "job.zip") as packed:
+        assert sorted(name for name in packed.namelist() if not name.endswith("/")) == sorted(wanted)

@@ -57,3 +57,11 @@ def test_a_workers_own_error_is_none_of_the_settings() -> None:
     assert isinstance(error, errors.SettingsError)
     with pytest.raises(errors.SettingsError):
         failing(error)
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> int:
+        raise KeyboardInterrupt
+
+    assert errors.reported("gpt4image ingest", work) == 130
+    assert "gpt4image ingest: stopped. What is finished is kept" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
+from pipeline import locations
 from pipeline.__main__ import main
 from pipeline.captioners import imported
 from pipeline.store import Store
@@ -124,7 +126,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, complaint: str) ->
 def test_two_captions_for_one_picture_are_refused(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"path": "./a", "caption": "x"}\n{"path": "a", "caption": "y"}\n')
     with pytest.raises(ValueError, match="second, different caption for 'a'"):
-        imported.read_jsonl(str(tmp_path / "c.jsonl"))
+        imported.matched(imported.read_jsonl(str(tmp_path / "c.jsonl")), {"a"})
 
 
 def test_a_mended_picture_gets_its_caption_when_the_import_is_repeated(tmp_path: Path, make_store: Folder) -> None:
@@ -159,3 +161,33 @@ def test_one_list_for_two_splits_is_two_variants(tmp_path: Path, make_store: Fol
         assert main([*command, "--max-failure-rate", "0.5"]) == 0
     made = [store.variant("captions", name) for name in store.variants("captions") if name != "test"]
     assert sorted(settings.get("split", "train") for settings in made) == ["train", "val"]
+
+
+def test_a_list_by_position_goes_with_image_folders_only(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+    """Rows of other sources have an order of their own, and every caption would be another picture's."""
+    store = make_store(tmp_path / "store", train=12)
+    dataset = json.loads((store / "dataset.json").read_text())
+    dataset["source"]["kind"] = "parquet"
+    (store / "dataset.json").write_text(json.dumps(dataset))
+    torch.save([f"caption {n}" for n in range(12)], tmp_path / "list.pth")
+    assert main(["import-captions", str(tmp_path / "list.pth"), "--store", str(store)]) == 2
+    assert Store(str(store)).variants("captions") == ["test"]
+
+
+def test_names_that_are_not_utf8_are_sorted_as_torchvision_sees_them(tmp_path: Path) -> None:
+    for name in (b"caf\xe9.png", b"cafx.png", "caf\u00e9.png".encode(), b"plain.png", b"caf<e9>.png"):
+        path = os.path.join(os.fsencode(tmp_path), b"c", name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as stream:
+            stream.write(b"x")
+    order = [os.path.relpath(path, tmp_path) for path, _ in ImageFolder(str(tmp_path)).samples]
+    keys = sorted(map(locations.escaped, order), key=lambda key: imported.image_folder_key(key, 1))
+    assert [locations.unescaped(key) for key in keys] == order
+
+
+def test_a_path_is_taken_as_it_is_written_before_it_is_made_plain() -> None:
+    known = {"./a.jpg", "b\\c.jpg", "d/e.jpg"}
+    found = imported.matched({"./a.jpg": "1", "b\\c.jpg": "2", "./d\\e.jpg": "3", "./x.jpg": "4"}, known)
+    assert found == {"./a.jpg": "1", "b\\c.jpg": "2", "d/e.jpg": "3", "./x.jpg": "4"}
+    with pytest.raises(ValueError, match=r"a second, different caption for 'd/e\.jpg'"):
+        imported.matched({"d/e.jpg": "1", "./d/e.jpg": "2"}, known)

@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline import listings, locations
 from pipeline.config import SourceConfig
 from pipeline.shards import IngestShard, PreparePictures
-from pipeline.sources import Plan, Reader, Row, notes, plan
+from pipeline.sources import Plan, Reader, Row, differences, notes, plan
 from pipeline.store import Store
 
 Folder = Callable[..., Path]
@@ -130,14 +130,15 @@ def test_dotted_names_in_a_tar_are_a_row_each(tmp_path: Path) -> None:
     assert rows.keys() == {f"x.tar#cat/2024.05.{day:02}" for day in range(1, 6)} | {"x.tar#dog/a", "x.tar#dog/a.b"}
     labels = {key: found.dataset.classes[row.label] for key, row in rows.items()}
     assert (labels["x.tar#dog/a"], labels["x.tar#dog/a.b"], labels["x.tar#cat/2024.05.01"]) == ("dog", "hound", "cat")
-    assert {Reader(str(tmp_path))(row.place, 10**4) for row in rows.values()} == {picture(n) for n in (1, 2, 3, 4, 5, 9, 10)}
+    read = Reader(str(tmp_path), "webdataset")
+    assert {read(row.place, 10**4) for row in rows.values()} == {picture(n) for n in (1, 2, 3, 4, 5, 9, 10)}
 
 
 def test_of_a_sample_with_several_pictures_the_plainly_named_is_taken_and_the_others_are_told(tmp_path: Path) -> None:
     members = {"k.depth.png": picture(1), "k.jpg": picture(2), "k.cls": b"0", "m.mask.png": picture(3), "m.png": picture(4)}
     found = plan(config(write_tar(tmp_path / "x.tar", members | {"m.cls": b"1"})))
     rows = rows_of(found)
-    assert {key: Reader(str(tmp_path))(row.place, 10**4) for key, row in rows.items()} == {
+    assert {key: Reader(str(tmp_path), "webdataset")(row.place, 10**4) for key, row in rows.items()} == {
         "x.tar#k": picture(2), "x.tar#m": picture(4),
     }  # fmt: skip
     assert any(
@@ -170,7 +171,7 @@ def test_a_tar_with_a_damaged_header_in_its_middle_is_refused_and_not_read_in_pa
     data = bytearray(path.read_bytes())
     data[2 * 1024 + 30] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"x\.tar: cannot be read as a tar \(damaged at byte 2048\)"):
+    with pytest.raises(ValueError, match=r"x\.tar: cannot be read as a tar \(damaged at byte 2048, or another"):
         plan(config(path))
 
 
@@ -371,7 +372,7 @@ def test_of_a_large_row_group_only_the_rows_wanted_are_held(tmp_path: Path, monk
     expected = images.field("bytes").to_pylist()
     del images
     monkeypatch.setattr(listings, "LARGE_GROUP", 2**20)
-    read = Reader(str(tmp_path))
+    read = Reader(str(tmp_path), "webdataset")
     wanted = [7, 3, 250, 399]
     places = [f"x.parquet#g0-{row}" for row in wanted]
     pool = pa.default_memory_pool()
@@ -382,7 +383,7 @@ def test_of_a_large_row_group_only_the_rows_wanted_are_held(tmp_path: Path, monk
     assert held < 10 * size, f"{held} bytes held of {count * size}"
     assert read("x.parquet#g0-8", 10**6) == expected[8], "also one that nobody expected"
     monkeypatch.setattr(listings, "LARGE_GROUP", 2**30)
-    whole = Reader(str(tmp_path))
+    whole = Reader(str(tmp_path), "webdataset")
     assert [whole(place, 10**6) for place in places] == [expected[row] for row in wanted]
     told = [note for note in notes(plan(config(tmp_path)).dataset) if "row groups" in note]
     assert told == []
@@ -399,3 +400,100 @@ def test_the_gallery_shows_rows_that_have_no_class(tmp_path: Path) -> None:
     ingested(config(path, store=str(tmp_path / "store"), max_failure_rate=1))
     page = Path(gallery.write(InspectConfig(store=str(tmp_path / "store"), to=str(tmp_path / "page.html")))).read_text()
     assert "no label: give it one" in page and '"label":-1' not in page and "dogs" in page
+
+
+# One odd thing among many.
+
+
+@pytest.mark.parametrize("odd", ["unknown", -100, 1.5, True, "9999999", "-1"])
+def test_one_odd_label_does_not_number_the_others_anew(odd: Any, tmp_path: Path) -> None:
+    labels = [number % 12 for number in range(240)]
+    rows = [{"path": f"{n}.png", "label": label, "split": "train"} for n, label in enumerate([*labels, odd])]
+    found = plan(config(write_list(tmp_path / "list.jsonl", rows), limit=0))
+    assert found.dataset.classes == [str(number) for number in range(12)]
+    by_id = rows_of(found)
+    assert [by_id[f"{n}.png"].label for n in range(240)] == labels
+    assert by_id["240.png"].label == -1 and by_id["240.png"].error
+
+
+def test_digits_beside_letters_are_names(tmp_path: Path) -> None:
+    rows = [{"path": f"{n}.png", "label": label} for n, label in enumerate([*range(10), "A", "B", -1] * 3)]
+    found = plan(config(write_list(tmp_path / "list.jsonl", rows), max_failure_rate=0.1))
+    assert found.dataset.classes == [*map(str, range(10)), "A", "B"]
+    assert sum(bool(row.error) for row in rows_of(found).values()) == 3
+
+
+def test_classes_without_a_picture_are_told(tmp_path: Path) -> None:
+    rows = [{"path": f"{n}.png", "label": n * 100} for n in range(5)]
+    found = plan(config(write_list(tmp_path / "list.jsonl", rows)))
+    assert "labels up to 400 make 401 classes, of which 5 have a picture" in found.dataset.source["notes"]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("tabby cat\tCAT\ngolden retriever\tDOG\nafrican elephant\tELEPHANT\n", ""),
+        ("\ufefftabby cat\tCAT\ngolden retriever\tDOG\nafrican elephant\tELEPHANT\n", ""),
+        ("tabby cat CAT\ngolden retriever DOG\nafrican elephant ELEPHANT\n", ""),
+        ("ELEPHANT\r\nDOG\r\nCAT\r\n", ""),
+        ("tabby cat\tCAT\ngolden retreiver\tDOG\nafrican elephant\tELEPHANT\n", "golden retreiver"),
+        ("tabby cat\tCAT\ngolden retriever\nafrican elephant\tELEPHANT\n", "golden retriever"),
+        ("tabby cat\tCAT\ngolden retriever\tDOG\n", "no name for 1 classes"),
+    ],
+)
+def test_names_of_classes_go_by_their_keys_or_are_refused(text: str, complaint: str, tmp_path: Path) -> None:
+    for name in ("african elephant", "golden retriever", "tabby cat"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.png").write_bytes(picture(1))
+    (tmp_path / "names.txt").write_text(text, newline="")
+    settings = config(tmp_path / "in", class_names=str(tmp_path / "names.txt"))
+    if complaint:
+        with pytest.raises(ValueError, match=complaint):
+            plan(settings)
+    else:
+        assert plan(settings).dataset.classes == ["ELEPHANT", "DOG", "CAT"]
+
+
+def test_a_tar_that_does_not_end_as_tars_end_is_refused(tmp_path: Path) -> None:
+    members = {f"{n:02}.{end}": content for n in range(20) for end, content in (("png", picture(n)), ("cls", b"1"))}
+    whole = write_tar(tmp_path / "whole" / "x.tar", members).read_bytes()
+    with tarfile.open(tmp_path / "whole" / "x.tar") as tar:
+        headers = [member.offset for member in tar.getmembers()]
+    zeroed = bytearray(whole)
+    zeroed[headers[10] : headers[10] + 512] = bytes(512)
+    damaged = {
+        "zeroed": bytes(zeroed),
+        "joined": whole + whole,
+        "cut between": whole[: headers[10]],
+        "cut inside": whole[: headers[10] + 600],
+        "cut in a header": whole[: headers[10] + 100],
+        "cut after the last": whole[: headers[-1] + 1024],
+    }
+    assert plan(config(tmp_path / "whole")).dataset.rows == 20
+    for name, content in damaged.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.tar: cannot be read as a tar"):
+            plan(config(tmp_path / name))
+
+
+def test_a_class_may_be_called_train(picture_folder: Folder) -> None:
+    assert plan(config(picture_folder({"car": 2, "train": 2, "bus": 2}))).dataset.classes == ["bus", "car", "train"]
+    split = plan(config(picture_folder({"train/car": 2, "train/train": 2, "val/car": 1}, "split")))
+    assert split.dataset.classes == ["car", "train"] and set(split.dataset.splits) == {"train", "val"}
+
+
+def test_a_source_of_two_kinds_is_refused_until_one_is_named(picture_folder: Folder) -> None:
+    images = picture_folder({"a": 2, "b": 2})
+    write_parquet(images / "extra.parquet", ["a", "b"])
+    with pytest.raises(ValueError, match=r"several kinds \(1 of parquet, 4 of folder\): say which with --source-kind"):
+        plan(config(images))
+    assert plan(config(images, source_kind="folder")).dataset.rows == 4
+
+
+def test_an_id_that_stands_for_another_file_is_another_source(tmp_path: Path) -> None:
+    rows = [{"path": f"{n}.png", "label": "a", "id": f"row {n}", "bytes": 1} for n in range(4)]
+    before = plan(config(write_list(tmp_path / "list.jsonl", rows))).dataset
+    rows[0]["path"] = "9.png"
+    now = plan(config(write_list(tmp_path / "list.jsonl", rows))).dataset
+    assert differences(before, now) and not differences(before, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from pipeline import locations
 from pipeline.config import SourceConfig
+from pipeline.errors import RunStoppedError
 from pipeline.shards import IngestShard
 from pipeline.sources import plan
 from pipeline.store import Store
@@ -175,7 +177,7 @@ def test_a_picture_that_is_replaced_after_it_was_ingested_is_not_described(tmp_p
     import numpy as np
 
     row = [r["id"] for r in store.read_shard("images", "", 0).to_pylist()].index("dog/2.png")
-    with pytest.raises(OSError, match="is another picture"):
+    with pytest.raises(RunStoppedError, match=r"dog/2\.png cannot be read any more .*is another picture"):
         Decoder(store, None, augment, 1)(np.array([[0, 0, row, 0]]), False)
 
 
@@ -200,6 +202,30 @@ def test_storage_that_goes_away_marks_no_picture_as_failed(tmp_path: Path) -> No
     os.rename(tmp_path / "in", tmp_path / "away")
     with pytest.raises(locations.StorageError):
         PreparePictures(CaptionConfig(store=store.uri, model="x/y"), "variant")(pa.table({"shard": [0], "redo": [False]}))
+
+
+def test_a_split_on_another_disk_that_goes_away_marks_no_picture_as_failed(tmp_path: Path) -> None:
+    """Splits and classes are often links; a list may name folders that never were, and there a missing one is a row's error."""
+    import pyarrow as pa
+
+    for split, where in (("train", tmp_path / "disk"), ("val", tmp_path / "in")):
+        (where / split / "dog").mkdir(parents=True)
+        (where / split / "dog" / "1.png").write_bytes(picture())
+    (tmp_path / "in" / "train").symlink_to(tmp_path / "disk" / "train")
+    (tmp_path / "in" / "list.jsonl").write_text('{"path": "gone/1.png", "label": "a"}\n{"path": "val/dog/1.png", "label": "a"}\n')
+    found = []
+    for images in (tmp_path / "in", tmp_path / "in" / "list.jsonl"):
+        config = SourceConfig(images=str(images), store=str(tmp_path / f"store-{images.suffix}"), max_failure_rate=1)
+        cut = plan(config)
+        items = [dataclasses.asdict(row) for row in cut.shards[0]]
+        found.append((Store.create(config.store, cut.dataset), items))
+    os.rename(tmp_path / "disk", tmp_path / "away")
+    (folder, rows), (listed, lines) = found
+    with pytest.raises(locations.StorageError, match="train"):
+        IngestShard(folder.uri)(pa.table({"shard": [0], "redo": [False], "rows": [rows]}))
+    assert 0 in folder.pending("images")
+    IngestShard(listed.uri)(pa.table({"shard": [0], "redo": [False], "rows": [lines]}))
+    assert [row["error"] is None for row in listed.read_shard("images", "", 0).sort_by("id").to_pylist()] == [False, True]
 
 
 def test_a_parquet_source_that_goes_away_marks_no_row_as_failed(tmp_path: Path) -> None:
@@ -272,3 +298,25 @@ def test_an_outage_stops_an_ingest_that_goes_on_later_with_nothing_marked_failed
         server.stop()
     assert half.pending("images") == []
     assert sum(receipt.failed for receipt in half.receipts("images").values()) == 0
+
+
+def test_a_place_that_cannot_be_written_is_found_before_any_work(
+    tmp_path: Path, picture_folder: Callable[..., Path], make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As root, too, who may write wherever something can be written."""
+    from cluster import cli
+
+    images, store = str(picture_folder({"train/a": 4, "val/a": 2})), str(make_store(tmp_path / "described"))
+    (tmp_path / "file").write_text("x")
+    commands = {
+        "store": ["ingest", "--images", images, "--store"],
+        "run": ["train", "--store", store, "--preset", "smoke", "--batch-size", "12", "--projection-dim", "4", "--run"],
+        "sweep": ["tune", "--store", store, "--preset", "smoke", "--batch-size", "12", "--sweep"],
+        "to": ["inspect", store, "--to"],
+    }
+    for setting, command in commands.items():
+        for place in ("/proc/nobody/x", str(tmp_path / "file" / "below" / "x")):
+            assert cli.main([*command, place]) == 2
+            assert f"{setting}=" in (said := capsys.readouterr().err) and "nothing can be written there" in said, said
+    locations.check_writable("store", str(tmp_path / "new" / "folder"))
+    assert not (tmp_path / "new").exists()

@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
-from pipeline import lock
+from pipeline import locations, lock
 from pipeline.errors import SettingsError
 
 HOLD = (
@@ -33,6 +36,48 @@ def test_a_folder_is_held_by_one_process_until_it_ends_however_it_ends(tmp_path:
         pass
 
 
-def test_an_object_store_is_not_locked() -> None:
-    with lock.held("s3://no-such-bucket/sweep", "sweep"):
-        pass
+def test_a_folder_of_an_object_store_is_held_too(bucket: str) -> None:
+    folder = f"{bucket}/locked/sweep"
+    child = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "held\n"
+    with pytest.raises(SettingsError, match=rf"sweep={folder}: process {child.pid} on .* pass another --sweep"):
+        lock.held(folder, "sweep").__enter__()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    for _ in range(2):  # of this machine a dead process is known to be dead
+        with lock.held(folder, "sweep"):
+            pass
+    filesystem, path = locations.resolve(folder)
+    assert filesystem.get_file_info(fs.FileSelector(path)) == [], "nothing is left"
+
+
+def test_a_process_of_another_machine_is_dead_when_it_is_silent(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.5)
+    monkeypatch.setattr(lock, "SILENCE_S", 3.0)
+    folder = f"{bucket}/locked/elsewhere"
+    filesystem, path = locations.resolve(folder)
+
+    def announce() -> None:
+        with filesystem.open_output_stream(f"{path}/lock-some-host-7-abcdef01.json") as stream:
+            stream.write(b"{}")
+
+    announce()
+    with lock.held(folder, "run"):
+        assert "process 7 on some-host was at work in it less than 3 s ago" in capsys.readouterr().err
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(0.5):
+            announce()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        time.sleep(1)
+        with pytest.raises(SettingsError, match="process 7 on some-host is at work in it"):
+            lock.held(folder, "run").__enter__()
+    finally:
+        ended.set()
+        thread.join()

@@ -65,7 +65,7 @@ def test_retry_takes_what_decides_from_the_record_and_the_rest_from_its_flags(
     elsewhere = "http://127.0.0.1:10/v1"
     run.retry(RetryConfig(store=store.uri, budget_tokens=500, base_url=elsewhere, replicas=3, http_retries=1, encoder_batch=7))
     (verb, todo, config), (_, todo_vectors, embed) = here
-    assert (verb, todo, todo_vectors) == (f"retry {captions}", [2], [2])
+    assert (verb, todo, todo_vectors) == ("retry", [2], [2])
     assert CaptionVariant.of(config, models.ModelRef(name="tiny", location="-", revision="served")) == asked
     assert (config.budget_tokens, config.base_url, config.replicas, config.http_retries) == (500, elsewhere, 3, 1)
     assert (embed.long_captions, embed.captions, embed.encoder_batch) == ("split", captions, 7)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import lock
 from pipeline.__main__ import main
 from pipeline.store import Store
 
@@ -26,6 +27,7 @@ DESCRIBE, CAPTION = ([verb, "--caption-preset", "scenes"] for verb in ("describe
 def files(store: Path, *, receipts: bool = False) -> dict[str, bytes]:
     """Every file of a store by name; receipts hold seconds, so they are left out unless asked for."""
     found = {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+    found = {name: data for name, data in found.items() if not name.endswith(lock.FILE)}  # which says who was there last
     return {name: data for name, data in found.items() if receipts or "/receipts/" not in name}
 
 

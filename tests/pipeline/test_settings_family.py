@@ -224,13 +224,16 @@ def test_what_decides_an_import_makes_another_variant(name: str, make_store: Any
 
 
 def test_an_import_for_training_keeps_the_name_that_stores_have(make_store: Any, tmp_path: Path) -> None:
-    (tmp_path / "c.jsonl").write_text("")
+    content = b'{"path": "x", "caption": "y"}'
+    (tmp_path / "c.jsonl").write_bytes(content)
     store = make_store(tmp_path / "store")
-    made = bring.import_captions(ImportConfig(file=str(tmp_path / "c.jsonl"), store=str(store), max_failure_rate=1))
+    made = bring.import_captions(
+        ImportConfig(file=str(tmp_path / "c.jsonl"), store=str(store), max_failure_rate=1, ignore_unknown=True)
+    )
     assert (
         made
         == "imported-c-"
         + hashlib.sha256(
-            b'{"engine": "imported", "file": "c.jsonl", "sha256": "' + hashlib.sha256(b"").hexdigest().encode() + b'"}'
+            b'{"engine": "imported", "file": "c.jsonl", "sha256": "' + hashlib.sha256(content).hexdigest().encode() + b'"}'
         ).hexdigest()[:10]
     )

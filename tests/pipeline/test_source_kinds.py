@@ -277,7 +277,7 @@ def test_a_parquet_row_cannot_name_a_file_outside_the_source(path: str, tmp_path
     (tmp_path / "in" / "beside.jpg").write_bytes(b"beside")
     images = pa.array([{"bytes": None, "path": path}, {"bytes": None, "path": "beside.jpg"}])
     pq.write_table(pa.table({"image": images, "label": [0, 0]}), tmp_path / "in" / "train.parquet")
-    read = Reader(str(tmp_path / "in"))
+    read = Reader(str(tmp_path / "in"), "parquet")
     with pytest.raises(OSError, match="which is not beside its file"):
         read("train.parquet#g0-0", 100)
     assert read("train.parquet#g0-1", 100) == b"beside"

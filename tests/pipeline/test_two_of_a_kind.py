@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import run, sources
+from pipeline import lock, run, sources
+from pipeline.__main__ import main
 from pipeline.config import SourceConfig
 from pipeline.shards import IngestShard, WriteCaptions
 from pipeline.store import CAPTIONS, Dataset, Store
@@ -180,3 +182,14 @@ def test_a_damaged_file_is_found_by_its_receipt(tmp_path: Path, make_store: Fold
     assert main(["status", "--store", str(folder), "--verify"]) == 1
     said = capsys.readouterr().out
     assert "captions/test/part-00001.parquet" in said and "delete captions/test/receipts/part-00002.json" in said
+
+
+def test_a_second_driver_of_a_stage_is_refused_while_the_first_is_at_work(
+    tmp_path: Path, picture_folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both would pay for the same captions; whoever finds nothing to do is let in."""
+    images, store = picture_folder({"train/a": 3, "val/a": 2}), tmp_path / "store"
+    Store.create(str(store), sources.plan(SourceConfig(images=str(images), store=str(store))).dataset)
+    with lock.held(str(store / "images"), "store"):
+        assert main(["ingest", "--images", str(images), "--store", str(store)]) == 2
+    assert f"store={store}/images: process {os.getpid()}" in capsys.readouterr().err

@@ -232,3 +232,13 @@ def test_train_records_what_it_started_from_and_goes_on_without_it(
         assert name.startswith("fc.") or torch.allclose(value, start, atol=1e-6), name
     shutil.rmtree(tmp_path / "mine")
     assert main(command) == 0 and "complete; nothing to do" in capsys.readouterr().err
+
+
+def test_pre_trained_weights_that_are_not_to_be_had_end_a_run_before_it_begins(
+    tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = str(make_store(tmp_path / "store"))
+    command = ["train", "--store", store, "--preset", "smoke", "--batch-size", "12", "--pretrained", "--run", str(tmp_path / "r")]
+    assert main([*command, "--backbone", "resnet18", "--alignment-weight", "0"]) == 2
+    assert "pretrained: the weights of resnet18 (timm/resnet18" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from pipeline.store import Store
 from training import checkpoint, loop, record
+from training import run as training_run
 from training.__main__ import main
 
 pytestmark = pytest.mark.slow
@@ -174,3 +176,29 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     after = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["epoch"] for m in after] == list(range(1, 41))
     assert after[0]["seconds"] == before[0]["seconds"], "the first epoch was not trained again"
+
+
+def test_a_picture_that_is_gone_ends_a_run_with_its_name_and_the_run_goes_on_when_it_is_back(
+    ray_session: None, tmp_path: Path, picture_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One worker meets it, and the others wait for that one; Ray Train's three further tries would meet it again."""
+    images = picture_folder({"train/a": 12, "train/b": 12, "val/a": 2, "val/b": 2})
+    store, run = str(tmp_path / "store"), str(tmp_path / "run")
+    assert main(["ingest", "--images", str(images), "--store", store, "--no-pack"]) == 0
+    command = ["train", "--store", store, *SMALL, "--batch-size", "8", "--epochs", "1", "--run", run, "--alignment-weight", "0"]
+    os.rename(images / "train/a/005.jpg", tmp_path / "away.jpg")
+    assert main([*command, "--tracking-uri", "none"]) == 1
+    told = capsys.readouterr().err
+    assert "train: picture train/a/005.jpg cannot be read any more" in told and "Traceback" not in told.rpartition("train: ")[2]
+    assert (tmp_path / "run" / "stopped.json").exists()
+    os.rename(tmp_path / "away.jpg", images / "train/a/005.jpg")
+    assert main([*command, "--tracking-uri", "none"]) == 0
+    assert not (tmp_path / "run" / "stopped.json").exists()
+
+
+def test_checkpoints_of_a_killed_driver_are_cleared_away(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint_2*"))
+    shutil.copytree(tmp_path / "run" / kept[-1], tmp_path / "run" / "checkpoint_2000-01-01_00-00-00.000000")
+    training_run._remove_leftovers(str(tmp_path / "run"))
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint_2*")) == kept

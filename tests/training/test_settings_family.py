@@ -10,10 +10,14 @@ from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from training import checkpoint, loop, record, run
+from pipeline.errors import OtherSettingsError
+from pipeline.store import IMAGES, Store, embeddings_table
+from training import checkpoint, loop, record, run, targets
 from training.__main__ import main, parse_train
 from training.config import DECIDING, FREE, TrainConfig
 from training.tracking_journal import Journal
@@ -37,7 +41,8 @@ def another(name: str) -> Any:
 
 def recorded(config: TrainConfig) -> record.Recorded:
     """What config.json holds of it."""
-    content: record.Recorded = json.loads(json.dumps(record.written(config)))
+    contents = Store(config.store).contents if Store.exists(config.store) else ""
+    content: record.Recorded = json.loads(json.dumps(record.written(config, contents)))
     return content
 
 
@@ -78,7 +83,7 @@ def test_a_record_of_a_later_release_is_refused_with_what_is_unknown() -> None:
 
 
 def test_a_record_holds_no_secrets_and_its_version() -> None:
-    content = record.written(replace(BASE, tracking_uri="https://me:secret@host"))
+    content = record.written(replace(BASE, tracking_uri="https://me:secret@host"), "")
     assert content["version"] == record.VERSION and "secret" not in json.dumps(content)
 
 
@@ -134,7 +139,7 @@ def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(tmp_path: Path
 def test_an_early_run_that_told_nobody_is_given_its_embeddings(tmp_path: Path, two_embeddings: Path) -> None:
     config = TrainConfig(store=str(two_embeddings), run=str(tmp_path / "run"), batch_size=12, projection_dim=4)
     begun(config)
-    with pytest.raises(ValueError, match="pass --embeddings with one of: another, test"):
+    with pytest.raises(ValueError, match=r"one of: another \(of captions test\), test \("):
         run.prepare(config)
     assert run.prepare(replace(config, embeddings="test"))[0].embeddings == "test"
 
@@ -196,7 +201,7 @@ def test_the_command_of_an_early_release_ends_its_run(
     assert main(["train", *flags]) == 0
     assert (folder / "metrics.jsonl").read_text().startswith(first), "the first epoch was not trained again"
     assert json.loads((folder / "result.json").read_text())["epochs"] == 40
-    assert set(json.loads((folder / "config.json").read_text())) == {"version", *asdict(BASE)}
+    assert set(json.loads((folder / "config.json").read_text())) == {"version", "store_contents", *asdict(BASE)}
 
 
 def test_a_second_driver_of_a_run_is_refused_while_the_first_is_at_work(tmp_path: Path, make_store: Callable[..., Path]) -> None:
@@ -210,3 +215,45 @@ def test_a_second_driver_of_a_run_is_refused_while_the_first_is_at_work(tmp_path
     with lock.held(config.run, "run"), pytest.raises(SettingsError, match=r"process \d+ on .* is at work in it"):
         run.train(config)
     assert not (tmp_path / "run" / "config.json").exists(), "nothing was written"
+
+
+def test_a_run_does_not_go_on_with_a_store_that_was_made_anew(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+    make_store(tmp_path / "store")
+    config, _ = run.prepare(
+        TrainConfig(store=str(tmp_path / "store"), run=str(tmp_path / "run"), batch_size=12, projection_dim=4)
+    )
+    begun(config)
+    assert run.prepare(config)[0] == config
+    shutil.rmtree(tmp_path / "store")
+    make_store(tmp_path / "store", train=36)
+    with pytest.raises(OtherSettingsError, match="other pictures, classes, splits or shards now than when the run began"):
+        run.prepare(config)
+    with pytest.raises(OtherSettingsError, match="was begun on another store"):
+        record.read(config.run)
+    content = json.loads((tmp_path / "run" / "config.json").read_text())
+    del content["store_contents"]  # as early releases wrote it
+    (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+    assert run.prepare(config)[0] == config
+
+
+def test_texts_are_reduced_by_what_the_split_that_is_trained_on_holds(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+    store = Store(str(make_store(tmp_path / "store", train=40, val=20)))
+    fresh = {split: targets.load(store, embeddings="test", dim=3, split=split).basis for split in ("train", "val")}
+    assert fresh["train"] is not None and fresh["val"] is not None and not np.array_equal(fresh["train"], fresh["val"])
+    for split in ("val", "train"):
+        assert np.array_equal(targets.load(store, embeddings="test", dim=3, split=split).basis, fresh[split])
+    table = store.read_shard("embeddings", "test", 0)
+    rows = [row | {"embedding": np.roll(row["embedding"], n)} for n, row in enumerate(table.to_pylist())]
+    store.write_shard("embeddings", "test", 0, embeddings_table(rows, 8), seconds=0)
+    again = targets.load(store, embeddings="test", dim=3, split="train").basis
+    assert not np.array_equal(again, fresh["train"]), "vectors that were made anew"
+    assert np.array_equal(targets.load(store, embeddings="test", dim=3, split="val").basis, fresh["val"])
+
+
+def test_a_val_split_without_a_usable_picture_is_found_before_training(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+    store = Store(str(make_store(tmp_path / "store", val=4)))
+    (shard,) = store.split_shards("val")
+    rows = [row | {"error": "damaged"} for row in store.read_shard("images", "", shard).to_pylist()]
+    store.write_shard("images", "", shard, pa.Table.from_pylist(rows, schema=IMAGES), seconds=0)
+    with pytest.raises(ValueError, match="eval_split=val: none of its pictures can be used"):
+        run.prepare(TrainConfig(store=store.uri, run=str(tmp_path / "run"), batch_size=12, projection_dim=4))

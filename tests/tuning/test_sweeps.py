@@ -224,3 +224,13 @@ def test_a_trial_is_a_plain_training_run() -> None:
         TuneConfig(train=SharedConfig(store="s"), alignment_weights=(0,), projection_dims=(3, 4), seeds=(0,)), "/sweep"
     )
     assert type(trial) is TrainConfig and trial == replace(trial, projection_dim=0)
+
+
+def test_trials_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"backbones=.*each once"):
+        TuneConfig(train=SharedConfig(store="s"), backbones=("a", "a"))
+    near = TuneConfig(train=SharedConfig(store="s"), alignment_weights=(0.3, 0.3000001), projection_dims=(8,))
+    assert [space.trial_name(trial) for trial in space.trials(near, "/sweep")] == [
+        "resnet18-w0.3-d8-s0",
+        "resnet18-w0.3000001-d8-s0",
+    ]
