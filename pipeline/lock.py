@@ -82,7 +82,7 @@ def _announced(folder: str, what: str) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(timeout=BEAT_S)  # a server that is gone keeps it waiting for longer
         with contextlib.suppress(OSError):
             filesystem.delete_file(mine)
 
