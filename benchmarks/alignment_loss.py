@@ -2,13 +2,13 @@
 
 Run `python benchmarks/alignment_loss.py [--batches 1024 ...] [--turns 5] [--small]`; about five minutes on two cores.
 
-(a) Forward and backward of one process's share of the loss at W = 8 processes and global batch B, each point in a process of its
-own. "Ours" is `training.losses.alignment_loss` for b = B / 8 images and all texts; "plain" computes the full B x B symmetric loss
-on gathered image features with autograd, as every process of open_clip does with `gather_with_grad` (here against constant texts,
-which is kinder to it). Nothing is communicated: the loss is told that W = 8, and its all-reduces, of 4 B + 2 numbers in all,
-return what they are given. So "ours" does the arithmetic of one process on numbers that lack the other processes' part; the
-parity tests show that the gradients of real processes are right. Memory is the peak above the inputs: of the process's resident
-set, or on CUDA of torch's allocator. Points whose plain form would need more than 6 GiB are left out.
+(a) Forward and backward of one process's share of the loss at W = 8 processes and global batch B, each point in a process of
+its own. "Ours" is `training.losses.alignment.alignment_loss` for b = B / 8 images and all texts; "plain" computes the full B x
+B symmetric loss on gathered image features with autograd, as every process of open_clip does with `gather_with_grad` (here
+against constant texts, which is kinder to it). Nothing is communicated: the loss is told that W = 8, and its all-reduces, of 4
+B + 2 numbers in all, return what they are given. So "ours" does the arithmetic of one process on numbers that lack the other
+processes' part; the parity tests show that the gradients of real processes are right. Memory is the peak above the inputs: of
+the process's resident set, or on CUDA of torch's allocator. Points whose plain form would need more than 6 GiB are left out.
 
 (b) A training step with and without alignment (projection head 2048 - 512 - 256 with BatchNorm, normalising, loss, backward,
 optimizer), in turns; and the extra parts alone. The second is less noisy, and is held against the goal.
@@ -34,8 +34,9 @@ from torch.nn import functional
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training import backbones, losses  # noqa: E402
-from training.heads import ProjectionHead  # noqa: E402
+from training.losses import alignment  # noqa: E402
+from training.models import backbones  # noqa: E402
+from training.models.heads import ProjectionHead  # noqa: E402
 
 WORLD, DIM, TAU = 8, 256, 0.05
 LIMIT_GIB = 6.0
@@ -120,8 +121,8 @@ def _point(form: str, batch: int) -> dict[str, float]:
 
 
 def _no_communication() -> None:
-    losses.world_size = lambda: WORLD
-    losses.dist.all_reduce = lambda *_, **__: None
+    alignment.world_size = lambda: WORLD
+    alignment.dist.all_reduce = lambda *_, **__: None
 
 
 def _data(images: int, texts: int) -> tuple[Tensor, Tensor]:
@@ -133,13 +134,13 @@ def _data(images: int, texts: int) -> tuple[Tensor, Tensor]:
 def _ours(batch: int) -> Callable[[], None]:
     image, text = _data(batch // WORLD, batch)
     groups = torch.arange(batch, device=DEVICE)
-    texts, targets = losses.Texts(text, groups), groups[: batch // WORLD, None]
+    texts, targets = alignment.Texts(text, groups), groups[: batch // WORLD, None]
     weights = torch.ones(batch // WORLD, 1, device=DEVICE)
     log_tau = torch.tensor(TAU, device=DEVICE).log().requires_grad_()
 
     def work() -> None:
         image.grad = log_tau.grad = None
-        losses.alignment_loss(image, texts, targets, weights, log_tau.exp()).backward()
+        alignment.alignment_loss(image, texts, targets, weights, log_tau.exp()).backward()
 
     return work
 
@@ -198,7 +199,7 @@ class _Step:
         kind = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # what the backbone gives under autocast
         self.features = torch.randn(self.images, 2048, device=DEVICE, dtype=kind, requires_grad=True)
         _, text = _data(1, self.images)
-        self.texts = losses.Texts(text, torch.arange(self.images, device=DEVICE))
+        self.texts = alignment.Texts(text, torch.arange(self.images, device=DEVICE))
         self.weights = torch.ones(self.images, 1, device=DEVICE)
         self.model_optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         self.head_optimizer = torch.optim.SGD(self.head.parameters(), lr=1e-3, momentum=0.9)
@@ -225,7 +226,7 @@ class _Step:
         self.head_optimizer.step()
 
     def _alignment(self, features: Tensor) -> Tensor:
-        return losses.alignment_loss(self.head(features), self.texts, self.texts.groups_B[:, None], self.weights, TAU)
+        return alignment.alignment_loss(self.head(features), self.texts, self.texts.groups_B[:, None], self.weights, TAU)
 
 
 def _steps(turns: int, *, small: bool) -> dict[str, float]:

@@ -28,10 +28,10 @@ CLASSES = 12
 BARE = """
 import json, os, sys, time
 from PIL import Image
-from pipeline import images
+from pipeline.sources import images
 from pipeline.captioners.vllm import VLLMCaptioner
 from pipeline.config import CaptionConfig
-from pipeline.models import resolve
+from pipeline.encoders.models import resolve
 from pipeline.store import Store
 store, config = Store(sys.argv[1]), CaptionConfig(store=sys.argv[1], caption_preset="scenes")
 captioner = VLLMCaptioner(config, resolve(config.model))
@@ -57,7 +57,7 @@ start_ray()
 import ray, torch
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from pipeline.config import CaptionConfig
-from pipeline.models import resolve
+from pipeline.encoders.models import resolve
 from pipeline.store import Store
 logging.getLogger("ray.data").setLevel(logging.ERROR)
 store, config = Store(sys.argv[1]), CaptionConfig(store=sys.argv[1], caption_preset="scenes")
@@ -191,9 +191,10 @@ def _pipeline(store: str, **settings: int) -> dict[str, float]:
     import ray
 
     from cluster import cli
-    from pipeline import models, placement
+    from pipeline import placement
     from pipeline.config import CaptionConfig
-    from pipeline.estimate import seconds_per_row
+    from pipeline.encoders import models
+    from pipeline.inspect.estimate import seconds_per_row
     from pipeline.store import Store
 
     shutil.rmtree(Path(store) / "captions", ignore_errors=True)

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline.config import EmbedConfig  # noqa: E402
-from pipeline.encoders import TextEncoder  # noqa: E402
-from pipeline.models import resolve  # noqa: E402
+from pipeline.encoders.models import resolve  # noqa: E402
+from pipeline.encoders.text import TextEncoder  # noqa: E402
 
 GOAL_REFERENCE, GOAL_BARE, GOAL_COSINE = 2.0, 0.95, 0.999
 SHARD, REFERENCE_BATCH = 512, 64

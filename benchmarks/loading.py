@@ -136,9 +136,10 @@ def ray_data(options: argparse.Namespace) -> float:
 def ours(options: argparse.Namespace, *, actors: bool) -> float:
     """The loader of `gpt4image train`."""
     from pipeline.store import Store
-    from training.augment import Augment
-    from training.data import DecoderSpec, Loader, ThreadDecoding
-    from training.order import Rows, Sequence
+    from training.data.augment import Augment
+    from training.data.decoder import DecoderSpec
+    from training.data.loader import Loader, ThreadDecoding
+    from training.data.order import Rows, Sequence
 
     store = Store(os.environ["STORE"])
     augment = Augment(size=options.size, crop_scale=0.08, flip=0.5, crop_pct=0.95, interpolation="bicubic", seed=0)

@@ -25,7 +25,14 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline import run  # noqa: E402
 from pipeline.session import start_ray  # noqa: E402
-from pipeline.store import SCHEMA_VERSION, Dataset, Split, Stage, Store, embeddings_table  # noqa: E402
+from pipeline.store import (  # noqa: E402
+    SCHEMA_VERSION,
+    Dataset,
+    Split,
+    Stage,
+    Store,
+    embeddings_table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -167,8 +167,8 @@ def ours(options: argparse.Namespace, weight: float, checkpoint_steps: int = 0) 
     """`gpt4image train`; its loop alone where there is no Ray."""
     import torch
 
-    from training import loop
     from training.config import TrainConfig
+    from training.engine import loop
 
     config = TrainConfig(
         store=f"{options.folder}/store", run=tempfile.mkdtemp(dir=options.folder), backbone=options.backbones[0], epochs=2,
@@ -191,10 +191,10 @@ def flops(backbone: str, size: int) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from training import backbones
+    from training.models.backbones import build
 
     with torch.device("meta"):
-        model = backbones.build(backbone, num_classes=2, image_size=size)
+        model = build(backbone, num_classes=2, image_size=size)
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 3, size, size))
     return 3.0 * counter.get_total_flops()

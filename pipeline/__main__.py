@@ -53,15 +53,16 @@ def _retry(settings: config.RetryConfig) -> int:
 
 
 def _import_captions(settings: config.ImportConfig) -> int:
-    from pipeline import bring
+    from pipeline.stages import import_captions
 
-    bring.import_captions(settings)
+    import_captions.import_captions(settings)
     return 0
 
 
 def _status(settings: config.StatusConfig) -> int:
-    from pipeline.failures import commonest_errors, marks
-    from pipeline.store import Store, damaged, summary
+    from pipeline.inspect.status import damaged, summary
+    from pipeline.stages.failures import commonest_errors, marks
+    from pipeline.store import Store
 
     store = Store(settings.store)
     found = summary(store)
@@ -90,7 +91,7 @@ def _status(settings: config.StatusConfig) -> int:
 
 
 def _estimate(settings: config.EstimateConfig) -> int:
-    from pipeline import estimate
+    from pipeline.inspect import estimate
 
     found = estimate.estimate(settings)
     print(json.dumps(estimate.as_json(found)) if settings.json else estimate.as_text(found))
@@ -98,7 +99,7 @@ def _estimate(settings: config.EstimateConfig) -> int:
 
 
 def _inspect(settings: config.InspectConfig) -> int:
-    from pipeline import gallery
+    from pipeline.inspect import gallery
 
     print(gallery.write(settings))
     return 0

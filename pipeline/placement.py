@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from pipeline import session
 from pipeline.config import CaptionConfig, EmbedConfig
+from pipeline.encoders.models import ModelRef
 from pipeline.errors import SettingsError
-from pipeline.models import ModelRef
 
 # Of a model of at most so many bytes several share a machine's cores, in processes of 2 GiB each, nearly all of it libraries and
 # room for activations. Larger ones would take memory, and read it for every token, as often as there are processes.

@@ -15,13 +15,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline import locations, lock, models, placement, shards, sources
-from pipeline.config import ENCODER_PRESETS, CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
+from pipeline import placement
+from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
+from pipeline.encoders import models
 from pipeline.errors import SettingsError
-from pipeline.failures import check_failures, plain_error
+from pipeline.presets import ENCODER_PRESETS
 from pipeline.session import spare_cores, start_ray
-from pipeline.store import Stage, Store
-from pipeline.variants import CaptionVariant, EmbedVariant
+from pipeline.sources.plan import Plan, Row, differences, make_plan, notes
+from pipeline.stages.caption import CaptionPictures, PreparePictures, WriteCaptions
+from pipeline.stages.embed import EmbedCaptions
+from pipeline.stages.failures import check_failures, plain_error
+from pipeline.stages.ingest import IngestShard
+from pipeline.stages.variants import CaptionVariant, EmbedVariant
+from pipeline.store import Stage, Store, locations, lock
 
 if TYPE_CHECKING:
     import ray.data
@@ -38,10 +44,10 @@ def ingest(config: SourceConfig) -> None:
         message = f"store={config.store}: holds images={config.images}; put the store beside the pictures and not around them."
         raise SettingsError(message)
     locations.check_writable("store", config.store)
-    plan = sources.plan(config)
+    plan = make_plan(config)
     store = Store(config.store) if Store.exists(config.store) else Store.create(config.store, plan.dataset)
     _check_same_source(store, plan)
-    for note in sources.notes(plan.dataset):
+    for note in notes(plan.dataset):
         _say(f"ingest: {note}")
     items = [_ingest_item(plan, shard, redo=False) for shard in store.pending("images")]
     _run("ingest", store, "images", "", items, _ingest_chain(config.store), config.max_failure_rate)
@@ -123,7 +129,7 @@ def _ingest_chain(store: str) -> Chain:
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
         # One CPU a task: reading and decoding one shard is one thread of work.
         return ds.map_batches(
-            shards.IngestShard,
+            IngestShard,
             fn_constructor_args=(store,),
             **_shard_batches(),
             num_cpus=1,
@@ -140,17 +146,17 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
         placed = placement.captioners(config, model, Store(config.store).dataset.rows)
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
         ds = ds.map_batches(
-            shards.PreparePictures, fn_constructor_args=(config, variant, placed.crowded), **_shard_batches(),
+            PreparePictures, fn_constructor_args=(config, variant, placed.crowded), **_shard_batches(),
             num_cpus=1, compute=_actors(placed.decoders),
         )  # fmt: skip
         # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up. The pool is fixed: a
         # growing one reaches its size minutes late.
         ds = ds.map_batches(
-            shards.CaptionPictures, fn_constructor_args=(config, model, variant, run), **_shard_batches(),
+            CaptionPictures, fn_constructor_args=(config, model, variant, run), **_shard_batches(),
             num_cpus=placed.cpus, num_gpus=placed.gpus, compute=_actors(placed.actors),
         )  # fmt: skip
         return ds.map_batches(
-            shards.WriteCaptions, fn_constructor_args=(config.store, variant), **_shard_batches(), num_cpus=0.5,
+            WriteCaptions, fn_constructor_args=(config.store, variant), **_shard_batches(), num_cpus=0.5,
             compute=_actors(1),
         )  # fmt: skip
 
@@ -161,7 +167,7 @@ def _embed_chain(config: EmbedConfig, model: models.ModelRef, captions: str, var
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
         placed = placement.encoders(config, model, Store(config.store).dataset.rows)
         return ds.map_batches(
-            shards.EmbedCaptions, fn_constructor_args=(config, model, captions, variant), **_shard_batches(),
+            EmbedCaptions, fn_constructor_args=(config, model, captions, variant), **_shard_batches(),
             num_cpus=placed.cpus, num_gpus=placed.gpus, compute=_actors(placed.actors),
         )  # fmt: skip
 
@@ -257,7 +263,7 @@ def _shard_items(todo: list[int], *, redo: bool) -> list[dict[str, Any]]:
     return [{"shard": shard, "redo": redo} for shard in todo]
 
 
-def _ingest_item(plan: sources.Plan, shard: int, *, redo: bool) -> dict[str, Any]:
+def _ingest_item(plan: Plan, shard: int, *, redo: bool) -> dict[str, Any]:
     return {"shard": shard, "redo": redo, "rows": [asdict(row) for row in plan.shards[shard]]}
 
 
@@ -265,9 +271,9 @@ def _failed_shards(store: Store, stage: Stage, variant: str) -> list[int]:
     return [shard for shard, receipt in store.receipts(stage, variant).items() if receipt.failed]
 
 
-def _check_same_source(store: Store, plan: sources.Plan) -> None:
+def _check_same_source(store: Store, plan: Plan) -> None:
     """A store is of one source, cut in one way: rows would be lost and doubled if a run went on with another."""
-    if changed := sources.differences(store.dataset, plan.dataset):
+    if changed := differences(store.dataset, plan.dataset):
         message = (
             f"store={store.uri}: was begun with other pictures or settings, which decide its rows:\n  "
             + "\n  ".join(changed)
@@ -276,18 +282,18 @@ def _check_same_source(store: Store, plan: sources.Plan) -> None:
         raise SettingsError(message)
 
 
-def _recorded_plan(store: Store, wanted: list[int]) -> sources.Plan:
+def _recorded_plan(store: Store, wanted: list[int]) -> Plan:
     """The shards as they were cut, from the ids on record, since a mended file may have another size."""
     columns = ["id", "label", "split", "uri", "error"]
     stored = {shard: store.read_shard("images", "", shard, columns).to_pylist() for shard in wanted}
     shards = [stored.get(shard, []) for shard in range(store.dataset.shards)]
-    return sources.Plan(dataset=store.dataset, shards=[[_recorded_row(row) for row in shard] for shard in shards])
+    return Plan(dataset=store.dataset, shards=[[_recorded_row(row) for row in shard] for shard in shards])
 
 
-def _recorded_row(row: dict[str, Any]) -> sources.Row:
+def _recorded_row(row: dict[str, Any]) -> Row:
     """What its source got wrong, so that it has no place to be read at, stays wrong: a label, a line of a list."""
     error = "" if row["uri"] else row["error"]
-    return sources.Row(id=row["id"], label=row["label"], split=row["split"], place=row["uri"], error=error)
+    return Row(id=row["id"], label=row["label"], split=row["split"], place=row["uri"], error=error)
 
 
 def _with_raised_limits(store: Store, config: RetryConfig) -> Store:

@@ -32,7 +32,7 @@ def parse_train(arguments: list[str]) -> config.TrainConfig:
 
 
 def _train(settings: config.TrainConfig) -> int:
-    from training import record, run, tracking
+    from training import run, run_folder, tracking
 
     # The file of the default is one of this machine, also for a run on an object store.
     runs = "" if "://" in settings.run else settings.run.rstrip("/").rpartition("/")[0]
@@ -40,15 +40,15 @@ def _train(settings: config.TrainConfig) -> int:
     result = run.train(replace(settings, tracking_uri=uri))
     last = result["last"]
     print(
-        f"{result['run']}: {result['epochs']} epochs, top-1 {record.headline(last):.2f} (best {result['best_top1']:.2f} in epoch "
-        f"{result['best_epoch']}), top-5 {record.headline(last, 'top5'):.2f}"
+        f"{result['run']}: {result['epochs']} epochs, top-1 {run_folder.headline(last):.2f} (best {result['best_top1']:.2f} in "
+        f"epoch {result['best_epoch']}), top-5 {run_folder.headline(last, 'top5'):.2f}"
     )
     return 0
 
 
 def _evaluate(settings: config.EvaluateConfig) -> int:
-    from training import findings
-    from training.evaluate import evaluate
+    from training.evaluation import findings
+    from training.evaluation.evaluate import evaluate
 
     summary = evaluate(settings).summary
     print(json.dumps(summary) if settings.json else findings.table(summary))
@@ -58,7 +58,7 @@ def _evaluate(settings: config.EvaluateConfig) -> int:
 
 
 def _export(settings: config.ExportConfig) -> int:
-    from training.export import describe, export
+    from training.export.export import describe, export
 
     print(describe(export(settings)))
     return 0

@@ -21,15 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from pipeline import locations, lock, session
+from pipeline import session
 from pipeline.errors import MissingError, NotFiniteError, RunStoppedError, SettingsError
-from pipeline.store import Store
-from training import record, tracking
+from pipeline.store import Store, locations, lock
+from training import run_folder, tracking
 from training.config import FREE, TrainConfig, short_name
-from training.progress import Follower, read_json, write_json, write_text
+from training.run_folder import Follower, read_json, write_json, write_text
 
 if TYPE_CHECKING:
-    from training import checkpoint, data, loop
+    from training.data import decoder
+    from training.data.loader import Decoding
+    from training.engine import checkpoint, loop
 
 Result = dict[str, Any]
 
@@ -54,7 +56,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
     with lock.held(config.run, "run"):  # two drivers would write each other's checkpoints
         recorded, finished = read_json(config.run, "config.json"), read_json(config.run, "result.json")
         if recorded is not None:  # perhaps another driver's, which has ended just now
-            config = record.resumed(config, recorded)
+            config = run_folder.resumed(config, recorded)
         if finished is not None:
             return finished
         return _trained(config, variants, callbacks, progress)
@@ -66,7 +68,7 @@ def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[
     config, cpus, gpus = _placed(config)
     filesystem, path = locations.resolve(config.run)
     filesystem.create_dir(path, recursive=True)
-    write_json(config.run, "config.json", record.written(config, Store(config.store).contents))
+    write_json(config.run, "config.json", run_folder.written(config, Store(config.store).contents))
     for name in ("failure.json", "stopped.json", "progress.json"):
         if read_json(config.run, name) is not None:
             filesystem.delete_file(f"{path}/{name}")
@@ -95,7 +97,7 @@ def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[
             name=path.rpartition("/")[2], storage_path=path.rpartition("/")[0], storage_filesystem=filesystem,
             callbacks=list(callbacks), failure_config=FailureConfig(max_failures=config.max_failures),
             # The best by top-1 of what is exported, and the latest: Ray keeps both.
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=record.headline_name(config)),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=run_folder.headline_name(config)),
         ),
     )  # fmt: skip
     if progress:
@@ -124,7 +126,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
-    from training import loop
+    from training.engine import loop
 
     config = TrainConfig(**arguments["config"])
     if read_json(config.run, "stopped.json") is not None:
@@ -168,7 +170,7 @@ class _Reporter:
 
     def resume(self, folder: str) -> None:
         """Takes over the metrics of the epochs before."""
-        from training import checkpoint
+        from training.engine import checkpoint
 
         for metrics in checkpoint.read_state(folder)["history"]:
             self._lines.append(json.dumps(metrics) + "\n")
@@ -216,14 +218,14 @@ class _Reporter:
 class _DecodingActor:
     """A decoder in a process of its own, on any node."""
 
-    def __init__(self, spec: data.DecoderSpec) -> None:
+    def __init__(self, spec: decoder.DecoderSpec) -> None:
         import torch
 
         torch.set_num_threads(1)
         self._decoder = spec.build()
         self._alone = threading.Lock()  # views draw from global generators, which are seeded for each
 
-    def decode(self, samples: data.Array, train: bool) -> data.Part:
+    def decode(self, samples: decoder.Array, train: bool) -> decoder.Part:
         with self._alone:
             return self._decoder(samples, train)
 
@@ -234,7 +236,7 @@ class _DecodingActor:
 class _ActorDecoding:
     """See `data.Decoding`. A decoder whose node is lost is started elsewhere and does its part again, with the same result."""
 
-    def __init__(self, spec: data.DecoderSpec, count: int) -> None:
+    def __init__(self, spec: decoder.DecoderSpec, count: int) -> None:
         import ray
 
         self.decoders = count
@@ -244,7 +246,7 @@ class _ActorDecoding:
         )
         self._actors: list[Any] = [actor.remote(spec) for _ in range(count)]
 
-    def start(self, number: int, samples: data.Array, train: bool) -> Callable[[], data.Part]:
+    def start(self, number: int, samples: decoder.Array, train: bool) -> Callable[[], decoder.Part]:
         import ray
 
         waiting = self._actors[number].decode.remote(samples, train)
@@ -254,7 +256,7 @@ class _ActorDecoding:
         self._actors[number].prefetch.remote(shards)
 
 
-def actor_decoding(spec: data.DecoderSpec, count: int) -> data.Decoding:
+def actor_decoding(spec: decoder.DecoderSpec, count: int) -> Decoding:
     """So many decoders as actors, anywhere in the cluster; what `loop.fit` takes as `decode`."""
     return _ActorDecoding(spec, count)
 
@@ -274,23 +276,23 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     Raises:
         ValueError: settings that do not fit the store, or the run that is to be resumed.
     """
-    config = replace(config, run=record.address(config.run or default_run(config)), store=record.address(config.store))
+    config = replace(config, run=run_folder.address(config.run or default_run(config)), store=run_folder.address(config.store))
     locations.check_writable("run", config.run)
-    from training import backbones
+    from training.models import backbones, weights
 
     recorded = read_json(config.run, "config.json")
     config = backbones.resolved(config, recorded)
     if recorded is not None:
-        config = record.resumed(config, recorded)
-        record.check_store(config.run, recorded, Store(config.store))
+        config = run_folder.resumed(config, recorded)
+        run_folder.check_store(config.run, recorded, Store(config.store))
     variants = check(config)
     if config.pretrained and not config.brings_weights and not _has_checkpoint(config.run):
-        backbones.fetch_weights(config.backbone)
+        weights.fetch_weights(config.backbone)
     return replace(config, embeddings=variants["embeddings"] or config.embeddings), variants
 
 
 def _has_checkpoint(run: str) -> bool:
-    from training import checkpoint
+    from training.engine import checkpoint
 
     try:
         checkpoint.find(run)
@@ -301,8 +303,9 @@ def _has_checkpoint(run: str) -> bool:
 
 def check(config: TrainConfig) -> dict[str, str]:
     """Finds every fault that can be found without starting workers; returns the variants trained on."""
-    from training import backbones, targets
-    from training.order import Rows
+    from training.data import text_targets
+    from training.data.order import Rows
+    from training.models import backbones, optimizers
 
     store = Store(config.store)
     store.require_complete("images")
@@ -315,7 +318,7 @@ def check(config: TrainConfig) -> dict[str, str]:
         drop_path=config.drop_path,
         architecture=config.architecture,
     )
-    backbones.check_optimizer(config.optimizer)
+    optimizers.check_optimizer(config.optimizer)
     store.split_shards(config.eval_split)
     if not len(Rows(store, config.eval_split)):
         message = (
@@ -333,7 +336,7 @@ def check(config: TrainConfig) -> dict[str, str]:
     if config.alignment_weight == 0:
         return {"embeddings": "", "captions": ""}
     # Fits and keeps the PCA here, once, rather than in every worker.
-    found = targets.of_config(config, store)
+    found = text_targets.of_config(config, store)
     receipts = store.receipts("embeddings", found.embeddings)
     if without := sum(receipts[shard].failed for shard in store.split_shards(config.train_split)):
         split, all_rows = config.train_split, store.dataset.splits[config.train_split].rows
@@ -429,9 +432,9 @@ def _log_artifacts(config: TrainConfig, run_id: str) -> None:
     """The exported model, and on demand the last checkpoint and a version in the registry."""
     if not run_id or (config.log_artifacts == "none" and not config.register_as):
         return
-    from training import checkpoint
     from training.config import ExportConfig
-    from training.export import export
+    from training.engine import checkpoint
+    from training.export.export import export
 
     tracker = tracking.Tracker(config.tracking_uri, run_id, spool=_spool(config), system_metrics_s=0)
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
@@ -447,11 +450,11 @@ def _log_artifacts(config: TrainConfig, run_id: str) -> None:
 
 
 def _result(config: TrainConfig, run_id: str) -> Result:
-    from training import checkpoint
+    from training.engine import checkpoint
 
     history = checkpoint.read_state(checkpoint.find(config.run))["history"]
-    best = max(history, key=record.headline)
+    best = max(history, key=run_folder.headline)
     return {
         "run": config.run, "run_id": run_id, "epochs": len(history), "last": history[-1],
-        "best_epoch": best["epoch"], "best_top1": record.headline(best), "history": history,
+        "best_epoch": best["epoch"], "best_top1": run_folder.headline(best), "history": history,
     }  # fmt: skip

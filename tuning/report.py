@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.errors import MissingError
-from training.progress import read_json
-from training.record import headline
+from training.run_folder import headline, read_json
 from tuning.significance import Paired, paired
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipeline import locations, lock, session
+from pipeline import session
 from pipeline.errors import NotFiniteError, OtherSettingsError, TrialsFailedError
-from pipeline.store import Store
-from training import record, tracking
+from pipeline.store import Store, locations, lock
 from training import run as training_run
+from training import run_folder, tracking
 from training.config import ExportConfig, TrainConfig
-from training.progress import read_json, write_json
+from training.run_folder import read_json, write_json
 from tuning import space
 from tuning.config import GROWING, TuneConfig
 
@@ -130,10 +130,10 @@ def _check_earlier_grids(plain: list[TrainConfig], sweep: str) -> None:
             continue
         axes = ("backbone", "alignment_weight", "projection_dim", "seed", "architecture", "pretrained", "embeddings")
         own = {axis: recorded[axis] for axis in axes if axis in recorded}
-        trial = replace(plain[0], run=run, store=record.address(plain[0].store), **own)
+        trial = replace(plain[0], run=run, store=run_folder.address(plain[0].store), **own)
         try:
-            record.resumed(trial, recorded)
-            record.check_store(run, recorded, Store(trial.store))
+            run_folder.resumed(trial, recorded)
+            run_folder.check_store(run, recorded, Store(trial.store))
         except OtherSettingsError as error:
             raise _other_settings(trial, sweep, error) from None
 
@@ -191,7 +191,7 @@ def _progress(configs: dict[str, dict[str, Any]]) -> Any:
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             diverged = read_json(configs[_trial_name(trial)]["run"], "failure.json") is not None
             last = trial.last_result if "top1" in trial.last_result else {"top1": float("nan")}
-            self._line(trial, "diverged" if diverged else f"top-1 {record.headline(last):.2f}")
+            self._line(trial, "diverged" if diverged else f"top-1 {run_folder.headline(last):.2f}")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._line(trial, "failed")
@@ -254,7 +254,7 @@ def _content(sweep: str, parent: str, trials: list[TrainConfig]) -> dict[str, An
 def best_trial(content: dict[str, Any]) -> Trial | None:
     """The trial with the best top-1 in its last epoch, of the weights that export takes; None where none has a result."""
     done: list[Trial] = [trial for trial in content["trials"] if trial["result"] is not None]
-    return max(done, key=lambda trial: record.headline(trial["result"]["last"]), default=None)
+    return max(done, key=lambda trial: run_folder.headline(trial["result"]["last"]), default=None)
 
 
 def _export_best(config: TuneConfig, sweep: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -262,10 +262,10 @@ def _export_best(config: TuneConfig, sweep: str, content: dict[str, Any]) -> dic
     best = best_trial(content)
     if best is None:
         return {}
-    source = {"trial": best["name"], "run_id": best["result"]["run_id"], "top1": record.headline(best["result"]["last"])}
+    source = {"trial": best["name"], "run_id": best["result"]["run_id"], "top1": run_folder.headline(best["result"]["last"])}
     if content["exported"] and content["exported_from"] == source:
         return {}
-    from training.export import export
+    from training.export.export import export
 
     to = locations.join(sweep, "best")
     with tempfile.TemporaryDirectory(prefix="best-") as temporary:

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from training.record import headline
+from training.run_folder import headline
 
 
 @dataclass(frozen=True, kw_only=True)

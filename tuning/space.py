@@ -6,8 +6,8 @@ import itertools
 from collections import Counter
 from dataclasses import asdict, replace
 
-from pipeline import locations
 from pipeline.errors import SettingsError
+from pipeline.store import locations
 from training.config import TrainConfig, short_name
 from tuning.config import TuneConfig
 

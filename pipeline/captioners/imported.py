@@ -10,8 +10,8 @@ import json
 import posixpath
 from collections.abc import Sequence
 
-from pipeline import locations
 from pipeline.errors import SettingsError
+from pipeline.store import locations
 
 
 def read_jsonl(path: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from pipeline import quality
+from pipeline.captioners import quality
 from pipeline.captioners.protocol import Caption, finish
 from pipeline.captioners.vllm import row_seed
 from pipeline.config import CaptionConfig, address_faults

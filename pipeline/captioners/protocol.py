@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from PIL import Image
 
-from pipeline import quality
+from pipeline.captioners import quality
 
 _Row = TypeVar("_Row")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.captioners.protocol import Caption, finish, in_halves
 from pipeline.captioners.vllm import chat_prompt, row_seed
 from pipeline.config import CaptionConfig
-from pipeline.models import ModelRef
+from pipeline.encoders.models import ModelRef
 
 BATCH = 16  # fits a 7B model beside its activations on a 24 GB card
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.captioners.protocol import Caption, finish, in_halves
 from pipeline.config import CaptionConfig
-from pipeline.models import ModelRef
+from pipeline.encoders.models import ModelRef
 
 
 class VLLMCaptioner:

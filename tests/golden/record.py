@@ -66,8 +66,8 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _train(rank: int, name: str, folder: Path, world: int) -> None:
-    from training import checkpoint, loop
     from training.config import TrainConfig
+    from training.engine import checkpoint, loop
 
     torch.set_num_threads(1)
     if world > 1:

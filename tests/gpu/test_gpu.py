@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.parity.test_alignment_loss import CASES, Batch, Case, Model, batch_of, compare, expected, gradients
-from training import checkpoint, loop
 from training.config import TrainConfig
-from training.losses import TextGather, Texts
-from training.mixing import text_targets
+from training.data.mixing import text_targets
+from training.engine import build, checkpoint, loop
+from training.losses.alignment import TextGather, Texts
 from training.objectives.align import AlignTask, Goal
 
 pytestmark = [
@@ -117,7 +117,7 @@ def test_ddp_on_one_gpu_has_the_gradients_of_the_bare_model(nccl: None) -> None:
     groups, classes = torch.arange(8).cuda(), torch.arange(8).cuda()
 
     def found(wrapped: bool) -> dict[str, Tensor]:
-        task: AlignTask = loop.to_device(loop.build_task(config, 8, 16), torch.device("cuda", 0))
+        task: AlignTask = build.to_device(build.build_task(config, 8, 16), torch.device("cuda", 0))
         model: nn.Module = DistributedDataParallel(task, device_ids=[0]) if wrapped else task
         with torch.autocast("cuda", torch.bfloat16):
             parts = model(images, classes, Goal(TextGather(texts, groups), *text_targets(groups)))

@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training.heads import TextProjection
-from training.losses import TextGather, Texts, Variant, alignment_loss
-from training.mixing import Mixing, text_targets
-from training.targets import Targets
+from training.data.mixing import Mixing, text_targets
+from training.data.text_targets import Targets
+from training.losses.alignment import TextGather, Texts, Variant, alignment_loss
+from training.models.heads import TextProjection
 
 TAU, BIAS = 0.2, -2.0
 FEATURES, DIM, TEXT_DIM = 7, 5, 9

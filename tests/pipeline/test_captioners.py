@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline import images
+from pipeline.captioners.prompts import fill
 from pipeline.captioners.protocol import Caption
 from pipeline.captioners.transformers import TransformersCaptioner
 from pipeline.config import CaptionConfig
-from pipeline.models import resolve
-from pipeline.prompts import fill
+from pipeline.encoders.models import resolve
+from pipeline.sources import images
 from pipeline.store import Store
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.encoders import TextEncoder, _batches
-from pipeline.models import ModelRef, resolve
+from pipeline.encoders.models import ModelRef, resolve
+from pipeline.encoders.text import TextEncoder, _batches
 
 TEXTS = ["a small red circle", "two dogs run over a wet field towards the camera while it rains", "x", "a small red circle"]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import estimate, session
+from pipeline import session
 from pipeline.config import EstimateConfig
-from pipeline.estimate import Sample, StageCost, _cost, _place, _scaled, as_text, plan_sample, seconds_per_row
+from pipeline.inspect import estimate
+from pipeline.inspect.estimate import Sample, StageCost, _cost, _place, _scaled, as_text, plan_sample, seconds_per_row
 from pipeline.store import Stage, Store
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -23,8 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import lock
-from pipeline.store import Store
+from pipeline.store import Store, lock
 from tests.nodes import ROOT, TwoNodes
 
 pytestmark = pytest.mark.slow
@@ -155,7 +154,9 @@ def test_twenty_kills_leave_the_files_of_an_uninterrupted_run(
     assert sum(struck.values()) >= KILLS and all(struck[victim] for victim in ("actor", "raylet", "driver")), struck
 
 
-def test_of_two_runs_at_the_same_time_one_is_refused_and_the_other_ends_as_ever(fresh: Path, nodes: TwoNodes, uninterrupted: dict[str, str]) -> None:
+def test_of_two_runs_at_the_same_time_one_is_refused_and_the_other_ends_as_ever(
+    fresh: Path, nodes: TwoNodes, uninterrupted: dict[str, str]
+) -> None:
     store = fresh.parent / "two-at-once"
     shutil.copytree(fresh, store)
     drivers = [run(nodes, [*DESCRIBE, str(store)]) for _ in range(2)]

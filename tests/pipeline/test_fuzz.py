@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import images
 from pipeline.config import SourceConfig
-from pipeline.images import ImageError, decode, decode_to_fit
-from pipeline.shards import IngestShard
-from pipeline.sources import notes, plan
+from pipeline.sources import images
+from pipeline.sources.images import ImageError, decode, decode_to_fit
+from pipeline.sources.plan import make_plan as plan
+from pipeline.sources.plan import notes
+from pipeline.stages.ingest import IngestShard
 from pipeline.store import Store
 
 DAMAGES = 1500  # for each kind of picture

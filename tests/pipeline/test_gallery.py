@@ -18,9 +18,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline import gallery
 from pipeline.config import InspectConfig
-from pipeline.store import CAPTIONS, IMAGES, Dataset, Split, Store, embeddings_table, summary
+from pipeline.inspect import gallery
+from pipeline.inspect.status import summary
+from pipeline.store import CAPTIONS, IMAGES, Dataset, Split, Store, embeddings_table
 
 Make = Callable[..., Path]
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028&amp;<!--"

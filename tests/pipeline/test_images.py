@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline import images
-from pipeline.images import ImageError, decode, fit
+from pipeline.sources import images
+from pipeline.sources.images import ImageError, decode, fit
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -12,10 +12,9 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-from pipeline import locations
 from pipeline.__main__ import main
 from pipeline.captioners import imported
-from pipeline.store import Store
+from pipeline.store import Store, locations
 
 Folder = Callable[..., Path]
 

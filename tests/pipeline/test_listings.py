@@ -16,11 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import listings, locations
 from pipeline.config import SourceConfig
-from pipeline.shards import IngestShard, PreparePictures
-from pipeline.sources import Plan, Reader, Row, differences, notes, plan
-from pipeline.store import Store
+from pipeline.sources import jsonl, parquet
+from pipeline.sources.plan import Plan, Row, differences, notes
+from pipeline.sources.plan import make_plan as plan
+from pipeline.sources.readers import Reader
+from pipeline.stages.caption import PreparePictures
+from pipeline.stages.ingest import IngestShard
+from pipeline.store import Store, locations
 
 Folder = Callable[..., Path]
 
@@ -351,7 +354,7 @@ def test_a_list_without_sizes_is_cut_by_the_files_sizes(picture_folder: Folder) 
 def test_a_remote_list_without_sizes_is_cut_by_the_files_sizes(
     heads: int, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(listings, "HEADS", heads)
+    monkeypatch.setattr(jsonl, "HEADS", heads)
     filesystem, root = locations.resolve(f"{bucket}/sizes-{heads}")
     names = [f"deep/a/{n}.png" for n in range(6)]
     lines = "".join(json.dumps({"path": name, "label": "a"}) + "\n" for name in [*names, "deep/missing.png"])
@@ -371,7 +374,7 @@ def test_of_a_large_row_group_only_the_rows_wanted_are_held(tmp_path: Path, monk
     pq.write_table(pa.table({"image": images, "label": [0] * count}), tmp_path / "x.parquet", compression="none")
     expected = images.field("bytes").to_pylist()
     del images
-    monkeypatch.setattr(listings, "LARGE_GROUP", 2**20)
+    monkeypatch.setattr(parquet, "LARGE_GROUP", 2**20)
     read = Reader(str(tmp_path), "webdataset")
     wanted = [7, 3, 250, 399]
     places = [f"x.parquet#g0-{row}" for row in wanted]
@@ -382,19 +385,19 @@ def test_of_a_large_row_group_only_the_rows_wanted_are_held(tmp_path: Path, monk
     held = pool.bytes_allocated() - before
     assert held < 10 * size, f"{held} bytes held of {count * size}"
     assert read("x.parquet#g0-8", 10**6) == expected[8], "also one that nobody expected"
-    monkeypatch.setattr(listings, "LARGE_GROUP", 2**30)
+    monkeypatch.setattr(parquet, "LARGE_GROUP", 2**30)
     whole = Reader(str(tmp_path), "webdataset")
     assert [whole(place, 10**6) for place in places] == [expected[row] for row in wanted]
     told = [note for note in notes(plan(config(tmp_path)).dataset) if "row groups" in note]
     assert told == []
-    monkeypatch.setattr(listings, "LARGE_GROUP", 2**20)
+    monkeypatch.setattr(parquet, "LARGE_GROUP", 2**20)
     [told] = [note for note in notes(plan(config(tmp_path)).dataset) if "row groups" in note]
     assert "row_group_size of some 500 rows" in told
 
 
 def test_the_gallery_shows_rows_that_have_no_class(tmp_path: Path) -> None:
-    from pipeline import gallery
     from pipeline.config import InspectConfig
+    from pipeline.inspect import gallery
 
     path = write_parquet(tmp_path / "in" / "x.parquet", [0, None, 1, 1], ["cats", "dogs"])
     ingested(config(path, store=str(tmp_path / "store"), max_failure_rate=1))

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline import locations
 from pipeline.config import SourceConfig
 from pipeline.errors import RunStoppedError
-from pipeline.shards import IngestShard
-from pipeline.sources import plan
-from pipeline.store import Store
+from pipeline.sources.plan import make_plan as plan
+from pipeline.stages.ingest import IngestShard
+from pipeline.store import Store, locations
 
 # What S3 allows in a key: anything, alone and in combinations that an address would understand. Two are missing: the server of
 # these tests does not find a key with a newline, and a listing in XML cannot say a carriage return (see the test below).
@@ -146,7 +145,7 @@ def ingested(config: SourceConfig) -> Store:
 
 def test_a_picture_that_is_replaced_after_it_was_ingested_is_not_described(tmp_path: Path) -> None:
     from pipeline.config import CaptionConfig
-    from pipeline.shards import PreparePictures
+    from pipeline.stages.caption import PreparePictures
 
     (tmp_path / "in" / "dog").mkdir(parents=True)
     for name in ("1", "2"):
@@ -160,8 +159,8 @@ def test_a_picture_that_is_replaced_after_it_was_ingested_is_not_described(tmp_p
     errors = {row["id"]: row["error"] for row in rows}
     assert errors["dog/1.png"] is None
     assert "is another picture than when it was ingested" in errors["dog/2.png"]
-    from training.augment import Augment
-    from training.data import Decoder
+    from training.data.augment import Augment
+    from training.data.decoder import Decoder
 
     augment = Augment(
         size=8,
@@ -183,7 +182,7 @@ def test_a_picture_that_is_replaced_after_it_was_ingested_is_not_described(tmp_p
 
 def test_storage_that_goes_away_marks_no_picture_as_failed(tmp_path: Path) -> None:
     from pipeline.config import CaptionConfig
-    from pipeline.shards import PreparePictures
+    from pipeline.stages.caption import PreparePictures
 
     (tmp_path / "in" / "dog").mkdir(parents=True)
     (tmp_path / "in" / "dog" / "1.png").write_bytes(picture())

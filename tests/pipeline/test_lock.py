@@ -14,12 +14,16 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from pipeline import locations, lock
 from pipeline.errors import SettingsError
+from pipeline.store import locations, lock
 
-HOLD = (
-    "import sys, time; from pipeline import lock\nwith lock.held(sys.argv[1], 'sweep'): print('held', flush=True); time.sleep(99)"
-)
+HOLD = """
+import sys, time
+from pipeline.store import lock
+with lock.held(sys.argv[1], "sweep"):
+    print("held", flush=True)
+    time.sleep(99)
+"""
 
 
 def test_a_folder_is_held_by_one_process_until_it_ends_however_it_ends(tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import images
 from pipeline.captioners.openai import BudgetSpentError, OpenAICaptioner, models_of
 from pipeline.captioners.protocol import Caption
 from pipeline.captioners.vllm import row_seed
 from pipeline.config import CaptionConfig
+from pipeline.sources import images
 from pipeline.store import Store
 
 KEY = "local-key-31415"
@@ -477,7 +477,7 @@ def test_a_server_that_drops_pictures_is_told(server: FaultyServer) -> None:
 @pytest.mark.slow
 def test_a_vllm_server_and_transformers_say_the_same(served: Callable[..., OpenAICaptioner], pictures: list[Image.Image]) -> None:
     from pipeline.captioners.transformers import TransformersCaptioner
-    from pipeline.models import resolve
+    from pipeline.encoders.models import resolve
 
     config = CaptionConfig(store="unused", caption_preset="scenes")
     rows = (pictures, [PROMPT] * 16, [f"{n}.jpg" for n in range(16)])

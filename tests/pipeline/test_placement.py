@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import placement, session
 from pipeline.config import CaptionConfig, EmbedConfig
-from pipeline.models import ModelRef
+from pipeline.encoders.models import ModelRef
 from pipeline.placement import Placement
 
 GIB = 2**30

@@ -6,18 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import prompts
 from pipeline.__main__ import main
+from pipeline.captioners import prompts
 from pipeline.captioners.openai import models_of
-from pipeline.config import (
-    CAPTION_PRESETS,
-    ENCODER_PRESETS,
-    CaptionConfig,
-    DescribeConfig,
-    EmbedConfig,
-    RetryConfig,
-    SourceConfig,
-)
+from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
+from pipeline.presets import CAPTION_PRESETS, ENCODER_PRESETS
 
 
 @pytest.mark.parametrize(

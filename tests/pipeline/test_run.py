@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import lock
 from pipeline.__main__ import main
-from pipeline.store import Store
+from pipeline.store import Store, lock
 
 Folder = Callable[..., Path]
 pytestmark = pytest.mark.slow

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from pipeline import bring, sources
 from pipeline.config import (
     CaptionConfig,
     CaptionRuntime,
@@ -23,9 +22,11 @@ from pipeline.config import (
     RetryConfig,
     SourceConfig,
 )
-from pipeline.models import ModelRef
+from pipeline.encoders.models import ModelRef
+from pipeline.sources import plan
+from pipeline.stages import import_captions
+from pipeline.stages.variants import CaptionVariant, EmbedVariant
 from pipeline.store import Store
-from pipeline.variants import CaptionVariant, EmbedVariant
 
 # Settings that have another name in the variant, or reach it through what they fill.
 NAMED_OTHERWISE = {
@@ -205,7 +206,7 @@ def test_what_a_store_is_cut_from_is_on_record(name: str, picture_folder: Any, t
     values = SOURCE | {"images": str(moved), "class_names": str(tmp_path / "names.txt"), "store": "x", "max_failure_rate": 0.5}
     base = SourceConfig(images=str(images), store="s")
     changed = {name: values[name]} if name != "source_kind" else {"source_kind": "jsonl", "images": str(images / "list.jsonl")}
-    before, after = sources.plan(base).dataset, sources.plan(replace(base, **changed)).dataset
+    before, after = plan.make_plan(base).dataset, plan.make_plan(replace(base, **changed)).dataset
     assert (before != after) == (name in SOURCE)
 
 
@@ -219,7 +220,7 @@ def test_what_decides_an_import_makes_another_variant(name: str, make_store: Any
         torch.save([f"{file} {number}" for number in range(4)], tmp_path / file)
     base = ImportConfig(file=str(tmp_path / "a.pth"), store=str(store), max_failure_rate=1)
     other = replace(base, **{"file": {"file": str(tmp_path / "b.pth")}, "split": {"split": "val"}}[name])
-    assert bring.import_captions(base) != (second := bring.import_captions(other))
+    assert import_captions.import_captions(base) != (second := import_captions.import_captions(other))
     assert Store(str(store)).receipts("captions", second)[1].failed == (4 if name == "file" else 0)
 
 
@@ -227,7 +228,7 @@ def test_an_import_for_training_keeps_the_name_that_stores_have(make_store: Any,
     content = b'{"path": "x", "caption": "y"}'
     (tmp_path / "c.jsonl").write_bytes(content)
     store = make_store(tmp_path / "store")
-    made = bring.import_captions(
+    made = import_captions.import_captions(
         ImportConfig(file=str(tmp_path / "c.jsonl"), store=str(store), max_failure_rate=1, ignore_unknown=True)
     )
     assert (

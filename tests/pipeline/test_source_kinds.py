@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import locations, run
+from pipeline import run
 from pipeline.config import RetryConfig, SourceConfig
-from pipeline.sources import Reader, plan
-from pipeline.store import Store
+from pipeline.sources.plan import make_plan as plan
+from pipeline.sources.readers import Reader
+from pipeline.store import Store, locations
 
 Pictures = dict[str, bytes]  # "train/dog/0.jpg" -> JPEG
 KINDS = ("folder", "webdataset", "parquet", "jsonl")

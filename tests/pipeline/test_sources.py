@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import SourceConfig
-from pipeline.sources import plan
+from pipeline.sources.plan import make_plan as plan
 
 Folder = Callable[..., Path]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import dataset
 
-from pipeline import store as store_module
-from pipeline.store import CAPTIONS, Store, embeddings_schema, summary, variant_name
+from pipeline.inspect.status import summary
+from pipeline.store import CAPTIONS, Store, embeddings_schema, variant_name
 
 
 def test_layout_is_the_contract_and_plain_pyarrow_reads_it(tmp_path: Path, make_store: Callable[..., Path]) -> None:
@@ -104,7 +106,7 @@ def test_leftovers_of_dead_writers_are_removed_and_those_of_living_ones_kept(
     tmp_path: Path, make_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_store(tmp_path / "store")
-    host = store_module.platform.node()
+    host = platform.node()
     dead = folder / f"captions/test/.part-00000.parquet.{host}.4194999.0123abcd.tmp"
     alive = folder / f"captions/test/.part-00000.parquet.{host}.1.0123abcd.tmp"
     dead.write_bytes(b"half")
@@ -121,7 +123,7 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, make_store: Callable[...,
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         Store(str(folder)).write_file("captions/test/part-00009.parquet", b"data")
     assert {path for path in folder.rglob("*") if path.is_file()} == {path for path in before if path.is_file()}

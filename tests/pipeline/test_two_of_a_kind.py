@@ -15,16 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import lock, run, sources
+from pipeline import run
 from pipeline.__main__ import main
 from pipeline.config import SourceConfig
-from pipeline.shards import IngestShard, WriteCaptions
-from pipeline.store import CAPTIONS, Dataset, Store
+from pipeline.sources.plan import Plan, differences, make_plan
+from pipeline.stages.caption import WriteCaptions
+from pipeline.stages.ingest import IngestShard
+from pipeline.store import CAPTIONS, Dataset, Store, lock
 
 Folder = Callable[..., Path]
 
 
-def ingest_shard(store: Store, plan: sources.Plan, shard: int) -> None:
+def ingest_shard(store: Store, plan: Plan, shard: int) -> None:
     items = [dataclasses.asdict(row) for row in plan.shards[shard]]
     IngestShard(store.uri)(pa.table({"shard": [shard], "redo": [False], "rows": [items]}))
 
@@ -53,7 +55,7 @@ def test_an_ingest_does_not_go_on_with_settings_that_make_other_rows(name: str, 
     lines = [{"path": str(p.relative_to(images)), "label": p.parent.name} for p in sorted(images.rglob("*.jpg"))]
     (images / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = SourceConfig(images=str(images), store=str(tmp_path / "store"), shard_rows=10)
-    plan = sources.plan(config)
+    plan = make_plan(config)
     store = Store.create(config.store, plan.dataset)
     ingest_shard(store, plan, 0)  # interrupted after one shard
     value = CHANGES[name]
@@ -78,18 +80,18 @@ def test_settings_that_make_the_same_rows_may_change(picture_folder: Folder, tmp
     """One shard holds all: how many rows it might have held decides nothing."""
     images = picture_folder({"train/dog": 5, "val/dog": 5})
     config = SourceConfig(images=str(images), store=str(tmp_path / "store"))
-    plan = sources.plan(config)
+    plan = make_plan(config)
     free = dataclasses.replace(config, shard_rows=400, shard_bytes=10**6, val_fraction=0.3, max_failure_rate=0.5)
-    assert sources.differences(plan.dataset, sources.plan(free).dataset) == []
+    assert differences(plan.dataset, make_plan(free).dataset) == []
 
 
 def test_a_store_that_an_earlier_release_began_goes_on(picture_folder: Folder, tmp_path: Path) -> None:
     config = SourceConfig(images=str(picture_folder({"dog": 30})), store=str(tmp_path / "store"), shard_rows=10)
-    now = sources.plan(config).dataset
+    now = make_plan(config).dataset
     source = {name: value for name, value in now.source.items() if name != "cut"}
-    assert sources.differences(dataclasses.replace(now, source=source), now) == []
-    other = sources.plan(dataclasses.replace(config, shard_rows=8)).dataset
-    [line] = sources.differences(dataclasses.replace(now, source=source), other)
+    assert differences(dataclasses.replace(now, source=source), now) == []
+    other = make_plan(dataclasses.replace(config, shard_rows=8)).dataset
+    [line] = differences(dataclasses.replace(now, source=source), other)
     assert line.startswith("cut into shards: 3 then (shard_rows=10")
 
 
@@ -138,9 +140,9 @@ def test_captions_of_the_first_run_to_finish_a_shard_stay(tmp_path: Path, make_s
 
 
 def test_vectors_of_captions_that_were_written_anew_are_made_again(tmp_path: Path, make_store: Folder) -> None:
-    from pipeline import models
     from pipeline.config import EmbedConfig
-    from pipeline.shards import EmbedCaptions
+    from pipeline.encoders import models
+    from pipeline.stages.embed import EmbedCaptions
 
     store = Store(str(make_store(tmp_path / "store")))
     config = EmbedConfig(store=store.uri, captions="test")
@@ -189,7 +191,7 @@ def test_a_second_driver_of_a_stage_is_refused_while_the_first_is_at_work(
 ) -> None:
     """Both would pay for the same captions; whoever finds nothing to do is let in."""
     images, store = picture_folder({"train/a": 3, "val/a": 2}), tmp_path / "store"
-    Store.create(str(store), sources.plan(SourceConfig(images=str(images), store=str(store))).dataset)
+    Store.create(str(store), make_plan(SourceConfig(images=str(images), store=str(store))).dataset)
     with lock.held(str(store / "images"), "store"):
         assert main(["ingest", "--images", str(images), "--store", str(store)]) == 2
     assert f"store={store}/images: process {os.getpid()}" in capsys.readouterr().err

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline import run, shards
+from pipeline import run
 from pipeline.captioners.protocol import Caption
 from pipeline.captioners.transformers import TransformersCaptioner
 from pipeline.config import CaptionConfig, RetryConfig, SourceConfig
-from pipeline.models import ModelRef
+from pipeline.encoders.models import ModelRef
+from pipeline.stages.caption import SMALLEST, CaptionPictures
+from pipeline.stages.engine_deaths import LOADING_TRIES, EngineDeadError, Loading, Underway, is_out_of_memory, smaller
 from pipeline.store import Dataset, Split, Store
-from pipeline.underway import LOADING_TRIES, EngineDeadError, Loading, Underway, is_out_of_memory, smaller
 
 DEADLY = {"train/a/03.png", "train/b/01.png"}
 
@@ -108,12 +109,12 @@ def test_settings_shrink_with_each_want_of_memory_and_then_the_run_stops(store: 
     config = CaptionConfig(store="s", caption_preset="scenes")
     loading = Loading(store, "v", "actor")
     batches = []
-    for _ in range(shards.SMALLEST):
-        loading.out_of_memory(shards.SMALLEST)
+    for _ in range(SMALLEST):
+        loading.out_of_memory(SMALLEST)
         batches.append(smaller(config, Loading(store, "v", "actor").smaller).engine_batch)
     assert batches == [128, 64, 32, 16]
     with pytest.raises(EngineDeadError, match="out of memory even with settings halved 4 times"):
-        loading.out_of_memory(shards.SMALLEST)
+        loading.out_of_memory(SMALLEST)
 
 
 def test_the_words_for_want_of_memory() -> None:
@@ -139,7 +140,7 @@ class DeadlyCaptioner(TransformersCaptioner):
         return super().__call__(images, prompts, ids)
 
 
-class DeadlyCaptionPictures(shards.CaptionPictures):
+class DeadlyCaptionPictures(CaptionPictures):
     """The product's step around that engine."""
 
     def __init__(self, config: CaptionConfig, model: ModelRef, variant: str, run_id: str) -> None:
@@ -160,7 +161,7 @@ def test_pictures_that_kill_the_engine_are_put_aside_by_the_real_chain(
         Image.new("RGB", (40, 40), "red" if key in DEADLY else "blue").save(path)
     where = str(tmp_path / "store")
     run.ingest(SourceConfig(images=str(tmp_path / "in"), store=where, shard_rows=6))
-    monkeypatch.setattr(shards, "CaptionPictures", DeadlyCaptionPictures)
+    monkeypatch.setattr(run, "CaptionPictures", DeadlyCaptionPictures)
     variant = run.caption(CaptionConfig(store=where, caption_preset="scenes", captioner="transformers", max_failure_rate=0.5))
     store = Store(where)
     rows = {row["id"]: row for shard in range(2) for row in store.read_shard("captions", variant, shard).to_pylist()}

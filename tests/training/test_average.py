@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from training import checkpoint, loop, record
+from training import run_folder
 from training.config import TrainConfig
+from training.engine import build, checkpoint, loop
 from training.run import _result
 
 Weights = dict[str, torch.Tensor]
@@ -22,7 +23,7 @@ def ends(config: TrainConfig) -> tuple[Weights, Weights, Weights]:
     """(weights at the beginning, at the end, their average) of a run in this process."""
     taken: list[checkpoint.Snapshot] = []
     loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: taken.append(take()))
-    start = loop.build_task(config, 3, config.projection_dim).state_dict()
+    start = build.build_task(config, 3, config.projection_dim).state_dict()
     files = taken[-1].files
     return start, files["model.safetensors"], files["ema.safetensors"]
 
@@ -57,7 +58,7 @@ def test_without_warm_up_the_average_has_its_decay_from_the_first_step(tmp_path:
 def test_a_run_begun_without_warm_up_goes_on_without() -> None:
     config = TrainConfig(store="/store", run="/run", ema=0.999)
     early = {name: value for name, value in asdict(config).items() if name != "ema_warmup"}
-    assert config.ema_warmup and not record.resumed(config, early).ema_warmup
+    assert config.ema_warmup and not run_folder.resumed(config, early).ema_warmup
 
 
 # The average is best in the second epoch, the weights themselves in the first.
@@ -81,6 +82,6 @@ def test_the_best_epoch_is_that_of_the_weights_that_are_exported(tmp_path: Path,
     assert checkpoint.find(str(tmp_path), "best").endswith("checkpoint-2" if averaged else "checkpoint-1")
     result = _result(config, "")
     assert (result["best_epoch"], result["best_top1"]) == ((2, 55) if averaged else (1, 60))
-    assert record.headline(result["last"]) == (45 if averaged else 55)
-    assert record.headline(result["last"], "top5") == (83 if averaged else 90)
-    assert record.headline_name(config) in history[0]
+    assert run_folder.headline(result["last"]) == (45 if averaged else 55)
+    assert run_folder.headline(result["last"], "top5") == (83 if averaged else 90)
+    assert run_folder.headline_name(config) in history[0]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import locations
-from training import checkpoint
+from pipeline.store import locations
+from training.engine import checkpoint
 
 
 def test_what_a_remote_run_says_is_read_without_its_weights(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

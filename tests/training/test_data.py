@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from pipeline.store import Store
-from training import targets
-from training.augment import Augment, random_box
-from training.data import Batch, DecoderSpec, Loader, ThreadDecoding, _group
-from training.order import Rows, Sequence
+from training.data import text_targets
+from training.data.augment import Augment, random_box
+from training.data.decoder import DecoderSpec, _group
+from training.data.loader import Batch, Loader, ThreadDecoding
+from training.data.order import Rows, Sequence
 
 MakeStore = Callable[..., Path]
 
@@ -27,7 +28,7 @@ def augment(**changed: Any) -> Augment:
     return Augment(**(settings | changed))
 
 
-def loader(store: Store, found: targets.Targets | None, **changed: Any) -> Loader:
+def loader(store: Store, found: text_targets.Targets | None, **changed: Any) -> Loader:
     spec = DecoderSpec(store=store.uri, targets=found, augment=augment(**changed), keep=3)
     return Loader(ThreadDecoding(spec.build(), 2), lookahead=2)
 
@@ -39,7 +40,7 @@ def sequence(store: Store, batch: int, **settings: Any) -> Sequence:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_what_a_step_sees_does_not_depend_on_the_number_of_workers(tmp_path: Path, make_store: MakeStore, world: int) -> None:
     store = Store(str(make_store(tmp_path / "s", train=50)))
-    found = targets.load(store, embeddings="", dim=4, split="train")
+    found = text_targets.load(store, embeddings="", dim=4, split="train")
     alone = list(loader(store, found).train(sequence(store, 8), 3, 9, 0, 1))
     shares = [list(loader(store, found).train(sequence(store, 8), 3, 9, rank, world)) for rank in range(world)]
     assert len(alone) == 6, "two of them in the second pass"
@@ -63,7 +64,7 @@ def test_a_loader_that_starts_later_goes_on_with_the_very_same_batches(tmp_path:
 def test_views_of_a_picture_differ_and_come_from_one_decoding(
     tmp_path: Path, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import images
+    from pipeline.sources import images
 
     store = Store(str(make_store(tmp_path / "s", train=50)))
     decoded: list[int] = []
@@ -130,7 +131,7 @@ def test_evaluation_shows_the_same_batches_whatever_the_workers(tmp_path: Path, 
 
 def test_texts_belong_to_their_pictures_and_equal_captions_share_a_group(tmp_path: Path, make_store: MakeStore) -> None:
     store = Store(str(make_store(tmp_path / "s", classes=3, train=40, missing_captions=2)))
-    found = targets.load(store, embeddings="", dim=0, split="train")
+    found = text_targets.load(store, embeddings="", dim=0, split="train")
     batches: list[Batch] = list(loader(store, found).evaluate(Rows(store, "train").in_order(), 10, 0, 1))
     vectors: dict[int, torch.Tensor] = {}
     for batch in batches:
@@ -160,7 +161,7 @@ def test_shards_of_different_rows_are_never_paired(tmp_path: Path, make_store: M
     store = Store(str(make_store(tmp_path / "s")))
     table = store.read_shard("captions", "test", 0)
     store.write_shard("captions", "test", 0, table.take(list(reversed(range(len(table))))), seconds=0)
-    found = targets.load(store, embeddings="", dim=0, split="train")
+    found = text_targets.load(store, embeddings="", dim=0, split="train")
     with pytest.raises(ValueError, match="different rows"):
         list(loader(store, found).evaluate(Rows(store, "train").in_order(), 4, 0, 1))
 
@@ -189,17 +190,17 @@ def test_evaluation_crops_as_timm_validates(tmp_path: Path) -> None:
 def test_pca_is_fitted_once_kept_in_the_store_and_keeps_what_varies(tmp_path: Path, make_store: MakeStore) -> None:
     folder = make_store(tmp_path / "s", dim=8)
     store = Store(str(folder))
-    first = targets.load(store, embeddings="", dim=3, split="train")
+    first = text_targets.load(store, embeddings="", dim=3, split="train")
     kept = (folder / "embeddings/test/pca.safetensors").read_bytes()
-    second = targets.load(store, embeddings="", dim=5, split="train")
+    second = text_targets.load(store, embeddings="", dim=5, split="train")
     assert (folder / "embeddings/test/pca.safetensors").read_bytes() == kept
     assert first.basis is not None and second.basis is not None
     np.testing.assert_array_equal(first.basis, second.basis[:, :3])
     np.testing.assert_allclose(second.basis.T @ second.basis, np.eye(5), atol=1e-5)
-    vectors = targets.vectors_of(store.read_shard("embeddings", "test", 0)["embedding"])
+    vectors = text_targets.vectors_of(store.read_shard("embeddings", "test", 0)["embedding"])
     np.testing.assert_allclose(np.linalg.norm(first.project(vectors), axis=1), 1, atol=1e-5)
     with pytest.raises(ValueError, match="have 8 dimensions; pass --projection-dim 8 or less"):
-        targets.load(store, embeddings="", dim=9, split="train")
+        text_targets.load(store, embeddings="", dim=9, split="train")
 
 
 def test_pictures_with_several_captions_share_a_group_when_all_are_equal() -> None:

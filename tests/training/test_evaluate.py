@@ -20,12 +20,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline.encoders import TextEncoder
-from pipeline.models import resolve
+from pipeline.encoders.models import resolve
+from pipeline.encoders.text import TextEncoder
 from pipeline.store import CAPTIONS, IMAGES, Dataset, Split, Store, embeddings_table
-from training import checkpoint, evaluate, judging, loop, record, targets
+from training import run_folder
 from training.__main__ import main
 from training.config import EvaluateConfig, TrainConfig
+from training.data import text_targets
+from training.engine import build, checkpoint, loop
+from training.evaluation import measures, outputs
 
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40), "white": (240, 240, 240),
@@ -194,7 +197,7 @@ def test_retrieval_ranks_the_own_caption_among_the_different_ones(
     shards = store.split_shards("val")
     captions = [text for s in shards for text in store.read_shard("captions", "by-hand", s)["caption"].to_pylist()]
     different = sorted(set(captions))
-    basis = targets.load(store, embeddings="", dim=6, split="train")
+    basis = text_targets.load(store, embeddings="", dim=6, split="train")
     texts = basis.project(encoder(different).vectors)
     z = projected(run, coloured)
     ranks = [1 + int((z[n] @ texts.T > z[n] @ texts[different.index(captions[n])] + 1e-5).sum()) for n in range(60)]
@@ -206,15 +209,15 @@ def test_retrieval_ranks_the_own_caption_among_the_different_ones(
 
 def projected(run: Path, coloured: Path, split: str = "val") -> np.ndarray:
     """Projected features by the training task itself, from the average's weights."""
-    config = record.read(str(run))
+    config = run_folder.read(str(run))
     weights = load_file(Path(checkpoint.find(str(run))) / "ema.safetensors")
     text = weights.get("text_projection.weight")
-    task = loop.build_task(config, len(COLOURS), 6, 0 if text is None else text.shape[1])
+    task = build.build_task(config, len(COLOURS), 6, 0 if text is None else text.shape[1])
     task.load_state_dict(weights)
-    norm = loop.make_norm(task.backbone, torch.device("cpu"))
+    norm = build.make_norm(task.backbone, torch.device("cpu"))
     store = Store(str(coloured))
-    loader = loop.make_loader(config, store, None, task.backbone)
-    samples = evaluate.Rows(store, split).in_order()
+    loader = build.make_loader(config, store, None, task.backbone)
+    samples = outputs.Rows(store, split).in_order()
     with torch.inference_mode():
         return torch.cat([task.eval().project(norm(batch.images)) for batch in loader.evaluate(samples, 24, 0, 1)]).numpy()
 
@@ -233,7 +236,7 @@ def test_zero_shot_scores_prompts_in_the_runs_own_space_and_tells_seen_from_unse
     if text_projection == "learned":
         prompts = wide @ load_file(Path(checkpoint.find(str(run))) / "ema.safetensors")["text_projection.weight"].numpy().T
     else:
-        prompts = targets.load(store, embeddings="", dim=6, split="train").project(wide)
+        prompts = text_targets.load(store, embeddings="", dim=6, split="train").project(wide)
     prompts = prompts / np.linalg.norm(prompts, axis=1, keepdims=True)
     labels = np.concatenate([store.read_shard("images", "", s)["label"].to_numpy() for s in store.split_shards("val")])
     cosines = projected(run, coloured) @ prompts.T
@@ -246,7 +249,7 @@ def test_zero_shot_scores_prompts_in_the_runs_own_space_and_tells_seen_from_unse
     assert (found["seen_images"], found["unseen_images"]) == ((~unseen).sum(), unseen.sum()) and unseen.any()
     assert found["seen_top1"] == round(100 * hits[~unseen].mean(), 3)
     assert found["unseen_top1"] == round(100 * hits[unseen].mean(), 3)
-    assert found["harmonic_mean"] == pytest.approx(judging.harmonic_mean(found["seen_top1"], found["unseen_top1"]), abs=1e-3)
+    assert found["harmonic_mean"] == pytest.approx(measures.harmonic_mean(found["seen_top1"], found["unseen_top1"]), abs=1e-3)
     assert found["unseen_only_top1"] == 100, "one unseen class: nothing to confuse it with"
     assert found["seen_top1"] > 40, "it learned something; chance is 12.5"
 
@@ -271,8 +274,8 @@ def test_classes_come_from_a_file_with_names_the_store_does_not_know(
 def test_knn_is_that_of_the_backbones_features(run: Path, coloured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
-    config = record.read(str(run))
-    judge = evaluate.Judge(config, evaluate.load(config, checkpoint.find(str(run)), len(COLOURS)))
+    config = run_folder.read(str(run))
+    judge = outputs.Judge(config, outputs.load(config, checkpoint.find(str(run)), len(COLOURS)))
     train, val = (judge.outputs(split, features=True) for split in ("train", "val"))
     assert train.features is not None and val.features is not None
     reference = KNeighborsClassifier(20, metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.07))
@@ -318,7 +321,7 @@ def test_an_encoder_that_changed_is_refused(
     path.write_text(json.dumps({**recorded, "revision": "files-0000"}))
     other = tmp_path / "run"
     shutil.copytree(run, other)
-    (other / "config.json").write_text(json.dumps(asdict(replace(record.read(str(run)), store=str(copied)))))
+    (other / "config.json").write_text(json.dumps(asdict(replace(run_folder.read(str(run)), store=str(copied)))))
     assert main(["evaluate", str(other), "--zero-shot"]) == 2
     assert "have changed" in capsys.readouterr().err
 

@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 
 from pipeline.errors import RunStoppedError
 from pipeline.store import Store
-from training import checkpoint, export, loop, record
+from training import run_folder
 from training.__main__ import main
 from training.config import ExportConfig, TrainConfig
+from training.engine import build, checkpoint, loop
+from training.export import export, formats
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def trained(store: Path, run: Path, **changes: Any) -> Path:
 def fresh(store: Path, run: Path, **changes: Any) -> Path:
     """A run that was never trained: architectures too slow to train in a test export all the same."""
     config = TrainConfig(store=str(store), alignment_weight=0.0, **changes)
-    task = loop.build_task(config, len(Store(str(store)).dataset.classes), 0)
+    task = build.build_task(config, len(Store(str(store)).dataset.classes), 0)
     torch.nn.init.normal_(task.backbone.get_classifier().weight)  # type: ignore[operator]  # some begin with zeros: no answer at all
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     checkpoint.Snapshot.take(task, optimizer, None, checkpoint.State()).write(str(run / "checkpoint"))
@@ -60,9 +62,9 @@ def fresh(store: Path, run: Path, **changes: Any) -> Path:
 
 def logits_of(run: Path, weights: str, images: torch.Tensor) -> torch.Tensor:
     """By the training task."""
-    config = record.read(str(run))
+    config = run_folder.read(str(run))
     tensors = load_file(run / "checkpoint" / f"{weights}.safetensors")
-    task = loop.build_task(config, 3, 4 if config.alignment_weight else 0)
+    task = build.build_task(config, 3, 4 if config.alignment_weight else 0)
     task.load_state_dict(tensors)
     with torch.inference_mode():
         answers: torch.Tensor = task.eval().backbone(images)
@@ -137,7 +139,7 @@ def test_a_recommended_test_size_of_other_weights_is_not_exported(store: Path, t
     model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     resolved = timm.data.resolve_data_config({}, model=model, use_test_size=True)
     assert resolved["input_size"] == (3, 32, 32) and resolved["crop_mode"] == "center"
-    assert resolved["crop_pct"] == loop.data_config(model)["crop_pct"]
+    assert resolved["crop_pct"] == build.data_config(model)["crop_pct"]
     text = (tmp_path / "model" / "config.json").read_text()
     assert "hf_hub_id" not in text and "http" not in text, "addresses of weights that these are not"
 
@@ -209,14 +211,14 @@ def test_a_full_folder_is_left_alone_unless_told_otherwise(run: Path, tmp_path: 
 
 def test_what_answers_otherwise_is_not_delivered(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that loses a weight on the way is found by the comparison, and the folder stays empty."""
-    from training.export import _timm
+    from training.export.formats import _timm
 
     def broken(model: Any, *arguments: Any) -> Any:
         written: Any = _timm(model, *arguments)
         written.get_classifier().bias.data[0] += 0.01
         return written
 
-    monkeypatch.setitem(export._WRITERS, "timm", broken)
+    monkeypatch.setitem(formats.WRITERS, "timm", broken)
     with pytest.raises(RunStoppedError, match=r"format=timm: .*difference of logits 1\.0e-02"):
         export.export(ExportConfig(run=str(run), to=str(tmp_path / "model")))
     assert not (tmp_path / "model").exists()

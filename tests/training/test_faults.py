@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.nodes import TwoNodes
-from training import checkpoint
+from training.engine import checkpoint
 
 pytestmark = pytest.mark.slow
 # 57 rows in batches of 12: epochs end inside a batch, most checkpoints lie inside an epoch.

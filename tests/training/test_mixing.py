@@ -11,7 +11,7 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from training.mixing import Mixing, class_targets, text_targets
+from training.data.mixing import Mixing, class_targets, text_targets
 
 MODES = ("batch", "pair", "elem")
 SEEDS = (3, 141, 0)

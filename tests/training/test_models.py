@@ -13,13 +13,14 @@ import pytest
 import timm
 import torch
 
-from training import backbones, checkpoint, loop
 from training.config import TrainConfig
-from training.losses import TextGather
-from training.mixing import text_targets
+from training.data.mixing import text_targets
+from training.engine import build, checkpoint, loop
+from training.engine.epoch_log import NotFiniteError
+from training.engine.step import Stepper
+from training.losses.alignment import TextGather
+from training.models import backbones, optimizers
 from training.objectives.align import Alignment, AlignTask, CrossEntropy, Goal
-from training.step import Stepper
-from training.watch import NotFiniteError
 
 BACKBONES = [
     ("resnet18", 64), ("resnet50", 64), ("vit_tiny_patch16_224", 64), ("convnext_atto", 64), ("hiera_tiny_224", 224),
@@ -73,8 +74,8 @@ def test_a_size_that_a_backbone_cannot_take_names_its_own() -> None:
 
 def test_the_baseline_has_no_head_and_starts_from_the_same_weights() -> None:
     common = {"store": "s", "backbone": "resnet18", "seed": 3}
-    plain = loop.build_task(TrainConfig(**common, alignment_weight=0), 5, 0)  # type: ignore[arg-type]
-    aligned = loop.build_task(TrainConfig(**common, alignment_weight=1), 5, 16)  # type: ignore[arg-type]
+    plain = build.build_task(TrainConfig(**common, alignment_weight=0), 5, 0)  # type: ignore[arg-type]
+    aligned = build.build_task(TrainConfig(**common, alignment_weight=1), 5, 16)  # type: ignore[arg-type]
     assert plain.head is None
     for (name, mine), (_, other) in zip(plain.backbone.named_parameters(), aligned.backbone.named_parameters(), strict=True):
         assert torch.equal(mine, other), name
@@ -82,7 +83,7 @@ def test_the_baseline_has_no_head_and_starts_from_the_same_weights() -> None:
 
 def test_the_papers_head() -> None:
     """Linear, BatchNorm, ReLU, Linear for ResNets (6,296,576 parameters for 2048 to 1024); without BatchNorm for ViTs."""
-    from training.heads import ProjectionHead
+    from training.models.heads import ProjectionHead
 
     head = ProjectionHead(2048, 1024, "mlp", batch_norm=True)
     assert sum(p.numel() for p in head.parameters()) == 2048 * 2048 + 2 * 2048 + 2048 * 1024 + 1024 == 6_296_576
@@ -96,8 +97,8 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     from timm.utils import ModelEmaV3
 
     config = TrainConfig(store="s", backbone="test_resnet", optimizer="adamw", seed=0)
-    task = loop.build_task(config, 5, 16)
-    optimizer, ema = backbones.optimizer(config, task), ModelEmaV3(task, decay=0.5)
+    task = build.build_task(config, 5, 16)
+    optimizer, ema = optimizers.optimizer(config, task), ModelEmaV3(task, decay=0.5)
     parts = task(torch.randn(4, 3, 64, 64), torch.arange(4), goal(torch.nn.functional.normalize(torch.randn(4, 16), dim=-1)))
     parts["loss"].backward()
     optimizer.step()
@@ -110,8 +111,8 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
         for parameter in [*task.parameters(), *ema.module.parameters()]:
             parameter.add_(1)
     snapshot.write(str(tmp_path / "c"))
-    other = loop.build_task(TrainConfig(**(asdict(config) | {"seed": 9})), 5, 16)
-    other_optimizer, other_ema = backbones.optimizer(config, other), ModelEmaV3(other, decay=0.5)
+    other = build.build_task(TrainConfig(**(asdict(config) | {"seed": 9})), 5, 16)
+    other_optimizer, other_ema = optimizers.optimizer(config, other), ModelEmaV3(other, decay=0.5)
     assert checkpoint.load(str(tmp_path / "c"), other, other_optimizer, other_ema) == state
     for name, value in expected.items():
         assert torch.equal(value, other.state_dict()[name]), name
@@ -195,7 +196,7 @@ def test_a_batch_computed_in_parts_has_the_gradient_of_the_whole(tmp_path: Path,
     from safetensors.torch import load_file
 
     whole, in_parts = (load_file(ends[parts] / "model.safetensors") for parts in (1, 3))
-    start = loop.build_task(config, 3, 4, 8).state_dict()
+    start = build.build_task(config, 3, 4, 8).state_dict()
     moved = max(float((whole[name] - start[name]).abs().max()) for name in whole)
     for name, value in whole.items():
         assert (value - in_parts[name]).abs().max() < 1e-4 * moved, name
@@ -224,7 +225,7 @@ def test_what_only_saves_time_or_memory_changes_nothing_else(tmp_path: Path, mak
     plain = load_file(run_alone(config, tmp_path / "plain") / "model.safetensors")
     switched = load_file(run_alone(replace(config, **changed), tmp_path / "switched") / "model.safetensors")
     assert plain.keys() == switched.keys()
-    start = loop.build_task(config, 3, 4).state_dict()
+    start = build.build_task(config, 3, 4).state_dict()
     names = [name for name, value in plain.items() if value.is_floating_point()]
     way = sum(float((plain[name] - start[name]).square().sum()) for name in names) ** 0.5
     apart = sum(float((plain[name] - switched[name]).square().sum()) for name in names) ** 0.5
@@ -250,8 +251,8 @@ def test_other_ways_learn_too(tmp_path: Path, make_store: Callable[..., Path], c
 
 def test_layers_below_learn_more_slowly_and_norms_do_not_decay() -> None:
     config = TrainConfig(store="s", backbone="vit_tiny_patch16_224", layer_decay=0.5, image_size=32, learn_temperature=True)
-    task = loop.build_task(config, 3, 4)
-    optimizer = backbones.optimizer(config, task)
+    task = build.build_task(config, 3, 4)
+    optimizer = optimizers.optimizer(config, task)
     of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(task.named_parameters())
     assert len(of) == len(parameters)
@@ -337,7 +338,7 @@ def test_every_preset_is_valid_and_builds() -> None:
         backbones.probe(
             config.backbone, config.image_size, config.patch_size, small_stem=config.small_stem, drop_path=config.drop_path
         )
-        backbones.check_optimizer(config.optimizer)
+        optimizers.check_optimizer(config.optimizer)
     with pytest.raises(ValueError, match="choose one of small-64"):
         preset("nope")
 

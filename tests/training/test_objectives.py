@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from training import loop
 from training.config import TrainConfig
-from training.losses import TextGather
-from training.mixing import text_targets
+from training.data.mixing import text_targets
+from training.engine import build, loop
+from training.losses.alignment import TextGather
 from training.objectives.align import AlignTask, Goal
 
 
 def task_of(**changes: Any) -> AlignTask:
     settings: dict[str, Any] = {"backbone": "test_resnet", "image_size": 32, "batch_size": 64}
-    return loop.build_task(TrainConfig(store="s", **settings | changes), 100, 16)
+    return build.build_task(TrainConfig(store="s", **settings | changes), 100, 16)
 
 
 def goal(count: int, matched: bool, images: Tensor) -> Goal:
@@ -64,10 +64,10 @@ def test_no_step_of_a_run_leaves_a_learned_temperature_below_its_bound(
     tmp_path: Path, make_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
     """A gradient that only ever leads down, for it and for its moving average."""
-    build, tasks = loop.build_task, []
+    original, tasks = build.build_task, []
 
     def build_task(*arguments: Any, **more: Any) -> AlignTask:
-        tasks.append(build(*arguments, **more))
+        tasks.append(original(*arguments, **more))
         assert tasks[-1].log_temperature is not None
         tasks[-1].log_temperature.register_hook(torch.ones_like)
         return tasks[-1]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pipeline.store import Store
-from training import loop
 from training.config import TrainConfig
-from training.order import PASS, REPEAT, ROW, SHARD, Rows, Sequence, deal
+from training.data.order import PASS, REPEAT, ROW, SHARD, Rows, Sequence, deal
+from training.engine import loop
 
 MakeStore = Callable[..., Path]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import timm
 
-from training import backbones
 from training.config import TrainConfig
+from training.models import backbones
 from training.presets import PRESETS, preset
 
 # GPT4Image's released code (github.com/huawei-noah/Efficient-Computing, GPT4Image). Its lambda of 0.3 acts like 0.3 / GPUs.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.progress import Follower
+from training.run_folder import Follower
 
 EPOCH = {"cross_entropy": 1.0, "top1": 50.0, "top5": 90.0, "seconds": 2.0, "images_per_s": 10.0}
 

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.store import Store
-from training import checkpoint, loop, record
 from training import run as training_run
+from training import run_folder
 from training.__main__ import main
+from training.engine import build, checkpoint, loop
 
 pytestmark = pytest.mark.slow
 SMALL = ["--preset", "smoke", "--projection-dim", "4", "--batch-size", "12", "--workers", "2"]
@@ -41,14 +42,14 @@ def test_a_run_leaves_settings_metrics_and_checkpoints_without_pickles(trained: 
     assert result["epochs"] == 2
     assert {"loss", "cross_entropy", "alignment", "top1", "top5", "images_per_s", "lr", "seconds"} <= result["last"].keys()
     assert len((trained / "metrics.jsonl").read_text().splitlines()) == 2
-    assert record.read(str(trained)).workers == 2
+    assert run_folder.read(str(trained)).workers == 2
     folder = Path(checkpoint.find(str(trained)))
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 def test_two_workers_end_where_one_process_ends(trained: Path, tmp_path: Path) -> None:
     """Same order, same augmentation, exact loss: what differs is batch norm, whose statistics are each worker's own."""
-    config = record.read(str(trained))
+    config = run_folder.read(str(trained))
     history = loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: None)
     two = json.loads((trained / "result.json").read_text())["history"]
     assert history[0]["alignment"] == pytest.approx(two[0]["alignment"], rel=0.05)
@@ -59,7 +60,7 @@ def test_a_run_on_an_object_store_with_decoding_actors_ends_with_the_same_weight
     trained: Path, bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where pictures are decoded and where a run is kept changes nothing; the same command there finds it complete."""
-    command = ["train", "--store", record.read(str(trained)).store, *SMALL, "--epochs", "2", "--run", f"{bucket}/runs/there"]
+    command = ["train", "--store", run_folder.read(str(trained)).store, *SMALL, "--epochs", "2", "--run", f"{bucket}/runs/there"]
     command += ["--loader", "actors", "--loader-workers", "1", "--tracking-uri", "none"]
     assert main(command) == 0
     weights = []
@@ -77,13 +78,13 @@ def test_a_run_on_an_object_store_with_decoding_actors_ends_with_the_same_weight
 
 
 def test_timms_augmentation_runs_in_actors_by_itself(trained: Path, tmp_path: Path) -> None:
-    command = ["train", "--store", record.read(str(trained)).store, *SMALL, "--run", str(tmp_path / "run")]
+    command = ["train", "--store", run_folder.read(str(trained)).store, *SMALL, "--run", str(tmp_path / "run")]
     assert main([*command, "--auto-augment", "rand-m9-mstd0.5-inc1", "--loader-workers", "1", "--tracking-uri", "none"]) == 0
-    assert record.read(str(tmp_path / "run")).loader == "actors"
+    assert run_folder.read(str(tmp_path / "run")).loader == "actors"
 
 
 def test_the_same_command_again_finds_the_run_complete(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = record.read(str(trained))
+    config = run_folder.read(str(trained))
     command = ["train", "--store", config.store, *SMALL, "--epochs", "2", "--run", str(trained)]
     assert main(command) == 0
     assert "complete; nothing to do" in capsys.readouterr().err
@@ -100,10 +101,10 @@ def test_mlflow_has_the_parameters_and_the_metrics_of_every_epoch(trained: Path)
     assert run.info.status == "FINISHED"
     assert run.data.params["backbone"] == "test_resnet"
     assert run.data.tags["embeddings"] == "test" and run.data.tags["captions"] == "test"
-    assert record.read(str(trained)).embeddings == "test"
+    assert run_folder.read(str(trained)).embeddings == "test"
     # Early releases recorded an empty name; what MLflow was told stands in the run's folder, too.
     early = json.loads((trained / "config.json").read_text()) | {"embeddings": ""}
-    assert record.settings(str(trained), early).embeddings == "test"
+    assert run_folder.settings(str(trained), early).embeddings == "test"
     assert [m.step for m in client.get_metric_history(recorded["run_id"], "top1")] == [1, 2]
 
 
@@ -118,9 +119,9 @@ def test_evaluate_gives_what_training_measured(trained: Path, capsys: pytest.Cap
 def test_export_is_a_plain_timm_model_with_the_same_logits(trained: Path, tmp_path: Path) -> None:
     assert main(["export", str(trained), "--to", str(tmp_path / "model")]) == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
-    config = record.read(str(trained))
+    config = run_folder.read(str(trained))
     classes = Store(config.store).dataset.classes
-    task = loop.build_task(config, len(classes), 4)
+    task = build.build_task(config, len(classes), 4)
     checkpoint.load(checkpoint.find(str(trained)), task)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
@@ -145,7 +146,7 @@ def test_export_is_a_plain_timm_model_with_the_same_logits(trained: Path, tmp_pa
 def test_wrong_settings_end_with_2_before_anything_starts(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], complaint: str
 ) -> None:
-    command = ["train", "--store", record.read(str(trained)).store, *SMALL, "--run", str(tmp_path / "run"), *flags]
+    command = ["train", "--store", run_folder.read(str(trained)).store, *SMALL, "--run", str(tmp_path / "run"), *flags]
     assert main(command) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

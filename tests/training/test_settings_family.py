@@ -17,10 +17,12 @@ import torch
 
 from pipeline.errors import OtherSettingsError
 from pipeline.store import IMAGES, Store, embeddings_table
-from training import checkpoint, loop, record, run, targets
+from training import run, run_folder
 from training.__main__ import main, parse_train
 from training.config import DECIDING, FREE, TrainConfig
-from training.tracking_journal import Journal
+from training.data import text_targets
+from training.engine import checkpoint, loop
+from training.tracking.journal import Journal
 
 BASE = TrainConfig(store="/store", run="/run", embeddings="first", alignment_weight=0.5, batch_size=64, workers=2, ema=0.5)
 HINTS = typing.get_type_hints(TrainConfig)
@@ -39,10 +41,10 @@ def another(name: str) -> Any:
     return value + 1 if isinstance(value, int) else value / 2 or 0.25
 
 
-def recorded(config: TrainConfig) -> record.Recorded:
+def recorded(config: TrainConfig) -> run_folder.Recorded:
     """What config.json holds of it."""
     contents = Store(config.store).contents if Store.exists(config.store) else ""
-    content: record.Recorded = json.loads(json.dumps(record.written(config, contents)))
+    content: run_folder.Recorded = json.loads(json.dumps(run_folder.written(config, contents)))
     return content
 
 
@@ -55,36 +57,36 @@ def test_every_setting_is_either_deciding_or_free() -> None:
 @pytest.mark.parametrize("name", sorted(DECIDING))
 def test_a_run_does_not_go_on_with_a_deciding_setting_changed(name: str) -> None:
     with pytest.raises(ValueError, match=rf"(?s)begun with other settings; pass another --run.*\n  {name}: .* then, .* now"):
-        record.resumed(replace(BASE, **{name: another(name)}), recorded(BASE))
+        run_folder.resumed(replace(BASE, **{name: another(name)}), recorded(BASE))
 
 
 @pytest.mark.parametrize("name", sorted(FREE))
 def test_a_run_goes_on_with_a_free_setting_changed(name: str) -> None:
     now = replace(BASE, **{name: another(name)})
-    assert record.resumed(now, recorded(BASE)) == now
+    assert run_folder.resumed(now, recorded(BASE)) == now
 
 
 @pytest.mark.parametrize("name", sorted(field.name for field in fields(TrainConfig) if field.default is not MISSING))
 def test_a_record_without_a_setting_is_of_a_run_that_had_its_default(name: str) -> None:
     """As of a release before the setting: the run goes on with it as it was, and not with it switched on."""
     content = recorded(replace(BASE, embeddings=""))
-    before = record._BEFORE.get(name, TrainConfig.__dataclass_fields__[name].default)
+    before = run_folder._BEFORE.get(name, TrainConfig.__dataclass_fields__[name].default)
     del content[name]
     config = replace(BASE, **{"embeddings": "", name: TrainConfig.__dataclass_fields__[name].default})
-    assert getattr(record.settings("/run", content), name) == before
-    assert getattr(record.resumed(config, content), name) == before
+    assert getattr(run_folder.settings("/run", content), name) == before
+    assert getattr(run_folder.resumed(config, content), name) == before
 
 
 def test_a_record_of_a_later_release_is_refused_with_what_is_unknown() -> None:
     with pytest.raises(ValueError, match=r"begun by another release.*settings unknown here: warp_factor. Use the release"):
-        record.resumed(BASE, recorded(BASE) | {"warp_factor": 9})
+        run_folder.resumed(BASE, recorded(BASE) | {"warp_factor": 9})
     with pytest.raises(ValueError, match=r"version 99, this one reads up to \d"):
-        record.settings("/run", recorded(BASE) | {"version": 99})
+        run_folder.settings("/run", recorded(BASE) | {"version": 99})
 
 
 def test_a_record_holds_no_secrets_and_its_version() -> None:
-    content = record.written(replace(BASE, tracking_uri="https://me:secret@host"), "")
-    assert content["version"] == record.VERSION and "secret" not in json.dumps(content)
+    content = run_folder.written(replace(BASE, tracking_uri="https://me:secret@host"), "")
+    assert content["version"] == run_folder.VERSION and "secret" not in json.dumps(content)
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(tmp_path: Path
     folder = begun(config)
     Journal(str(folder / "tracking")).append({"kind": "create", "tags": {"embeddings": "test", "captions": "test"}})
     assert run.prepare(config)[0].embeddings == "test"
-    assert record.read(str(folder)).embeddings == "test"
+    assert run_folder.read(str(folder)).embeddings == "test"
 
 
 def test_an_early_run_that_told_nobody_is_given_its_embeddings(tmp_path: Path, two_embeddings: Path) -> None:
@@ -205,8 +207,8 @@ def test_the_command_of_an_early_release_ends_its_run(
 
 
 def test_a_second_driver_of_a_run_is_refused_while_the_first_is_at_work(tmp_path: Path, make_store: Callable[..., Path]) -> None:
-    from pipeline import lock
     from pipeline.errors import SettingsError
+    from pipeline.store import lock
 
     config = TrainConfig(
         store=str(make_store(tmp_path / "store")), run=str(tmp_path / "run"), alignment_weight=0.0, image_size=32,
@@ -229,7 +231,7 @@ def test_a_run_does_not_go_on_with_a_store_that_was_made_anew(tmp_path: Path, ma
     with pytest.raises(OtherSettingsError, match="other pictures, classes, splits or shards now than when the run began"):
         run.prepare(config)
     with pytest.raises(OtherSettingsError, match="was begun on another store"):
-        record.read(config.run)
+        run_folder.read(config.run)
     content = json.loads((tmp_path / "run" / "config.json").read_text())
     del content["store_contents"]  # as early releases wrote it
     (tmp_path / "run" / "config.json").write_text(json.dumps(content))
@@ -238,16 +240,16 @@ def test_a_run_does_not_go_on_with_a_store_that_was_made_anew(tmp_path: Path, ma
 
 def test_texts_are_reduced_by_what_the_split_that_is_trained_on_holds(tmp_path: Path, make_store: Callable[..., Path]) -> None:
     store = Store(str(make_store(tmp_path / "store", train=40, val=20)))
-    fresh = {split: targets.load(store, embeddings="test", dim=3, split=split).basis for split in ("train", "val")}
+    fresh = {split: text_targets.load(store, embeddings="test", dim=3, split=split).basis for split in ("train", "val")}
     assert fresh["train"] is not None and fresh["val"] is not None and not np.array_equal(fresh["train"], fresh["val"])
     for split in ("val", "train"):
-        assert np.array_equal(targets.load(store, embeddings="test", dim=3, split=split).basis, fresh[split])
+        assert np.array_equal(text_targets.load(store, embeddings="test", dim=3, split=split).basis, fresh[split])
     table = store.read_shard("embeddings", "test", 0)
     rows = [row | {"embedding": np.roll(row["embedding"], n)} for n, row in enumerate(table.to_pylist())]
     store.write_shard("embeddings", "test", 0, embeddings_table(rows, 8), seconds=0)
-    again = targets.load(store, embeddings="test", dim=3, split="train").basis
+    again = text_targets.load(store, embeddings="test", dim=3, split="train").basis
     assert not np.array_equal(again, fresh["train"]), "vectors that were made anew"
-    assert np.array_equal(targets.load(store, embeddings="test", dim=3, split="val").basis, fresh["val"])
+    assert np.array_equal(text_targets.load(store, embeddings="test", dim=3, split="val").basis, fresh["val"])
 
 
 def test_a_val_split_without_a_usable_picture_is_found_before_training(tmp_path: Path, make_store: Callable[..., Path]) -> None:

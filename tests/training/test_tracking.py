@@ -17,9 +17,12 @@ from typing import Any
 
 import pytest
 
-from training import tracking, tracking_client, tracking_sender
-from training.tracking_journal import Journal, State
-from training.tracking_secrets import masked, recordable
+from training import tracking
+from training.tracking import sender
+from training.tracking import tracker as tracker_module
+from training.tracking.client import connect, patience
+from training.tracking.journal import Journal, State
+from training.tracking.secrets import masked, recordable
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -84,12 +87,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses between tries, a short wait for the run's id."""
-    monkeypatch.setattr(tracking_sender, "_MAX_BACK_OFF_S", 0.5)
-    monkeypatch.setattr(tracking, "_PATIENCE_SERVER_S", 2.0)
+    monkeypatch.setattr(sender, "_MAX_BACK_OFF_S", 0.5)
+    monkeypatch.setattr(tracker_module, "_PATIENCE_SERVER_S", 2.0)
 
 
 def client(uri: str) -> Any:
-    return tracking_client.connect(uri)
+    return connect(uri)
 
 
 def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
@@ -151,8 +154,8 @@ def test_what_is_sent_twice_is_there_once(server: Server, tmp_path: Path) -> Non
     assert len(history(server.uri, run_id, "odd")) == 50
     assert len(client(server.uri).search_model_versions("name = 'twice'")) == 1
     run = client(server.uri).get_run(run_id)
-    key = run.data.tags[tracking_sender.KEY]
-    assert len(client(server.uri).search_runs([run.info.experiment_id], f"tags.{tracking_sender.KEY} = '{key}'")) == 1
+    key = run.data.tags[sender.KEY]
+    assert len(client(server.uri).search_runs([run.info.experiment_id], f"tags.{sender.KEY} = '{key}'")) == 1
 
 
 @pytest.mark.slow
@@ -441,9 +444,9 @@ def test_a_line_cut_off_spoils_no_other(tmp_path: Path) -> None:
 def test_the_time_limits_of_the_user_stand_and_ours_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     before = dict(os.environ)
-    with tracking_client.patience(0):
+    with patience(0):
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10" and os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
-    with tracking_client.patience(9):
+    with patience(9):
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "120"
     assert dict(os.environ) == before
 

@@ -14,9 +14,9 @@ import timm
 import torch
 from pyarrow import fs
 
-from pipeline import locations, lock
-from training import checkpoint, loop
+from pipeline.store import locations, lock
 from training.config import TrainConfig
+from training.engine import checkpoint, loop
 from tuning import config as tuning_config
 from tuning import space
 from tuning.__main__ import main, parse_tune

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training import backbones
-from training.heads import Kind, ProjectionHead, TextProjection
-from training.losses import TextGather, Texts, Variant, alignment_loss
+from training.losses.alignment import TextGather, Texts, Variant, alignment_loss
+from training.models import backbones
+from training.models.heads import Kind, ProjectionHead, TextProjection
 
 COLDEST = 0.01
 """CLIP's bound of a learned temperature: logits of at most 100."""

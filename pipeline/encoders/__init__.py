@@ -1,0 +1,1 @@
+"""Frozen text encoders, and which model exactly a name stands for."""

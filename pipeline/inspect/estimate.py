@@ -1,0 +1,258 @@
+"""Before paying: describes a sample for real and says what the whole will take, in hours, GPU hours, money and storage.
+
+Each stage has a start (Ray, loading a model) that is paid once, and a steady time an image that is paid for all; the sample
+tells both apart by when its shards were finished. More GPUs divide the steady time of captions and embeddings, nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pyarrow import fs
+
+from pipeline import placement, run, session
+from pipeline.config import CaptionConfig, EmbedConfig, EstimateConfig, SourceConfig
+from pipeline.errors import SettingsError
+from pipeline.sources import plan
+from pipeline.store import STAGES, Stage, Store, locations
+
+ON_GPUS: tuple[Stage, ...] = ("captions", "embeddings")
+SHARE = 0.05  # of all rows: most that is described unless asked for
+SHARDS_EACH = 3  # of each engine: the first waits for its start, two more tell a rate
+SMALLEST_SHARD = 32  # rows; with fewer an engine is mostly filling and draining its batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """One stage: seconds until it runs steadily, seconds and bytes an image from then on."""
+
+    stage: Stage
+    start_s: float
+    seconds_per_image: float
+    bytes_per_image: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What `estimate --json` prints. `hours` is the wall clock on `gpus` GPUs (0: this machine as it is).
+
+    `engines`: captioning engines that the sample was described by; each further one is taken to add as much again.
+    """
+
+    images: int
+    sampled: int
+    engines: int
+    failed: int
+    tokens: int
+    prompt_tokens: int
+    gpus: int
+    hours: float
+    gpu_hours: float
+    cost: float
+    storage_bytes: int
+    stages: list[StageCost]
+
+
+def estimate(config: EstimateConfig) -> Estimate:
+    """Describes a sample in a store that is deleted again, and scales up.
+
+    Raises:
+        ValueError: wrong settings, there is nothing to describe, or no place for the sample that all nodes see.
+    """
+    captions, embeddings = config.part(CaptionConfig), config.part(EmbedConfig)
+    captioner, encoder = run.captioner_model(captions), run.encoder_model(embeddings)
+    whole = plan.make_plan(config.part(SourceConfig)).dataset
+    begun = time.monotonic()
+    session.start_ray()
+    ray_s = time.monotonic() - begun
+    if session.several_nodes() and not config.work_dir:
+        message = (
+            "work_dir: the cluster has several nodes, and this machine's temporary folder is seen by one; pass --work-dir with a "
+            "folder or address that every node can write to, such as the one that --store will have."
+        )
+        raise SettingsError(message)
+    actors: dict[Stage, int] = {
+        "images": session.spare_cores(),
+        "captions": placement.captioners(captions, captioner, whole.rows).actors,
+        "embeddings": placement.encoders(embeddings, encoder, whole.rows).actors,
+    }
+    sample = plan_sample(config, whole.rows, max(actors["captions"], actors["embeddings"]), alike=session.gpus() > 0)
+    used = actors | {stage: min(actors[stage], sample.engines) for stage in ON_GPUS}
+    with _place(config.work_dir) as folder:
+        part = replace(
+            config,
+            store=locations.join(folder, "store"),
+            limit=sample.rows,
+            shard_rows=sample.shard_rows,
+            replicas=used["captions"],
+            encoder_replicas=used["embeddings"],
+        )
+        seconds = {
+            "images": _timed(lambda: run.ingest(part.part(SourceConfig))),
+            "captions": _timed(lambda: run.caption(part.part(CaptionConfig), captioner)),
+            "embeddings": _timed(lambda: run.embed(part.part(EmbedConfig), encoder)),
+        }
+        store = Store(part.store)
+        # No more actors have work at a time than there are shards.
+        working = {stage: min(actors[stage], whole.shards) for stage in STAGES}
+        stages = [_cost(store, stage, seconds[stage], min(used[stage], store.dataset.shards), working[stage]) for stage in STAGES]
+        counts = _counts(store)
+    return _scaled(config, whole.rows, ray_s, stages, actors, counts | {"engines": used["captions"]})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What is described for an estimate: how many rows, in shards of how many, by how many engines."""
+
+    rows: int
+    shard_rows: int
+    engines: int
+
+
+def plan_sample(config: EstimateConfig, rows: int, engines: int, *, alike: bool) -> Sample:
+    """The least that tells the steady rate: three shards for each engine, since an engine's first one waits for its start.
+
+    It is kept to SHARE of all rows: first by fewer engines, where those are `alike` (each on a GPU of its own, and n of them are
+    taken to be n times as fast), then by smaller shards. Engines that share cores slow each other down, so all of them are tried.
+    """
+    share = config.sample or round(SHARE * rows)
+    if alike and not config.sample:
+        engines = max(1, min(engines, share // (SHARDS_EACH * config.shard_rows)))
+    each = min(config.shard_rows, max(SMALLEST_SHARD, share // (SHARDS_EACH * engines)))
+    wanted = config.sample or SHARDS_EACH * each * engines
+    return Sample(rows=min(wanted, rows), shard_rows=config.shard_rows if config.sample else each, engines=engines)
+
+
+@contextlib.contextmanager
+def _place(work_dir: str) -> Iterator[str]:
+    """A folder of its own, in `work_dir` or in this machine's temporary one; it is gone afterwards."""
+    if not work_dir:
+        with tempfile.TemporaryDirectory(prefix="gpt4image-estimate-") as folder:
+            yield folder
+        return
+    root = work_dir if "://" in work_dir else os.path.abspath(os.path.expanduser(work_dir))
+    folder = locations.join(root, f"estimate-{uuid.uuid4().hex[:8]}")
+    filesystem, path = locations.resolve(folder)
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_dir(path)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begun = time.monotonic()
+    work()
+    return time.monotonic() - begun
+
+
+def _cost(store: Store, stage: Stage, seconds: float, actors: int, whole: int) -> StageCost:
+    """The cost on `whole` actors of a stage that `actors` have done of the sample."""
+    variant = store.only_variant(stage)
+    receipts = store.receipts(stage, variant)
+    finished = _finished_at(store, stage, variant)
+    rows = sum(receipt.rows for receipt in receipts.values())
+    if len(finished) >= actors + 2:
+        steady = seconds_per_row([(at, receipts[shard].rows) for at, shard in finished], actors)
+    else:  # too few to tell a start from what follows: the workers' own time, which leaves out what runs beside it
+        steady = sum(receipt.seconds for receipt in receipts.values()) / rows / actors
+    size = sum(receipt.bytes for receipt in receipts.values()) / rows
+    return StageCost(
+        stage=stage,
+        start_s=max(0.0, seconds - steady * rows),
+        seconds_per_image=steady * actors / whole,
+        bytes_per_image=size,
+    )
+
+
+def _finished_at(store: Store, stage: Stage, variant: str) -> list[tuple[float, int]]:
+    """(time, shard) of a stage's receipts, in order; of an object store to the second."""
+    filesystem, path = locations.resolve(locations.join(store.uri, f"{store.folder(stage, variant)}/receipts"))
+    infos = [info for info in filesystem.get_file_info(fs.FileSelector(path)) if info.base_name.startswith("part-")]
+    return sorted((info.mtime_ns / 1e9, int(info.base_name.removeprefix("part-").removesuffix(".json"))) for info in infos)
+
+
+def seconds_per_row(finished: list[tuple[float, int]], actors: int) -> float:
+    """Steady wall-clock seconds a row from when shards were finished (time, rows; in order) by so many actors.
+
+    Each actor's first shard waited for its start and does not count, nor does the time for which an actor has nothing left to do:
+    an actor works from its first shard's end to its last's.
+    """
+    times = [at for at, _ in finished]
+    worked = sum(times[-actors:]) - sum(times[:actors])
+    return worked / actors / sum(rows for _, rows in finished[actors:])
+
+
+def _counts(store: Store) -> dict[str, int]:
+    variant = store.only_variant("captions")
+    rows = failed = prompt = output = 0
+    for shard in range(store.dataset.shards):
+        table = store.read_shard("captions", variant, shard, ["prompt_tokens", "output_tokens", "error"])
+        rows += len(table)
+        failed += len(table) - table["error"].null_count
+        prompt += sum(table["prompt_tokens"].drop_null().to_pylist())
+        output += sum(table["output_tokens"].drop_null().to_pylist())
+    return {"rows": rows, "failed": failed, "prompt": prompt, "output": output}
+
+
+def _scaled(
+    config: EstimateConfig, images: int, ray_s: float, stages: list[StageCost], actors: dict[Stage, int], counts: dict[str, int]
+) -> Estimate:
+    on_gpus = {"embeddings"} if config.captioner == "openai" else {"captions", "embeddings"}
+    wall = ray_s
+    on_gpu = 0.0
+    for cost in stages:
+        steady = cost.seconds_per_image * images
+        if config.gpus and cost.stage in on_gpus:
+            steady *= actors[cost.stage] / config.gpus
+            on_gpu += cost.start_s + steady
+        wall += cost.start_s + steady
+    prompt, output = (counts[name] * images / counts["rows"] for name in ("prompt", "output"))
+    gpus = config.gpus or session.gpus()
+    gpu_hours = gpus * (on_gpu or wall) / 3600
+    billed = gpu_hours if gpus else wall / 3600
+    tokens_in, tokens_out = config.price_per_million_tokens
+    return Estimate(
+        images=images,
+        sampled=counts["rows"],
+        engines=counts["engines"],
+        failed=counts["failed"],
+        tokens=round(output),
+        prompt_tokens=round(prompt),
+        gpus=gpus,
+        hours=wall / 3600,
+        gpu_hours=gpu_hours,
+        cost=billed * config.price_per_gpu_hour + (prompt * tokens_in + output * tokens_out) / 1e6,
+        storage_bytes=round(sum(cost.bytes_per_image for cost in stages) * images),
+        stages=stages,
+    )
+
+
+def as_json(found: Estimate) -> dict[str, Any]:
+    """The estimate as plain values."""
+    return asdict(found)
+
+
+def as_text(found: Estimate) -> str:
+    """The estimate in words and a table."""
+    lines = [f"{'':12}{'start, s':>10}{'images/s':>10}{'kB/image':>10}"]
+    for cost in found.stages:
+        rate = 1 / cost.seconds_per_image if cost.seconds_per_image else float("inf")
+        lines.append(f"{cost.stage:12}{cost.start_s:>10.1f}{rate:>10.1f}{cost.bytes_per_image / 1000:>10.2f}")
+    where = f"on {found.gpus} GPUs, {found.gpu_hours:.2f} GPU hours" if found.gpus else "on this machine as it is"
+    lines += [
+        "",
+        f"{found.images} images: {found.hours:.2f} hours {where}; {found.tokens} tokens of captions, "
+        f"{found.prompt_tokens} of prompts; {found.storage_bytes / 1e9:.2f} GB of storage"
+        + (f"; cost {found.cost:.2f}" if found.cost else ""),
+        f"from {found.sampled} images by {found.engines} engines, {found.failed} failed; steady rates as measured, scaled by the "
+        "number of engines, nothing added for breakdowns",
+    ]
+    return "\n".join(lines)

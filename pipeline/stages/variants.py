@@ -1,0 +1,98 @@
+"""What decides captions and vectors, as one object for each: the record beside them, the variant's name and `retry` all use it.
+
+A field added here changes the name of every variant there is, and a resumed run would pay for all of them again: give it a
+default that says what was done before, and leave it out of `record` where it has that value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from pipeline.config import CaptionConfig, CaptionRuntime, CaptionSettings, EmbedConfig, EmbedRuntime, EmbedSettings
+from pipeline.encoders.models import ModelRef
+from pipeline.store import variant_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionVariant:
+    """Every setting that decides what a caption says. `revision`: of the model, `served` where a server holds it."""
+
+    engine: Literal["vllm", "transformers", "openai"]
+    model: str
+    revision: str
+    prompt: str
+    caption_edge: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    context_length: int
+    captions_per_image: int
+
+    @classmethod
+    def of(cls, config: CaptionConfig, model: ModelRef) -> CaptionVariant:
+        """The variant that these settings make with this model."""
+        return cls(engine=config.captioner, model=model.name, revision=model.revision, **_shared(cls, config, "model"))
+
+    @classmethod
+    def recorded(cls, record: dict[str, Any]) -> CaptionVariant:
+        """The variant of a variant.json."""
+        return cls(**_named(cls, record))
+
+    def config(self, runtime: CaptionRuntime) -> CaptionConfig:
+        """Settings that make this variant, run as `runtime` says."""
+        return CaptionConfig(captioner=self.engine, **_shared(CaptionSettings, self), **_shared(CaptionRuntime, runtime))
+
+    def record(self) -> dict[str, Any]:
+        """What variant.json says of it."""
+        return asdict(self)
+
+    @property
+    def name(self) -> str:
+        """The variant's folder."""
+        return variant_name(f"{self.engine}-{self.model.rstrip('/').rsplit('/', 1)[-1]}", self.record())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedVariant:
+    """Every setting that decides what a vector is."""
+
+    captions: str
+    encoder: str
+    revision: str
+    pooling: Literal["", "mean", "cls", "clip", "siglip"]
+    long_captions: Literal["cut", "split"] = "cut"  # the first stores do not name it
+
+    @classmethod
+    def of(cls, config: EmbedConfig, model: ModelRef) -> EmbedVariant:
+        """The variant that these settings make with this model; `config.captions` names the caption variant."""
+        return cls(encoder=model.name, revision=model.revision, **_shared(cls, config, "encoder"))
+
+    @classmethod
+    def recorded(cls, record: dict[str, Any]) -> EmbedVariant:
+        """The variant of a variant.json."""
+        return cls(**_named(cls, record))
+
+    def config(self, runtime: EmbedRuntime) -> EmbedConfig:
+        """Settings that make this variant, run as `runtime` says."""
+        return EmbedConfig(**_shared(EmbedSettings, self), **_shared(EmbedRuntime, runtime))
+
+    def record(self) -> dict[str, Any]:
+        """What variant.json says of it."""
+        return asdict(self)
+
+    @property
+    def name(self) -> str:
+        """The variant's folder."""
+        return variant_name(self.encoder.rsplit("/", 1)[-1].removeprefix("package:"), self.record())
+
+
+def _shared(kind: type[Any], source: object, *but: str) -> dict[str, Any]:
+    """Values of `source` for the fields of `kind` that it has too."""
+    names = [field.name for field in fields(kind) if field.name not in but]
+    return {name: getattr(source, name) for name in names if hasattr(source, name)}
+
+
+def _named(kind: type[Any], record: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: record[field.name] for field in fields(kind) if field.name in record}

@@ -1,0 +1,167 @@
+"""One process at a time in a folder: `with held(folder, "sweep"): ...`.
+
+On a disk the kernel lets go of the lock when the process ends, however it ends, so nothing is left to clear away; over NFS it
+holds between nodes, too. An object store knows no such lock: there, whoever works in a folder says so in an object, which it
+writes again and again, and whoever comes later looks whether that goes on. Times are the store's own, so clocks need not agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from pyarrow import fs
+
+from pipeline.errors import SettingsError
+from pipeline.store import locations
+
+FILE = "lock.json"
+_PREFIX = "lock-"
+BEAT_S = 15.0  # between two announcements on an object store
+SILENCE_S = 60.0  # after which whoever announced itself is taken for dead
+_UNKNOWN = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without locks
+
+
+@contextmanager
+def held(folder: str, what: str) -> Iterator[None]:
+    """Holds a folder, which is made if need be.
+
+    Args:
+        folder: path or URI.
+        what: the setting that names the folder, for the message.
+
+    Raises:
+        SettingsError: another process holds it; the text says which.
+    """
+    if not locations.is_local(folder):
+        with _announced(folder, what):
+            yield
+        return
+    path = locations.resolve(folder)[1]
+    os.makedirs(path, exist_ok=True)
+    # Never deleted: whoever waits for a deleted file's lock would hold a file that nobody else sees.
+    with open(os.path.join(path, FILE), "a+", encoding="utf-8") as stream:
+        _lock(stream, folder, what)
+        stream.truncate(0)
+        json.dump(_owner(), stream)
+        stream.flush()
+        yield
+
+
+@contextmanager
+def _announced(folder: str, what: str) -> Iterator[None]:
+    filesystem, root = locations.resolve(folder)
+    mine = f"{root}/{_PREFIX}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.json"
+    ended = threading.Event()
+
+    def announce() -> None:
+        with filesystem.open_output_stream(mine, compression=None) as stream:
+            stream.write(json.dumps(_owner()).encode())
+
+    def repeat() -> None:
+        while not ended.wait(BEAT_S):
+            with contextlib.suppress(OSError):  # an outage: the work itself will say so
+                announce()
+
+    announce()
+    thread = threading.Thread(target=repeat, name="lock", daemon=True)
+    thread.start()
+    try:
+        _outlive_others(filesystem, root, mine, folder, what)
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=BEAT_S)  # a server that is gone keeps it waiting for longer
+        with contextlib.suppress(OSError):
+            filesystem.delete_file(mine)
+
+
+def _outlive_others(filesystem: fs.FileSystem, root: str, mine: str, folder: str, what: str) -> None:
+    """Returns once no other process says that it is at work; of a killed one that takes as long as its silence must last."""
+    first: dict[str, float] = {}
+    told = False
+    while True:
+        found = filesystem.get_file_info(fs.FileSelector(root))
+        times = {info.path: info.mtime.timestamp() for info in found if info.base_name.startswith(_PREFIX) and info.mtime}
+        now = max(times.values(), default=0.0)  # of the latest announcement, which this process keeps making
+        others = {path: at for path, at in times.items() if path != mine and now - at < SILENCE_S and not _is_dead(path)}
+        if not others:
+            for path in times.keys() - {mine}:
+                with contextlib.suppress(OSError):
+                    filesystem.delete_file(path)
+            return
+        alive = [path for path, at in others.items() if at > first.setdefault(path, at) or _is_here(path)]
+        if alive:
+            host, pid = _place(alive[0])
+            message = f"{what}={folder}: process {pid} on {host} is at work in it; wait until it ends, or pass another --{what}."
+            raise SettingsError(message)
+        if not told:
+            host, pid = _place(next(iter(others)))
+            print(
+                f"{what}={folder}: process {pid} on {host} was at work in it less than {SILENCE_S:.0f} s ago; waiting to see "
+                "whether it still is",
+                file=sys.stderr,
+                flush=True,
+            )
+            told = True
+        time.sleep(min(BEAT_S, 5))
+
+
+def _place(path: str) -> tuple[str, int]:
+    """(host, process) of an announcement."""
+    host, pid, _ = path.rpartition("/")[2].removeprefix(_PREFIX).rsplit("-", 2)
+    return host, int(pid)
+
+
+def _is_here(path: str) -> bool:
+    return _place(path)[0] == socket.gethostname() and not _is_dead(path)
+
+
+def _is_dead(path: str) -> bool:
+    """Whether it was a process of this machine, which can be looked for."""
+    host, pid = _place(path)
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _owner() -> dict[str, object]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def _lock(stream: IO[str], folder: str, what: str) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        message = f"{what}={folder}: {_holder(stream)} is at work in it; wait until it ends, or pass another --{what}."
+        raise SettingsError(message) from None
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+        print(f"{what}={folder}: its file system has no locks; take care that no second process works in it.", file=sys.stderr)
+
+
+def _holder(stream: IO[str]) -> str:
+    stream.seek(0)
+    try:
+        owner = json.loads(stream.read())
+        return f"process {owner['pid']} on {owner['host']} (since {owner['since']})"
+    except (json.JSONDecodeError, KeyError, TypeError):  # it has just begun
+        return "another process"

@@ -1,0 +1,1 @@
+"""From the store to batches: order, decoding, augmentation, mixing, text targets."""

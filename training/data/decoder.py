@@ -1,0 +1,161 @@
+"""Samples to arrays: shards of all stages read side by side, pictures decoded and augmented. Knows neither threads nor Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.errors import RunStoppedError, SettingsError
+from pipeline.store import Store
+from training.data.augment import Augment
+from training.data.order import ROW, SHARD
+from training.data.text_targets import Targets, vectors_of
+
+Array = npt.NDArray[Any]
+Part = dict[str, Array]
+"""Columns of some samples: images [n, S, S, 3] uint8, labels [n]; with text targets texts [n, D] float32 and groups [n]."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    pictures: pa.ChunkedArray
+    uris: pa.ChunkedArray
+    hashes: pa.ChunkedArray
+    sizes: Array
+    labels: Array
+    texts: Array | None
+    groups: Array | None
+
+
+class ShardReader:
+    """Reads shards of all stages side by side and keeps the most recent ones; ids are checked to be the same rows.
+
+    Any thread may ask; a shard is read once, by the thread that asks first.
+    """
+
+    def __init__(self, store: Store, targets: Targets | None, keep: int) -> None:
+        self._store, self._targets, self._keep = store, targets, keep
+        self._cache: OrderedDict[int, Future[_Shard]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, shard: int) -> _Shard:
+        with self._lock:
+            future = self._cache.get(shard)
+            mine = future is None
+            if future is None:
+                future = self._cache[shard] = Future()
+                while len(self._cache) > self._keep:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(shard)
+        if mine:
+            try:
+                future.set_result(self._read(shard))
+            except BaseException as error:
+                with self._lock:
+                    self._cache.pop(shard, None)
+                future.set_exception(error)
+        return future.result()
+
+    def _read(self, shard: int) -> _Shard:
+        table = self._store.read_shard("images", "", shard, ["id", "content_hash", "image", "uri", "label", "width", "height"])
+        labels = table["label"].to_numpy().astype(np.int64)
+        sizes = np.array([table["width"].to_pylist(), table["height"].to_pylist()], dtype=np.float64).T  # nan where it failed
+        if self._targets is None:
+            return _Shard(table["image"], table["uri"], table["content_hash"], sizes, labels, None, None)
+        captions = self._store.read_shard("captions", self._targets.captions, shard, ["id", "caption", "others"])
+        vectors = self._store.read_shard("embeddings", self._targets.embeddings, shard, ["id", "embedding"])
+        if not table["id"].equals(captions["id"]) or not table["id"].equals(vectors["id"]):
+            message = f"shard {shard}: images, captions and embeddings hold different rows; was the store copied in part?"
+            raise SettingsError(message)
+        texts, groups = text_columns(self._targets, captions, vectors)
+        return _Shard(table["image"], table["uri"], table["content_hash"], sizes, labels, texts, groups)
+
+
+def text_columns(targets: Targets, captions: pa.Table, vectors: pa.Table) -> tuple[Array, Array]:
+    """([n, d] float32 text targets, [n] int64 groups) of a shard's captions and vectors; zero and -1 where there is no text."""
+    wide = vectors_of(vectors["embedding"])
+    present = np.abs(wide).sum(1) > 0
+    texts = np.where(present[:, None], targets.project(wide), 0).astype(np.float32)
+    texts_of = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
+    groups = np.array([_group(text, others) for text, others in texts_of], dtype=np.int64)
+    return texts, np.where(present, groups, -1)
+
+
+def _group(caption: str | None, others: list[str] | None) -> int:
+    """Equal for pictures all of whose captions are equal: their one vector is made of all of them."""
+    if caption is None:
+        return -1
+    text = "\n".join([caption, *(others or [])])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1  # 63 bits: never negative
+
+
+class Decoder:
+    """Samples to arrays; knows neither threads nor Ray."""
+
+    def __init__(self, store: Store, targets: Targets | None, augment: Augment, keep: int) -> None:
+        self._store, self._augment = store, augment
+        self._reader = ShardReader(store, targets, keep)
+
+    def __call__(self, samples: Array, train: bool) -> Part:
+        """Decodes [n, 4] samples; views of one picture that follow each other are decoded from it once."""
+        size = self._augment.size
+        pictures = np.empty((len(samples), size, size, 3), np.uint8)
+        shards = [self._reader[int(shard)] for shard in samples[:, SHARD]]
+        cuts = np.flatnonzero((np.diff(samples[:, [SHARD, ROW]], axis=0) != 0).any(1)) + 1
+        for views in np.split(np.arange(len(samples)), cuts) if len(samples) else []:
+            shard, row = shards[views[0]], int(samples[views[0], ROW])
+            data = self._bytes(shard, row)
+            if train:
+                width, height = (int(edge) for edge in shard.sizes[row])
+                for place, view in zip(views, self._augment.train(data, width, height, samples[views]), strict=True):
+                    pictures[place] = view
+            else:
+                pictures[views] = self._augment.evaluate(data)
+        part: Part = {
+            "images": pictures,
+            "labels": np.array([s.labels[r] for s, r in zip(shards, samples[:, ROW], strict=True)], np.int64),
+        }
+        if shards and shards[0].texts is not None:
+            pairs = list(zip(shards, samples[:, ROW], strict=True))
+            part["texts"] = np.stack([s.texts[r] for s, r in pairs if s.texts is not None])
+            part["groups"] = np.array([s.groups[r] for s, r in pairs if s.groups is not None], np.int64)
+        return part
+
+    def _bytes(self, shard: _Shard, row: int) -> bytes:
+        image, uri, content_hash = (column[row].as_py() for column in (shard.pictures, shard.uris, shard.hashes))
+        try:
+            return self._store.picture(image, uri, content_hash)
+        except OSError as error:  # of a store that keeps places and no pictures
+            message = (
+                f"picture {uri} cannot be read any more ({error}). Put it back, and the same command goes on; a store that is "
+                "ingested without --no-pack holds its pictures itself."
+            )
+            raise RunStoppedError(message) from None
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Reads shards that will be needed."""
+        for shard in shards:
+            self._reader[shard]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """What makes a decoder, here or in another process; `keep` is how many shards it holds."""
+
+    store: str
+    targets: Targets | None
+    augment: Augment
+    keep: int
+
+    def build(self) -> Decoder:
+        """The decoder."""
+        return Decoder(Store(self.store), self.targets, self.augment, self.keep)

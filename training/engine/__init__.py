@@ -1,0 +1,1 @@
+"""The loop and its step, checkpoints, and what is logged."""

@@ -1,0 +1,1 @@
+"""`evaluate`: what a trained model can do, measured, listed and drawn."""

@@ -1,0 +1,149 @@
+"""`evaluate`: what a run's model can do on a split, in this process, on a GPU if there is one.
+
+Pictures are resized, cropped and normalised as timm validates the exported model, and arithmetic is float32 wherever it runs, so
+top-1 and top-5 are timm's own to the image (of pictures with an EXIF rotation the store uses the upright view; timm does not).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline.captioners.prompts import class_name
+from pipeline.errors import SettingsError
+from pipeline.store import Store, locations
+from training import run_folder
+from training.config import EvaluateConfig, TrainConfig
+from training.data import text_targets
+from training.engine import checkpoint
+from training.evaluation import findings, measures, zeroshot
+from training.evaluation.outputs import Array, Judge, Outputs, load
+from training.objectives.align import AlignTask
+
+Found = dict[str, Any]
+
+PROMPTS = ("a photo of a {label}",)
+K, TEMPERATURE = 20, 0.07  # of k-NN; DINO's best on ImageNet
+WORST, PAIRS = 10, 30  # classes and mistakes that are listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Everything that was found: `summary` is what --json prints."""
+
+    summary: Found
+    classes: list[str]
+    outputs: Outputs
+    matrix: Array
+    calibration: measures.Calibration
+
+
+def evaluate(settings: EvaluateConfig) -> Judgement:
+    """Measures a run's checkpoint, and writes the files if --to is given.
+
+    Raises:
+        FileNotFoundError: no run, or no checkpoint in it.
+        ValueError: no such split, or zero-shot of a run without alignment or with an encoder that is not to be had.
+    """
+    config = run_folder.read(settings.run)
+    if settings.to:
+        locations.check_writable("to", settings.to)
+    if settings.asks_zero_shot and not config.alignment_weight:
+        message = f"zero_shot: {settings.run} is a baseline, without a head into the texts' space; evaluate an aligned run."
+        raise SettingsError(message)
+    store = Store(config.store)
+    classes = store.dataset.classes
+    asked = zeroshot.candidates(classes, settings.classes_file) if settings.asks_zero_shot else None
+    with checkpoint.opened(settings.run, settings.checkpoint) as folder:
+        loaded = load(config, folder, len(classes), settings.weights)
+    found = _targets(settings.run, config, store) if config.alignment_weight and (settings.retrieval or asked) else None
+    judge, split = Judge(config, loaded), settings.split or config.eval_split
+    outputs = judge.outputs(split, found if settings.retrieval else None, features=settings.knn)
+    judgement = _judged(outputs, classes)
+    summary: Found = {
+        "run": settings.run, "split": split, "checkpoint": settings.checkpoint, "weights": loaded.weights,
+        "epoch": int(loaded.state["epoch"]), **judgement.summary,
+    }  # fmt: skip
+    if settings.knn:
+        summary["knn"] = _knn(judge, outputs, split)
+    if found is not None and settings.retrieval:
+        summary["retrieval"] = _retrieval(judge.task, outputs)
+    if found is not None and asked is not None:
+        templates = settings.class_prompts or PROMPTS
+        prompts = zeroshot.prompt_vectors(store, found, judge.task, asked.names, templates)
+        assert outputs.projected is not None
+        seen = zeroshot.seen_classes(store, config.train_split)
+        scores = zeroshot.judge(outputs.projected, outputs.labels, prompts, asked, seen)
+        summary["zero_shot"] = {"prompts": list(templates), "classes_file": settings.classes_file, **scores}
+    judgement = replace(judgement, summary=summary)
+    if settings.to:
+        findings.write(judgement, store, settings.to)
+    return judgement
+
+
+def _targets(run: str, config: TrainConfig, store: Store) -> text_targets.Targets:
+    names = store.variants("embeddings")
+    if not config.embeddings and len(names) > 1:
+        message = (
+            f"run={run}: does not say which embeddings it was trained on, and the store has several: {', '.join(names)}; write "
+            'the name into "embeddings" of its config.json, or pass --no-retrieval.'
+        )
+        raise SettingsError(message)
+    dim = 0 if config.text_projection == "learned" else config.projection_dim
+    return text_targets.load(store, embeddings=config.embeddings, dim=dim, split=config.train_split)
+
+
+def _judged(outputs: Outputs, classes: list[str]) -> Judgement:
+    """What the classifier's answers alone say."""
+    correct = outputs.predicted == outputs.labels
+    calibrated = measures.calibration(outputs.confidence, correct)
+    matrix = measures.confusion(outputs.labels, outputs.predicted, len(classes))
+    images, hits = matrix.sum(1), matrix.diagonal()
+    present = np.flatnonzero(images)
+    shares = 100 * hits[present] / images[present]
+    worst = np.lexsort((present, shares))[:WORST]
+    low, high = measures.interval(int(correct.sum()), len(correct))
+    summary: Found = {
+        "images": len(correct), "classes": len(classes), "top1": round(100 * float(correct.mean()), 3),
+        "top1_interval": [round(100 * low, 3), round(100 * high, 3)], "top5": round(100 * float(outputs.top5.mean()), 3),
+        "mean_per_class": round(float(shares.mean()), 3), "ece": round(100 * calibrated.ece, 3),
+        "confidence": round(100 * float(outputs.confidence.mean()), 3),
+        "worst_classes": [
+            {"class": class_name(classes[present[n]]), "accuracy": round(float(shares[n]), 3), "images": int(images[present[n]])}
+            for n in worst
+        ],
+        "confused": [
+            {"true": class_name(classes[true]), "predicted": class_name(classes[other]), "images": count}
+            for true, other, count in measures.confused_pairs(matrix, PAIRS)
+        ],
+    }  # fmt: skip
+    return Judgement(summary=summary, classes=classes, outputs=outputs, matrix=matrix, calibration=calibrated)
+
+
+def _knn(judge: Judge, outputs: Outputs, split: str) -> Found:
+    train = judge.config.train_split
+    bank = outputs if split == train else judge.outputs(train, features=True)
+    assert outputs.features is not None and bank.features is not None
+    predicted = measures.nearest(
+        outputs.features, bank.features, bank.labels, len(judge.store.dataset.classes), k=K, temperature=TEMPERATURE,
+        same=split == train,
+    )  # fmt: skip
+    top1 = round(100 * float((predicted == outputs.labels).mean()), 3)
+    return {"top1": top1, "k": K, "temperature": TEMPERATURE, "bank": len(bank.labels)}
+
+
+def _retrieval(task: AlignTask, outputs: Outputs) -> Found | None:
+    """None where fewer than two captions differ: then there is nothing to find."""
+    assert outputs.projected is not None and outputs.texts is not None and outputs.groups is not None
+    described = outputs.groups >= 0
+    if not described.any():
+        return None
+    texts, groups = outputs.texts[described], outputs.groups[described]
+    one_of, own = measures.different_texts(texts, groups)
+    if len(one_of) < 2:
+        return None
+    ranks = measures.caption_ranks(outputs.projected[described], zeroshot.shared_space(task, texts[one_of]), own)
+    found = {name: round(value, 3) for name, value in measures.retrieval(ranks).items()}
+    return found | {"images": len(own), "captions": len(one_of)}

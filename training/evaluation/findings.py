@@ -1,0 +1,134 @@
+"""What `evaluate` shows: a table for people, and with --to the files for further work."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.captioners.prompts import class_name
+from pipeline.store import Store
+from training.data.order import ROW, SHARD
+from training.evaluation import figures, measures
+
+if TYPE_CHECKING:
+    from training.evaluation.evaluate import Judgement
+    from training.evaluation.outputs import Outputs
+
+Array = npt.NDArray[Any]
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as lines for a terminal."""
+    low, high = summary["top1_interval"]
+    lines = [
+        f"{summary['run']} ({summary['checkpoint']}, epoch {summary['epoch']}, {summary['weights']} weights) on "
+        f"{summary['split']}: {summary['images']} images, {summary['classes']} classes",
+        _line("top-1", summary["top1"], f"95 % interval {low:.2f} to {high:.2f}"),
+        _line("top-5", summary["top5"]),
+        _line("mean over classes", summary["mean_per_class"]),
+        _line("calibration error", summary["ece"], f"15 equal bins; mean confidence {summary['confidence']:.2f} %"),
+    ]
+    if knn := summary.get("knn"):
+        lines.append(_line("k-NN top-1", knn["top1"], f"k = {knn['k']}, T = {knn['temperature']}, {knn['bank']} training images"))
+    if found := summary.get("retrieval"):
+        recalls = ", ".join(f"R@{k} {found[f'recall{k}']:.2f}" for k in (1, 5, 10))
+        lines.append(f"  own caption found   {recalls} %, median rank {found['median_rank']:g} of {found['captions']} captions")
+    if found := summary.get("zero_shot"):
+        lines += _zero_shot_lines(found)
+    worst = ", ".join(f"{row['class']} {row['accuracy']:.1f} %" for row in summary["worst_classes"][:5])
+    confused = ", ".join(f"{row['true']} as {row['predicted']} ({row['images']})" for row in summary["confused"][:5])
+    return "\n".join([*lines, f"  worst classes       {worst}", f"  most confused       {confused or 'none'}"])
+
+
+def _zero_shot_lines(found: dict[str, Any]) -> list[str]:
+    left_out = f", {found['left_out']} images of other classes left out" if found["left_out"] else ""
+    lines = [
+        _line("zero-shot top-1", found["top1"], f"among {found['classes']} classes{left_out}"),
+        _line("zero-shot top-5", found["top5"]),
+    ]
+    if found["unseen_images"]:
+        lines += [
+            _line("  seen classes", found["seen_top1"], f"{found['seen_images']} images"),
+            _line("  unseen classes", found["unseen_top1"], f"{found['unseen_images']} images, among all classes"),
+            _line("  harmonic mean", found["harmonic_mean"]),
+            _line("  unseen, apart", found["unseen_only_top1"], "among the unseen classes alone"),
+        ]
+    return lines
+
+
+def _line(name: str, value: float | None, note: str = "") -> str:
+    text = "     -  " if value is None else f"{value:6.2f} %"
+    return f"  {name:18}  {text}{f'   ({note})' if note else ''}"
+
+
+def write(judgement: Judgement, store: Store, folder: str) -> None:
+    """Writes evaluation.json, per_class.csv, predictions.parquet, confusion.png and reliability.png into a folder."""
+    os.makedirs(folder, exist_ok=True)
+    calibration = judgement.calibration
+    bins = [
+        {"above": round(float(edge), 6), "images": int(count), "confidence": _number(mean), "accuracy": _number(accuracy)}
+        for edge, count, mean, accuracy in zip(
+            calibration.edges, calibration.counts, calibration.confidence, calibration.accuracy, strict=False
+        )
+    ]
+    with open(os.path.join(folder, "evaluation.json"), "w", encoding="utf-8") as stream:
+        json.dump({**judgement.summary, "calibration": bins}, stream, indent=2, ensure_ascii=False)
+    _per_class(judgement.matrix, judgement.classes, os.path.join(folder, "per_class.csv"))
+    pq.write_table(predictions(judgement.outputs, store), os.path.join(folder, "predictions.parquet"))
+    names = [class_name(name) for name in judgement.classes]
+    title = f"{judgement.summary['split']}: top-1 {judgement.summary['top1']:.2f} %"
+    pairs = measures.confused_pairs(judgement.matrix, 30)
+    figures.confusion_figure(judgement.matrix, names, pairs, title).savefig(os.path.join(folder, "confusion.png"), dpi=120)
+    figures.reliability_figure(calibration, title).savefig(os.path.join(folder, "reliability.png"), dpi=120)
+
+
+def predictions(outputs: Outputs, store: Store) -> pa.Table:
+    """A row an image: id, label, predicted, and the predicted class's probability."""
+    shards, rows = outputs.samples[:, SHARD], outputs.samples[:, ROW]
+    ids: list[str] = []
+    for shard in np.unique(shards):  # in the store's order, as the outputs are
+        column = store.read_shard("images", "", int(shard), ["id"])["id"]
+        ids += column.take(rows[shards == shard]).to_pylist()
+    return pa.table(
+        {
+            "id": ids, "label": outputs.labels.astype(np.int32), "predicted": outputs.predicted.astype(np.int32),
+            "probability": outputs.confidence,
+        }
+    )  # fmt: skip
+
+
+def _per_class(matrix: Array, classes: list[str], path: str) -> None:
+    """A row a class; accuracy and precision in percent, empty where no image is or was called so."""
+    images, correct, called = matrix.sum(1), matrix.diagonal(), matrix.sum(0)
+    mistakes = matrix.copy()
+    np.fill_diagonal(mistakes, 0)
+    other = mistakes.argmax(1)
+    with open(path, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(
+            ["label", "class", "images", "correct", "accuracy", "predicted", "precision", "confused_with", "confused"]
+        )
+        for label, name in enumerate(classes):
+            most = int(mistakes[label, other[label]])
+            writer.writerow(
+                [
+                    label, class_name(name), images[label], correct[label], _percent(correct[label], images[label]),
+                    called[label], _percent(correct[label], called[label]),
+                    class_name(classes[other[label]]) if most else "", most,
+                ]
+            )  # fmt: skip
+
+
+def _percent(part: Any, whole: Any) -> str:
+    return f"{100 * part / whole:.3f}" if whole else ""
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else round(float(value), 6)

@@ -1,0 +1,143 @@
+"""A run's model and its answers for the pictures of a split."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import SettingsError
+from pipeline.store import Store
+from training.config import TrainConfig
+from training.data import text_targets
+from training.data.order import Rows
+from training.engine import build, checkpoint, loop
+from training.models import backbones
+from training.objectives.align import AlignTask
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A run's model: the task in evaluation mode, which of its weights they are (raw or ema), and where training stood."""
+
+    task: AlignTask
+    weights: str
+    state: dict[str, Any]
+
+
+def load(config: TrainConfig, folder: str, num_classes: int, weights: str = "auto") -> Loaded:
+    """The whole task with a checkpoint's weights; its widths are those of the weights, so no store is asked.
+
+    Args:
+        config: the run's settings.
+        folder: of the checkpoint.
+        num_classes: of the store.
+        weights: raw, ema, or auto for the moving average where there is one.
+
+    Raises:
+        ValueError: the checkpoint has no moving average.
+    """
+    from safetensors.torch import load_file
+
+    average = os.path.join(folder, "ema.safetensors")
+    if weights == "auto":
+        weights = "ema" if os.path.isfile(average) else "raw"
+    if weights == "ema" and not os.path.isfile(average):
+        message = "weights=ema: the run kept no moving average (it was trained without --ema); pass --weights raw."
+        raise SettingsError(message)
+    tensors = load_file(average if weights == "ema" else os.path.join(folder, "model.safetensors"))
+    last = {"mlp": "head.layers.3.weight", "linear": "head.layers.weight"}[config.head]
+    dim = len(tensors[last]) if last in tensors else 0
+    text = tensors.get("text_projection.weight")
+    task = build.build_task(replace(config, pretrained=False), num_classes, dim, 0 if text is None else text.shape[1])
+    task.load_state_dict(tensors)
+    return Loaded(task=task.eval(), weights=weights, state=checkpoint.read_state(folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """A model's answers for n images, in the store's order."""
+
+    samples: Array
+    """[n, 4], see `training.data.order`."""
+    labels: Array
+    predicted: Array
+    top5: Array
+    """[n] whether the label is among the five best."""
+    confidence: Array
+    """[n] probability of the predicted class: softmax, or the sigmoid of a run with binary cross entropy."""
+    features: Array | None
+    """[n, F] what the classifier reads."""
+    projected: Array | None
+    """[n, d] in the space shared with texts."""
+    texts: Array | None
+    """[n, D] text targets."""
+    groups: Array | None
+    """[n] equal for equal captions, -1 where there is none."""
+
+
+class Judge:
+    """A run's model and what is needed to show it the pictures of its store."""
+
+    def __init__(self, config: TrainConfig, loaded: Loaded) -> None:
+        import torch
+
+        self.config, self.store = config, Store(config.store)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.task = build.to_device(loaded.task, self.device)
+        self._norm = build.make_norm(self.task.backbone, self.device)
+
+    def outputs(self, split: str, texts: text_targets.Targets | None = None, *, features: bool = False) -> Outputs:
+        """Shows the model every usable picture of a split once.
+
+        Args:
+            split: of the store.
+            texts: which text targets to read beside the pictures.
+            features: keep the features.
+
+        Raises:
+            ValueError: no such split, or none of its pictures can be read.
+        """
+        import torch
+        from tqdm import tqdm
+
+        rows = Rows(self.store, split)
+        if not len(rows):
+            message = f"split={split}: has no usable picture; `gpt4image status --store {self.config.store}` says why."
+            raise SettingsError(message)
+        loader = build.make_loader(self.config, self.store, texts, self.task.backbone)
+        parts: dict[str, list[Array]] = {}
+        bar = tqdm(total=len(rows), desc=f"evaluate {split}", unit="img", file=sys.stderr, disable=None, leave=False)
+        with bar, torch.inference_mode():
+            for batch in loader.evaluate(rows.in_order(), loop.EVALUATED, 0, 1):
+                for name, value in self._answers(batch.images, batch.labels, features).items():
+                    parts.setdefault(name, []).append(value.cpu().numpy())
+                parts.setdefault("samples", []).append(batch.samples)
+                if batch.texts is not None and batch.groups is not None:
+                    parts.setdefault("texts", []).append(batch.texts.numpy())
+                    parts.setdefault("groups", []).append(batch.groups.numpy())
+                bar.update(len(batch.labels))
+        columns: dict[str, Any] = {name: np.concatenate(value) for name, value in parts.items()}
+        absent: dict[str, Any] = dict.fromkeys(("features", "projected", "texts", "groups"))
+        return Outputs(**absent | columns)
+
+    def _answers(self, images: Any, labels: Any, keep: bool) -> dict[str, Any]:
+        images, labels = images.to(self.device), labels.to(self.device)
+        features, logits = backbones.features_and_logits(self.task.backbone, self._norm(images))
+        best = logits.topk(min(5, logits.shape[1])).indices
+        probabilities = logits.sigmoid() if self.config.loss == "bce" else logits.softmax(1)
+        found = {
+            "labels": labels, "predicted": best[:, 0], "top5": (best == labels[:, None]).any(1),
+            "confidence": probabilities.gather(1, best[:, :1])[:, 0],
+        }  # fmt: skip
+        if keep:
+            found["features"] = features
+        if self.task.head is not None:
+            found["projected"] = self.task.head(features)
+        return found

@@ -1,0 +1,1 @@
+"""`export`: the trained backbone as files for others, without what only training needed."""

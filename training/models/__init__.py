@@ -1,0 +1,1 @@
+"""timm backbones, the heads on them, and their optimizers."""

@@ -1,0 +1,51 @@
+"""timm's optimizers, with no decay of norms and biases, and a learning rate for each layer where wanted."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.errors import SettingsError
+from training.config import TrainConfig
+
+
+def optimizer(config: TrainConfig, task: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer of that name; norms, biases and what the backbone names do not decay, layers have their factors."""
+    from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+
+    settings: dict[str, Any] = {
+        "opt": config.optimizer, "lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum
+    }  # fmt: skip
+    if config.optimizer in ("adam", "adamw", "momentum", "sgd"):  # torch's own, which have one kernel for all parameters
+        settings["fused"] = True
+    backbone: Any = task.backbone
+    kept = set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()
+    if config.layer_decay == 1:
+        groups = param_groups_weight_decay(task, config.weight_decay, no_weight_decay_list={f"backbone.{name}" for name in kept})
+    else:
+        groups = param_groups_layer_decay(
+            backbone, config.weight_decay, no_weight_decay_list=kept, layer_decay=config.layer_decay
+        )
+        others = nn.ModuleDict({name: module for name, module in task.named_children() if name != "backbone"})
+        groups += param_groups_weight_decay(others, config.weight_decay)
+        own = [parameter for parameter in task.parameters(recurse=False) if parameter.requires_grad]
+        groups += [{"params": own, "weight_decay": 0.0}] if own else []
+    return create_optimizer_v2(groups, **settings)
+
+
+def check_optimizer(name: str) -> None:
+    """Finds a misspelt optimizer before anything starts.
+
+    Raises:
+        ValueError: timm has none of that name.
+    """
+    from timm.optim import list_optimizers
+
+    known = [str(known) for known in list_optimizers()]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
+        message = f"optimizer={name!r}: timm has none of that name; did you mean {', '.join(close) or 'adamw'}?"
+        raise SettingsError(message)

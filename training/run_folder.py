@@ -1,0 +1,259 @@
+"""A run's folder, on a disk or s3://: what it says of the run, how that is read again, and the lines on the screen made of it.
+
+config.json holds all settings and a version. A setting that an older release did not know has the value that stands for what that
+release did; one that this release does not know ends in an error, since nothing can be said of what it did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from pyarrow import fs
+
+from pipeline.errors import MissingError, OtherSettingsError, SettingsError
+from pipeline.store import Store, locations
+from training import tracking
+from training.config import FREE, TrainConfig
+
+Recorded = dict[str, Any]
+
+# Raised when a setting keeps its name and changes its meaning. Records without a version are older than versions.
+VERSION = 1
+
+_NO_SETTINGS = ("version", "store_contents")
+
+# What releases did that did not know a setting, where that is not the setting's default.
+_BEFORE: Recorded = {"ema_warmup": False}
+
+
+def written(config: TrainConfig, store_contents: str) -> Recorded:
+    """The content of config.json; see `Store.contents`."""
+    masked = {"tracking_uri": tracking.masked(config.tracking_uri)}
+    return {"version": VERSION, "store_contents": store_contents, **asdict(config), **masked}
+
+
+def check_store(run: str, recorded: Recorded, store: Store) -> None:
+    """Whether the store is the one that a run was begun on; early releases did not record which.
+
+    Raises:
+        OtherSettingsError: it was made anew since, at the same place, of other pictures, labels, splits or shards.
+    """
+    if recorded.get("store_contents", store.contents) != store.contents:
+        message = (
+            f"run={run}: was begun on another store; pass another --run.\n"
+            f"  {store.uri} has other pictures, classes, splits or shards now than when the run began"
+        )
+        raise OtherSettingsError(message)
+
+
+def settings(run: str, recorded: Recorded) -> TrainConfig:
+    """The settings of a record, whichever release wrote it.
+
+    Args:
+        run: whose it is.
+        recorded: the content of its config.json.
+
+    Raises:
+        ValueError: a newer release wrote it, or it holds settings that this one does not know.
+    """
+    version, values = recorded.get("version", 0), {name: recorded[name] for name in recorded if name not in _NO_SETTINGS}
+    unknown = sorted(values.keys() - {field.name for field in fields(TrainConfig)})
+    if version > VERSION or unknown:
+        message = (
+            f"run={run}: was begun by another release: its config.json has version {version}, this one reads up to {VERSION}; "
+            f"settings unknown here: {', '.join(unknown) or 'none'}. Use the release that began it, or pass another --run."
+        )
+        raise SettingsError(message)
+    found = TrainConfig(**{**_BEFORE, **values})
+    if found.alignment_weight and not found.embeddings:
+        return replace(found, embeddings=_tracked_embeddings(run))
+    return found
+
+
+def read(run: str) -> TrainConfig:
+    """The settings that a run was made with; its store, if it is still there, must be the one that it was made on.
+
+    Raises:
+        FileNotFoundError: `run` is no folder of a run.
+        ValueError: see `settings` and `check_store`.
+    """
+    try:
+        text = locations.fetch(run, "config.json")
+    except (FileNotFoundError, NotADirectoryError):
+        message = f"run={run}: holds no config.json, so it is no run; `gpt4image train` makes one."
+        raise MissingError(message) from None
+    recorded = json.loads(text)
+    found = settings(run, recorded)
+    if Store.exists(found.store):
+        check_store(run, recorded, Store(found.store))
+    return found
+
+
+def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
+    """The settings that a run goes on with: those given, and the recorded ones of what was left open.
+
+    Left open are the embeddings, where none are named, and what the release that began the run did not know.
+
+    Raises:
+        ValueError: a setting that decides what is computed is another one now.
+    """
+    then = settings(config.run, recorded)
+    then = replace(then, store=address(then.store))
+    plain = {field.name: field.default for field in fields(TrainConfig)}
+    open_ = {name for name in plain if name not in recorded and getattr(config, name) == plain[name]}
+    if not config.embeddings:
+        open_.add("embeddings")
+    elif not then.embeddings:  # begun by a release that did not record what it found: who names it knows
+        then = replace(then, embeddings=config.embeddings)
+    now = replace(config, **{name: getattr(then, name) for name in open_})
+    changed = [
+        f"{field.name}: {getattr(then, field.name)!r} then, {getattr(now, field.name)!r} now"
+        for field in fields(TrainConfig)
+        if field.name not in FREE and getattr(now, field.name) != getattr(then, field.name)
+    ]
+    if "version" not in recorded and then.loss == "bce":
+        message = (
+            f"run={config.run}: was begun when --loss bce was a mean over classes; it is a sum now, which weighs as much as "
+            "cross entropy. Go on with the release that began it, or pass another --run."
+        )
+        raise SettingsError(message)
+    if changed:
+        message = f"run={config.run}: was begun with other settings; pass another --run.\n  " + "\n  ".join(changed)
+        raise OtherSettingsError(message)
+    return now
+
+
+def address(place: str) -> str:
+    """A folder's path from the root, or a URI as it is: workers have working directories of their own."""
+    return place.rstrip("/") if "://" in place else os.path.abspath(os.path.expanduser(place))
+
+
+def headline(metrics: Mapping[str, float], name: str = "top1") -> float:
+    """An accuracy in percent of the weights that an export takes: those of the moving average, where there is one."""
+    return metrics.get(f"ema_{name}", metrics[name])
+
+
+def headline_name(config: TrainConfig) -> str:
+    """The metric that `headline` takes from every epoch of a run."""
+    return "ema_top1" if config.ema else "top1"
+
+
+def _tracked_embeddings(run: str) -> str:
+    """The embeddings that MLflow was told of, for releases that recorded an empty name; empty where nothing is known."""
+    if not locations.is_local(run):
+        return ""
+    try:  # the first record is the run's creation
+        line = locations.fetch(run, "tracking/journal.jsonl", 2**16).partition(b"\n")[0]
+        return str(json.loads(line)["tags"]["embeddings"])
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def read_json(run: str, name: str) -> dict[str, Any] | None:
+    """A JSON file of a run; None where there is none."""
+    text = _read(run, name)
+    if text is None:
+        return None
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+def write_json(run: str, name: str, content: dict[str, Any]) -> None:
+    """Writes a JSON file of a run, whole or not at all."""
+    write_text(run, name, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(run: str, name: str, text: str) -> None:
+    """Writes a text file of a run, whole or not at all."""
+    filesystem, root = locations.resolve(run)
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    path = f"{root}/{name}"
+    with filesystem.open_output_stream(f"{path}.tmp" if local else path) as stream:  # an object store puts whole objects
+        stream.write(text.encode())
+    if local:
+        filesystem.move(f"{path}.tmp", path)
+
+
+def _read(run: str, name: str) -> str | None:
+    if not run:
+        return None
+    try:
+        return locations.fetch(run, name).decode()
+    except FileNotFoundError:
+        return None
+
+
+class Follower:
+    """Prints a line an epoch and a bar of the present one, from what rank 0 writes into the run's folder."""
+
+    def __init__(self, run: str, epochs: int, *, show: bool) -> None:
+        self._run, self._epochs, self._show = run, epochs, show
+        self._shown = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Follower:
+        if self._show:
+            self._shown = len(self._lines())  # what an earlier start of this run has printed
+            if self._shown:
+                print(f"train: {self._run} goes on after epoch {self._shown} of {self._epochs}", file=sys.stderr, flush=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._show:
+            self._stop.set()
+            self._thread.join()
+
+    def _lines(self) -> list[str]:
+        return (_read(self._run, "metrics.jsonl") or "").splitlines()
+
+    def _follow(self) -> None:
+        from tqdm import tqdm
+
+        pause = 0.5 if locations.is_local(self._run) else 5.0
+        told = 0.0
+        waited = 0.0
+        with tqdm(disable=not sys.stderr.isatty(), bar_format="{desc}", leave=False, file=sys.stderr) as bar:
+            while True:
+                stopping = self._stop.wait(pause)
+                waited += pause
+                lines = self._lines()
+                for line in lines[self._shown :]:
+                    tqdm.write(self._epoch_line(json.loads(line)), file=sys.stderr)
+                    told = waited
+                self._shown = max(self._shown, len(lines))
+                if stopping:
+                    return
+                now = read_json(self._run, "progress.json")
+                if now is None:
+                    continue
+                bar.set_description_str(self._step_line(now))
+                if bar.disable and waited - told > 60:  # a log, not a screen: a line a minute
+                    print(self._step_line(now), file=sys.stderr, flush=True)
+                    told = waited
+
+    def _epoch_line(self, m: dict[str, float]) -> str:
+        left = (self._epochs - m["epoch"]) * m["seconds"]
+        aligned = f"  align {m['alignment']:.3f}" if "alignment" in m else ""
+        raw = f" (without averaging {m['top1']:.1f})" if "ema_top1" in m else ""
+        return (
+            f"epoch {m['epoch']:>3.0f}/{self._epochs}  ce {m['cross_entropy']:.3f}{aligned}  top-1 {headline(m):.1f}{raw}  "
+            f"top-5 {headline(m, 'top5'):.1f}  {m['images_per_s']:.0f} img/s  {_clock(left)} left"
+        )
+
+    def _step_line(self, now: dict[str, float]) -> str:
+        left = (now["steps"] - now["step"]) * now["batch"] / now["images_per_s"]
+        where = f"step {now['step']:.0f}/{now['steps']:.0f}  loss {now['loss']:.3f}"
+        return f"{where}  {now['images_per_s']:.0f} img/s  {_clock(left)} left"
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
