@@ -21,7 +21,7 @@ check: setup  ## format, lint and types
 	@$(BIN)/mypy
 
 test: check  ## everything but what needs a GPU
-	@$(BIN)/python -m pytest -q -m 'not gpu'
+	@$(BIN)/python -m pytest -q --durations=10 -m 'not gpu'
 
 gpu: setup  ## what needs a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu
