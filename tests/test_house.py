@@ -156,8 +156,8 @@ def test_this_environment_has_the_pinned_versions() -> None:
     assert wrong == []
 
 
-def readme_commands() -> list[list[str]]:
-    text = (ROOT / "README.md").read_text()
+def told_commands() -> list[list[str]]:
+    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/guide.md"))
     commands = []
     for language, block in re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -169,7 +169,7 @@ def readme_commands() -> list[list[str]]:
     return commands
 
 
-def test_every_command_of_the_readme_parses() -> None:
+def test_every_command_of_the_readme_and_the_guide_parses() -> None:
     from cluster import cli, jobs
     from pipeline import verbs
 
@@ -180,7 +180,7 @@ def test_every_command_of_the_readme_parses() -> None:
             jobs.entrypoint_of(found[1])
             parse(found[1])
 
-    commands = readme_commands()
+    commands = told_commands()
     assert len(commands) >= 10
     for words in commands:
         if words[1:] != ["--help"]:
@@ -208,6 +208,12 @@ def test_the_tree_in_the_docs_names_every_folder_and_nothing_that_is_not_there()
         for path in (ROOT / package).iterdir():
             if path.name not in ("__init__.py", "__main__.py", "__pycache__") and path.suffix in ("", ".py"):
                 assert str(path.relative_to(ROOT)) in named, path
+
+
+def test_no_link_in_the_docs_leads_nowhere() -> None:
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.relative_to(ROOT)}: {target}"
 
 
 def test_what_the_project_says_of_itself_names_no_machine() -> None:
