@@ -143,7 +143,7 @@ def ours(options: argparse.Namespace, *, actors: bool) -> float:
 
     store = Store(os.environ["STORE"])
     augment = Augment(size=options.size, crop_scale=0.08, flip=0.5, crop_pct=0.95, interpolation="bicubic", seed=0)
-    spec = DecoderSpec(store=store.uri, targets=None, augment=augment, keep=64)
+    spec = DecoderSpec(store=store.uri, columns=(), augment=augment, keep=64)
     if actors:
         from pipeline.session import start_ray
         from training.run import actor_decoding

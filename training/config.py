@@ -12,6 +12,8 @@ import tyro
 
 from pipeline.errors import SettingsError
 
+BUILT_IN = {"align": "training.objectives.align"}
+"""Training methods by name."""
 HUB, FOLDER = "hf-hub:", "local-dir:"
 """How a backbone is named that brings its own weights: timm's prefixes."""
 
@@ -35,6 +37,9 @@ class TrainConfig:
     preset: str = "small-64"
     """Recipe that fills all settings below; flags given beside it win. `gpt4image train --help` names the recipes."""
 
+    objective: str = "align"
+    """Training method: align (GPT4Image; with a weight of 0 its baseline), or the import path of a module of one's own (see
+    training/objectives/protocol.py)."""
     backbone: str = "resnet18"
     """Any timm model with a linear classifier; or hf-hub:ORG/NAME (@REVISION) or local-dir:FOLDER (such as an export), whose
     weights training then starts from. Only safetensors are read; a hub revision is pinned to its commit."""
@@ -237,8 +242,8 @@ def _endless(value: object) -> bool:
 # Every setting is one or the other, and a test holds it: what is computed, which a resumed run must not change, or where it is
 # computed, how it is watched and kept, which it may.
 DECIDING = frozenset({
-    "store", "preset", "backbone", "architecture", "pretrained", "image_size", "patch_size", "small_stem", "drop_path",
-    "epochs", "batch_size",
+    "store", "preset", "objective", "backbone", "architecture", "pretrained", "image_size", "patch_size", "small_stem",
+    "drop_path", "epochs", "batch_size",
     "accumulate", "alignment_weight", "alignment", "projection_dim", "text_projection", "head", "temperature",
     "learn_temperature", "store_negatives", "embeddings", "optimizer", "lr", "min_lr", "warmup_lr", "warmup_epochs", "momentum",
     "weight_decay", "layer_decay", "clip_grad", "clip_mode", "ema", "ema_warmup",

@@ -288,7 +288,7 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     variants = check(config)
     if config.pretrained and not config.brings_weights and not _has_checkpoint(config.run):
         weights.fetch_weights(config.backbone)
-    return replace(config, embeddings=variants["embeddings"] or config.embeddings), variants
+    return replace(config, embeddings=variants.get("embeddings") or config.embeddings), variants
 
 
 def _has_checkpoint(run: str) -> bool:
@@ -303,9 +303,9 @@ def _has_checkpoint(run: str) -> bool:
 
 def check(config: TrainConfig) -> dict[str, str]:
     """Finds every fault that can be found without starting workers; returns the variants trained on."""
-    from training.data import text_targets
     from training.data.order import Rows
     from training.models import backbones, optimizers
+    from training.objectives.protocol import objective_of
 
     store = Store(config.store)
     store.require_complete("images")
@@ -333,16 +333,14 @@ def check(config: TrainConfig) -> dict[str, str]:
             f"pass --batch-size {max(2, rows // 2 * 2)} or less."
         )
         raise SettingsError(message)
-    if config.alignment_weight == 0:
-        return {"embeddings": "", "captions": ""}
-    # Fits and keeps the PCA here, once, rather than in every worker.
-    found = text_targets.of_config(config, store)
-    receipts = store.receipts("embeddings", found.embeddings)
-    if without := sum(receipts[shard].failed for shard in store.split_shards(config.train_split)):
-        split, all_rows = config.train_split, store.dataset.splits[config.train_split].rows
-        told = f"{without} of {all_rows} pictures of the split {split} have no embedding in {found.embeddings}"
-        print(f"train: {told}: they count for classification only", file=sys.stderr)
-    return {"embeddings": found.embeddings, "captions": found.captions}
+    variants = objective_of(config).check(config, store).variants
+    if embeddings := variants.get("embeddings"):
+        receipts = store.receipts("embeddings", embeddings)
+        if without := sum(receipts[shard].failed for shard in store.split_shards(config.train_split)):
+            split, all_rows = config.train_split, store.dataset.splits[config.train_split].rows
+            told = f"{without} of {all_rows} pictures of the split {split} have no embedding in {embeddings}"
+            print(f"train: {told}: they count for classification only", file=sys.stderr)
+    return variants
 
 
 def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:

@@ -20,7 +20,8 @@ from training.config import TrainConfig
 from training.data.mixing import text_targets
 from training.engine import build, checkpoint, loop
 from training.losses.alignment import TextGather, Texts
-from training.objectives.align import AlignTask, Goal
+from training.objectives import align
+from training.objectives.align import AlignTask, Goal, Inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,10 +118,10 @@ def test_ddp_on_one_gpu_has_the_gradients_of_the_bare_model(nccl: None) -> None:
     groups, classes = torch.arange(8).cuda(), torch.arange(8).cuda()
 
     def found(wrapped: bool) -> dict[str, Tensor]:
-        task: AlignTask = build.to_device(build.build_task(config, 8, 16), torch.device("cuda", 0))
+        task: AlignTask = build.to_device(align.build_task(config, 8, 16), torch.device("cuda", 0))
         model: nn.Module = DistributedDataParallel(task, device_ids=[0]) if wrapped else task
         with torch.autocast("cuda", torch.bfloat16):
-            parts = model(images, classes, Goal(TextGather(texts, groups), *text_targets(groups)))
+            parts = model(Inputs(images, classes, Goal(TextGather(texts, groups), *text_targets(groups))))
         parts["loss"].backward()
         assert all(parameter.grad is not None for parameter in task.parameters())
         return {name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None}

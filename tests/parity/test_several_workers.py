@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from training.config import TrainConfig
-from training.engine import build, checkpoint, loop
+from training.engine import checkpoint, loop
+from training.objectives import align
 
 pytestmark = pytest.mark.slow
 
@@ -140,7 +141,7 @@ def test_several_workers_end_with_the_weights_of_one(name: str, store: str, seve
     expected, found = parameters(tmp_path, alone), parameters(folder_of(several, name), config)
     assert (tmp_path / "last").read_text() == (folder_of(several, name) / "last").read_text()
     wide = 8 if config.text_projection == "learned" else 0
-    start = build.build_task(config, 3, 4, wide).state_dict()
+    start = align.build_task(config, 3, 4, wide).state_dict()
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")

@@ -13,7 +13,8 @@ import torch
 
 from training import run_folder
 from training.config import TrainConfig
-from training.engine import build, checkpoint, loop
+from training.engine import checkpoint, loop
+from training.objectives import align
 from training.run import _result
 
 Weights = dict[str, torch.Tensor]
@@ -23,7 +24,7 @@ def ends(config: TrainConfig) -> tuple[Weights, Weights, Weights]:
     """(weights at the beginning, at the end, their average) of a run in this process."""
     taken: list[checkpoint.Snapshot] = []
     loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: taken.append(take()))
-    start = build.build_task(config, 3, config.projection_dim).state_dict()
+    start = align.build_task(config, 3, config.projection_dim).state_dict()
     files = taken[-1].files
     return start, files["model.safetensors"], files["ema.safetensors"]
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from training.__main__ import main
 from training.config import ExportConfig, TrainConfig
-from training.engine import build, checkpoint, loop
+from training.engine import checkpoint, loop
 from training.engine.step import Stepper
 from training.export import export
+from training.objectives import align
 
 
 def test_the_moving_average_is_the_explicit_one_over_all_steps(
@@ -70,7 +71,7 @@ def run(tmp_path: Path, make_store: Callable[..., Path]) -> Path:
     config = TrainConfig(store=str(store), backbone="test_resnet", image_size=32, epochs=5, batch_size=12, alignment_weight=0.0)
     history: list[dict[str, float]] = []
     for epoch, top1 in enumerate((40.0, 70.0, 70.0, 55.0), start=1):
-        task = build.build_task(TrainConfig(**asdict(config) | {"seed": epoch}), 3, 0)
+        task = align.build_task(TrainConfig(**asdict(config) | {"seed": epoch}), 3, 0)
         optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
         history.append({"epoch": float(epoch), "step": 2.0 * epoch, "top1": top1, "top5": 100.0, "eval_images": 9.0})
         state = checkpoint.State(step=2 * epoch, history=list(history))
@@ -100,7 +101,7 @@ def test_evaluate_measures_the_best_checkpoint_when_asked(run: Path, capsys: pyt
 
 
 def test_without_a_finished_epoch_there_is_no_best(tmp_path: Path) -> None:
-    task = build.build_task(TrainConfig(store="s", backbone="test_resnet", alignment_weight=0.0), 3, 0)
+    task = align.build_task(TrainConfig(store="s", backbone="test_resnet", alignment_weight=0.0), 3, 0)
     snapshot = checkpoint.Snapshot.take(task, torch.optim.SGD(task.parameters(), lr=0.1), None, checkpoint.State(step=1))
     content = {**snapshot.content, "sums": {"loss": 1.0}}
     checkpoint.Snapshot(snapshot.files, content).write(str(tmp_path / "run" / "checkpoint-1"))

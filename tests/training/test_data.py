@@ -16,9 +16,10 @@ from PIL import Image
 from pipeline.store import Store
 from training.data import text_targets
 from training.data.augment import Augment, random_box
-from training.data.decoder import DecoderSpec, _group
+from training.data.decoder import DecoderSpec
 from training.data.loader import Batch, Loader, ThreadDecoding
 from training.data.order import Rows, Sequence
+from training.data.text_targets import _group
 
 MakeStore = Callable[..., Path]
 
@@ -29,8 +30,14 @@ def augment(**changed: Any) -> Augment:
 
 
 def loader(store: Store, found: text_targets.Targets | None, **changed: Any) -> Loader:
-    spec = DecoderSpec(store=store.uri, targets=found, augment=augment(**changed), keep=3)
+    columns = (text_targets.TextColumns(found),) if found else ()
+    spec = DecoderSpec(store=store.uri, columns=columns, augment=augment(**changed), keep=3)
     return Loader(ThreadDecoding(spec.build(), 2), lookahead=2)
+
+
+def column(batch: Batch, name: str) -> torch.Tensor:
+    found: torch.Tensor = batch.columns[name] if name in batch.columns else getattr(batch, name)
+    return found
 
 
 def sequence(store: Store, batch: int, **settings: Any) -> Sequence:
@@ -46,8 +53,8 @@ def test_what_a_step_sees_does_not_depend_on_the_number_of_workers(tmp_path: Pat
     assert len(alone) == 6, "two of them in the second pass"
     for step, whole in enumerate(alone):
         for field in ("images", "labels", "texts", "groups"):
-            joint = torch.cat([getattr(share[step], field) for share in shares])
-            assert torch.equal(joint, getattr(whole, field)), field
+            joint = torch.cat([column(share[step], field) for share in shares])
+            assert torch.equal(joint, column(whole, field)), field
         assert whole.images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -135,15 +142,14 @@ def test_texts_belong_to_their_pictures_and_equal_captions_share_a_group(tmp_pat
     batches: list[Batch] = list(loader(store, found).evaluate(Rows(store, "train").in_order(), 10, 0, 1))
     vectors: dict[int, torch.Tensor] = {}
     for batch in batches:
-        assert batch.texts is not None and batch.groups is not None
-        for label, text, group in zip(batch.labels, batch.texts, batch.groups, strict=True):
+        for label, text, group in zip(batch.labels, batch.columns["texts"], batch.columns["groups"], strict=True):
             if group < 0:
                 assert text.abs().sum() == 0
                 continue
             torch.testing.assert_close(text.norm(), torch.tensor(1.0), atol=2e-3, rtol=0)
             assert torch.equal(vectors.setdefault(int(group), text), text)
             assert 0 <= int(label) < 3
-    assert batches[0].groups is not None and int((batches[0].groups < 0).sum()) == 2
+    assert int((batches[0].columns["groups"] < 0).sum()) == 2
     assert len(vectors) == 6, "two captions a class"
 
 
@@ -212,7 +218,7 @@ def test_decoders_compute_alone_and_the_step_with_all_threads(tmp_path: Path, ma
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        spec = DecoderSpec(store=str(make_store(tmp_path / "s")), targets=None, augment=augment(), keep=3)
+        spec = DecoderSpec(store=str(make_store(tmp_path / "s")), columns=(), augment=augment(), keep=3)
         decoding = ThreadDecoding(spec.build(), 2)
         assert decoding._pool.submit(torch.get_num_threads).result() == 1
         assert torch.get_num_threads() == 3

@@ -29,6 +29,8 @@ from training.config import EvaluateConfig, TrainConfig
 from training.data import text_targets
 from training.engine import build, checkpoint, loop
 from training.evaluation import measures, outputs
+from training.objectives import align
+from training.objectives.align import Inputs
 
 COLOURS = {
     "red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40), "white": (240, 240, 240),
@@ -212,14 +214,16 @@ def projected(run: Path, coloured: Path, split: str = "val") -> np.ndarray:
     config = run_folder.read(str(run))
     weights = load_file(Path(checkpoint.find(str(run))) / "ema.safetensors")
     text = weights.get("text_projection.weight")
-    task = build.build_task(config, len(COLOURS), 6, 0 if text is None else text.shape[1])
+    task = align.build_task(config, len(COLOURS), 6, 0 if text is None else text.shape[1])
     task.load_state_dict(weights)
     norm = build.make_norm(task.backbone, torch.device("cpu"))
     store = Store(str(coloured))
-    loader = build.make_loader(config, store, None, task.backbone)
+    loader = build.make_loader(config, (), task.backbone)
     samples = outputs.Rows(store, split).in_order()
     with torch.inference_mode():
-        return torch.cat([task.eval().project(norm(batch.images)) for batch in loader.evaluate(samples, 24, 0, 1)]).numpy()
+        return torch.cat(
+            [task.eval().features(Inputs(norm(batch.images), batch.labels)) for batch in loader.evaluate(samples, 24, 0, 1)]
+        ).numpy()
 
 
 @pytest.mark.parametrize("text_projection", ["pca", "learned"])

@@ -26,6 +26,7 @@ from training.__main__ import main
 from training.config import ExportConfig, TrainConfig
 from training.engine import build, checkpoint, loop
 from training.export import export, formats
+from training.objectives import align
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def trained(store: Path, run: Path, **changes: Any) -> Path:
 def fresh(store: Path, run: Path, **changes: Any) -> Path:
     """A run that was never trained: architectures too slow to train in a test export all the same."""
     config = TrainConfig(store=str(store), alignment_weight=0.0, **changes)
-    task = build.build_task(config, len(Store(str(store)).dataset.classes), 0)
+    task = align.build_task(config, len(Store(str(store)).dataset.classes), 0)
     torch.nn.init.normal_(task.backbone.get_classifier().weight)  # type: ignore[operator]  # some begin with zeros: no answer at all
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     checkpoint.Snapshot.take(task, optimizer, None, checkpoint.State()).write(str(run / "checkpoint"))
@@ -64,7 +65,7 @@ def logits_of(run: Path, weights: str, images: torch.Tensor) -> torch.Tensor:
     """By the training task."""
     config = run_folder.read(str(run))
     tensors = load_file(run / "checkpoint" / f"{weights}.safetensors")
-    task = build.build_task(config, 3, 4 if config.alignment_weight else 0)
+    task = align.build_task(config, 3, 4 if config.alignment_weight else 0)
     task.load_state_dict(tensors)
     with torch.inference_mode():
         answers: torch.Tensor = task.eval().backbone(images)

@@ -15,12 +15,14 @@ import torch
 
 from training.config import TrainConfig
 from training.data.mixing import text_targets
-from training.engine import build, checkpoint, loop
+from training.engine import checkpoint, loop
 from training.engine.epoch_log import NotFiniteError
 from training.engine.step import Stepper
 from training.losses.alignment import TextGather
+from training.losses.classification import CrossEntropy
 from training.models import backbones, optimizers
-from training.objectives.align import Alignment, AlignTask, CrossEntropy, Goal
+from training.objectives import align
+from training.objectives.align import Alignment, AlignTask, Goal, Inputs
 
 BACKBONES = [
     ("resnet18", 64), ("resnet50", 64), ("vit_tiny_patch16_224", 64), ("convnext_atto", 64), ("hiera_tiny_224", 224),
@@ -41,7 +43,7 @@ def test_a_backbone_is_built_and_takes_one_step(name: str, size: int) -> None:
     before = {key: value.clone() for key, value in task.named_parameters()}
     images, labels = torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 3])
     texts = torch.nn.functional.normalize(torch.randn(4, 16), dim=-1)
-    parts = task(images, labels, goal(texts))
+    parts = task(Inputs(images, labels, goal(texts)))
     parts["loss"].backward()
     optimizer.step()
     still = [key for key, value in task.named_parameters() if torch.equal(value, before[key]) and value.grad is None]
@@ -74,8 +76,8 @@ def test_a_size_that_a_backbone_cannot_take_names_its_own() -> None:
 
 def test_the_baseline_has_no_head_and_starts_from_the_same_weights() -> None:
     common = {"store": "s", "backbone": "resnet18", "seed": 3}
-    plain = build.build_task(TrainConfig(**common, alignment_weight=0), 5, 0)  # type: ignore[arg-type]
-    aligned = build.build_task(TrainConfig(**common, alignment_weight=1), 5, 16)  # type: ignore[arg-type]
+    plain = align.build_task(TrainConfig(**common, alignment_weight=0), 5, 0)  # type: ignore[arg-type]
+    aligned = align.build_task(TrainConfig(**common, alignment_weight=1), 5, 16)  # type: ignore[arg-type]
     assert plain.head is None
     for (name, mine), (_, other) in zip(plain.backbone.named_parameters(), aligned.backbone.named_parameters(), strict=True):
         assert torch.equal(mine, other), name
@@ -97,9 +99,10 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     from timm.utils import ModelEmaV3
 
     config = TrainConfig(store="s", backbone="test_resnet", optimizer="adamw", seed=0)
-    task = build.build_task(config, 5, 16)
+    task = align.build_task(config, 5, 16)
     optimizer, ema = optimizers.optimizer(config, task), ModelEmaV3(task, decay=0.5)
-    parts = task(torch.randn(4, 3, 64, 64), torch.arange(4), goal(torch.nn.functional.normalize(torch.randn(4, 16), dim=-1)))
+    aimed = goal(torch.nn.functional.normalize(torch.randn(4, 16), dim=-1))
+    parts = task(Inputs(torch.randn(4, 3, 64, 64), torch.arange(4), aimed))
     parts["loss"].backward()
     optimizer.step()
     ema.update(task)
@@ -111,7 +114,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
         for parameter in [*task.parameters(), *ema.module.parameters()]:
             parameter.add_(1)
     snapshot.write(str(tmp_path / "c"))
-    other = build.build_task(TrainConfig(**(asdict(config) | {"seed": 9})), 5, 16)
+    other = align.build_task(TrainConfig(**(asdict(config) | {"seed": 9})), 5, 16)
     other_optimizer, other_ema = optimizers.optimizer(config, other), ModelEmaV3(other, decay=0.5)
     assert checkpoint.load(str(tmp_path / "c"), other, other_optimizer, other_ema) == state
     for name, value in expected.items():
@@ -196,7 +199,7 @@ def test_a_batch_computed_in_parts_has_the_gradient_of_the_whole(tmp_path: Path,
     from safetensors.torch import load_file
 
     whole, in_parts = (load_file(ends[parts] / "model.safetensors") for parts in (1, 3))
-    start = build.build_task(config, 3, 4, 8).state_dict()
+    start = align.build_task(config, 3, 4, 8).state_dict()
     moved = max(float((whole[name] - start[name]).abs().max()) for name in whole)
     for name, value in whole.items():
         assert (value - in_parts[name]).abs().max() < 1e-4 * moved, name
@@ -225,7 +228,7 @@ def test_what_only_saves_time_or_memory_changes_nothing_else(tmp_path: Path, mak
     plain = load_file(run_alone(config, tmp_path / "plain") / "model.safetensors")
     switched = load_file(run_alone(replace(config, **changed), tmp_path / "switched") / "model.safetensors")
     assert plain.keys() == switched.keys()
-    start = build.build_task(config, 3, 4).state_dict()
+    start = align.build_task(config, 3, 4).state_dict()
     names = [name for name, value in plain.items() if value.is_floating_point()]
     way = sum(float((plain[name] - start[name]).square().sum()) for name in names) ** 0.5
     apart = sum(float((plain[name] - switched[name]).square().sum()) for name in names) ** 0.5
@@ -251,7 +254,7 @@ def test_other_ways_learn_too(tmp_path: Path, make_store: Callable[..., Path], c
 
 def test_layers_below_learn_more_slowly_and_norms_do_not_decay() -> None:
     config = TrainConfig(store="s", backbone="vit_tiny_patch16_224", layer_decay=0.5, image_size=32, learn_temperature=True)
-    task = build.build_task(config, 3, 4)
+    task = align.build_task(config, 3, 4)
     optimizer = optimizers.optimizer(config, task)
     of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(task.named_parameters())
@@ -270,9 +273,9 @@ def test_a_collapsed_model_ranks_its_captions_last() -> None:
     texts = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     groups = torch.tensor([3, 3, 7, -1, 9, 11])
     texts[1] = texts[0]
-    assert loop.caption_ranks(texts, texts, groups).tolist() == [1] * 5
-    assert loop.caption_ranks(torch.zeros(6, 8), texts, groups).tolist() == [4] * 5
-    assert loop.caption_ranks(torch.full((6, 8), torch.nan), texts, groups).tolist() == [4] * 5
+    assert align.caption_ranks(texts, texts, groups).tolist() == [1] * 5
+    assert align.caption_ranks(torch.zeros(6, 8), texts, groups).tolist() == [4] * 5
+    assert align.caption_ranks(torch.full((6, 8), torch.nan), texts, groups).tolist() == [4] * 5
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_pictures(tmp_path: Path, make_store: Callable[..., Path]) -> None:

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from training.config import TrainConfig
 from training.data.mixing import text_targets
-from training.engine import build, loop
+from training.engine import loop
 from training.losses.alignment import TextGather
+from training.objectives import align
 from training.objectives.align import AlignTask, Goal
 
 
 def task_of(**changes: Any) -> AlignTask:
     settings: dict[str, Any] = {"backbone": "test_resnet", "image_size": 32, "batch_size": 64}
-    return build.build_task(TrainConfig(store="s", **settings | changes), 100, 16)
+    return align.build_task(TrainConfig(store="s", **settings | changes), 100, 16)
 
 
 def goal(count: int, matched: bool, images: Tensor) -> Goal:
@@ -49,13 +50,13 @@ def test_a_learned_temperature_comes_back_from_its_bound() -> None:
     assert task.log_temperature is not None
     with torch.no_grad():
         task.log_temperature.sub_(3.0)
-    task.keep_bounds()
+    task.after_step()
     assert float(task.log_temperature.detach().exp()) == pytest.approx(0.01)
     optimizer = torch.optim.SGD([task.log_temperature], lr=0.01)  # type: ignore[list-item]
     images = torch.nn.functional.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     task.align(images, goal(8, False, images)).backward()
     optimizer.step()
-    task.keep_bounds()
+    task.after_step()
     assert float(task.log_temperature.detach().exp()) > 0.0105
 
 
@@ -64,7 +65,7 @@ def test_no_step_of_a_run_leaves_a_learned_temperature_below_its_bound(
     tmp_path: Path, make_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
     """A gradient that only ever leads down, for it and for its moving average."""
-    original, tasks = build.build_task, []
+    original, tasks = align.build_task, []
 
     def build_task(*arguments: Any, **more: Any) -> AlignTask:
         tasks.append(original(*arguments, **more))
@@ -72,7 +73,7 @@ def test_no_step_of_a_run_leaves_a_learned_temperature_below_its_bound(
         tasks[-1].log_temperature.register_hook(torch.ones_like)
         return tasks[-1]
 
-    monkeypatch.setattr(loop, "build_task", build_task)
+    monkeypatch.setattr(align, "build_task", build_task)
     config = TrainConfig(
         store=str(make_store(tmp_path / "s", train=24, val=9)), backbone="test_resnet", image_size=32, epochs=2, batch_size=12,
         projection_dim=4, learn_temperature=True, optimizer="sgd", lr=10.0, alignment_weight=0.1, accumulate=accumulate,
@@ -84,7 +85,7 @@ def test_no_step_of_a_run_leaves_a_learned_temperature_below_its_bound(
 
 def test_a_fixed_temperature_is_the_one_given() -> None:
     task = task_of(temperature=0.004)
-    task.keep_bounds()
+    task.after_step()
     assert task.log_temperature is not None and float(task.log_temperature.exp()) == pytest.approx(0.004)
 
 

@@ -24,6 +24,7 @@ from training.evaluation import outputs
 from training.export import export
 from training.models import backbones
 from training.models.weights import architecture_of
+from training.objectives import align
 
 COMMIT, LATER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
 
@@ -75,7 +76,7 @@ def test_a_run_starts_from_the_weights_and_the_normalisation_of_a_folder(
     model = saved(tmp_path / "mine", name, **arguments)
     config = backbones.resolved(settings("s", f"local-dir:{tmp_path / 'mine'}", image_size=size))
     assert config.pretrained and architecture_of(config) == name
-    task = build.build_task(config, 3, 4)
+    task = align.build_task(config, 3, 4)
     same_but_for_the_classifier(task.backbone, model)
     norm = build.make_norm(task.backbone, torch.device("cpu"))
     torch.testing.assert_close(norm.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
@@ -86,7 +87,7 @@ def test_a_transformer_is_taken_to_another_size(tmp_path: Path) -> None:
     """timm resamples positions; the exported arguments are those of the new size."""
     saved(tmp_path / "mine", "test_vit", img_size=48, patch_size=8)
     config = backbones.resolved(settings("s", f"local-dir:{tmp_path / 'mine'}", image_size=32))
-    task = build.build_task(config, 3, 4)
+    task = align.build_task(config, 3, 4)
     assert task.backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
     arguments = backbones.model_args(config.backbone, 32, 0, config.architecture)
     assert arguments["img_size"] == 32 and arguments["patch_size"] == 8
@@ -122,7 +123,7 @@ def test_an_export_of_ours_is_where_the_next_run_starts(
     first = settings(store, "resnet18" if small_stem else "test_resnet", epochs=1, small_stem=small_stem)
     export.export(ExportConfig(run=str(fitted(first, tmp_path / "first")), to=str(tmp_path / "model")))
     config = backbones.resolved(settings(store, f"local-dir:{tmp_path / 'model'}", small_stem=small_stem))
-    task, weights = build.build_task(config, 5, 4), load_file(tmp_path / "first" / "epoch-1" / "model.safetensors")
+    task, weights = align.build_task(config, 5, 4), load_file(tmp_path / "first" / "epoch-1" / "model.safetensors")
     for name, value in task.backbone.state_dict().items():
         assert name.startswith("fc.") or torch.equal(value, weights[f"backbone.{name}"]), name
     again = outputs.load(config, str(tmp_path / "first" / "epoch-1"), 3)
@@ -144,8 +145,8 @@ def test_files_that_changed_before_the_first_checkpoint_are_refused(tmp_path: Pa
     nn.init.zeros_(model.get_classifier().weight)  # type: ignore[operator]
     save_for_hf(model, str(tmp_path / "mine"), safe_serialization=True)
     with pytest.raises(ValueError, match="its files on this node differ"):
-        build.build_task(config, 3, 4)
-    build.build_task(replace(config, pretrained=False), 3, 4)
+        align.build_task(config, 3, 4)
+    align.build_task(replace(config, pretrained=False), 3, 4)
 
 
 def test_what_is_no_model_of_timms_in_safetensors_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +194,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_model_of_the_hub_is_pinned_to_its_commit(hub: Path) -> None:
     config = backbones.resolved(settings("s", "hf-hub:acme/tiny"))
     assert config.backbone == f"hf-hub:acme/tiny@{COMMIT}" and architecture_of(config) == "test_resnet"
-    task = build.build_task(config, 3, 4)
+    task = align.build_task(config, 3, 4)
     same_but_for_the_classifier(task.backbone, timm.create_model(f"local-dir:{hub / 'snapshots' / COMMIT}", pretrained=True))
     # The model moves on; a run that was begun keeps what it was begun with, whichever way the same model is named.
     saved(hub / "snapshots" / LATER, "test_convnext")

@@ -21,7 +21,8 @@ from pipeline.store import Store
 from training import run as training_run
 from training import run_folder
 from training.__main__ import main
-from training.engine import build, checkpoint, loop
+from training.engine import checkpoint, loop
+from training.objectives import align
 
 pytestmark = pytest.mark.slow
 SMALL = ["--preset", "smoke", "--projection-dim", "4", "--batch-size", "12", "--workers", "2"]
@@ -121,7 +122,7 @@ def test_export_is_a_plain_timm_model_with_the_same_logits(trained: Path, tmp_pa
     model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
     config = run_folder.read(str(trained))
     classes = Store(config.store).dataset.classes
-    task = build.build_task(config, len(classes), 4)
+    task = align.build_task(config, len(classes), 4)
     checkpoint.load(checkpoint.find(str(trained)), task)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():

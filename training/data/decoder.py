@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -14,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.errors import RunStoppedError, SettingsError
+from pipeline.errors import RunStoppedError
 from pipeline.store import Store
 from training.data.augment import Augment
+from training.data.columns import Columns
 from training.data.order import ROW, SHARD
-from training.data.text_targets import Targets, vectors_of
 
 Array = npt.NDArray[Any]
 Part = dict[str, Array]
-"""Columns of some samples: images [n, S, S, 3] uint8, labels [n]; with text targets texts [n, D] float32 and groups [n]."""
+"""Of some samples: images [n, S, S, 3] uint8, labels [n], and the columns that the method reads, [n, ...] each."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ class _Shard:
     hashes: pa.ChunkedArray
     sizes: Array
     labels: Array
-    texts: Array | None
-    groups: Array | None
+    columns: dict[str, Array]
 
 
 class ShardReader:
@@ -42,8 +40,8 @@ class ShardReader:
     Any thread may ask; a shard is read once, by the thread that asks first.
     """
 
-    def __init__(self, store: Store, targets: Targets | None, keep: int) -> None:
-        self._store, self._targets, self._keep = store, targets, keep
+    def __init__(self, store: Store, columns: tuple[Columns, ...], keep: int) -> None:
+        self._store, self._columns, self._keep = store, columns, keep
         self._cache: OrderedDict[int, Future[_Shard]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -69,41 +67,18 @@ class ShardReader:
         table = self._store.read_shard("images", "", shard, ["id", "content_hash", "image", "uri", "label", "width", "height"])
         labels = table["label"].to_numpy().astype(np.int64)
         sizes = np.array([table["width"].to_pylist(), table["height"].to_pylist()], dtype=np.float64).T  # nan where it failed
-        if self._targets is None:
-            return _Shard(table["image"], table["uri"], table["content_hash"], sizes, labels, None, None)
-        captions = self._store.read_shard("captions", self._targets.captions, shard, ["id", "caption", "others"])
-        vectors = self._store.read_shard("embeddings", self._targets.embeddings, shard, ["id", "embedding"])
-        if not table["id"].equals(captions["id"]) or not table["id"].equals(vectors["id"]):
-            message = f"shard {shard}: images, captions and embeddings hold different rows; was the store copied in part?"
-            raise SettingsError(message)
-        texts, groups = text_columns(self._targets, captions, vectors)
-        return _Shard(table["image"], table["uri"], table["content_hash"], sizes, labels, texts, groups)
-
-
-def text_columns(targets: Targets, captions: pa.Table, vectors: pa.Table) -> tuple[Array, Array]:
-    """([n, d] float32 text targets, [n] int64 groups) of a shard's captions and vectors; zero and -1 where there is no text."""
-    wide = vectors_of(vectors["embedding"])
-    present = np.abs(wide).sum(1) > 0
-    texts = np.where(present[:, None], targets.project(wide), 0).astype(np.float32)
-    texts_of = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
-    groups = np.array([_group(text, others) for text, others in texts_of], dtype=np.int64)
-    return texts, np.where(present, groups, -1)
-
-
-def _group(caption: str | None, others: list[str] | None) -> int:
-    """Equal for pictures all of whose captions are equal: their one vector is made of all of them."""
-    if caption is None:
-        return -1
-    text = "\n".join([caption, *(others or [])])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1  # 63 bits: never negative
+        columns: dict[str, Array] = {}
+        for each in self._columns:
+            columns |= each.read(self._store, shard, table["id"])
+        return _Shard(table["image"], table["uri"], table["content_hash"], sizes, labels, columns)
 
 
 class Decoder:
     """Samples to arrays; knows neither threads nor Ray."""
 
-    def __init__(self, store: Store, targets: Targets | None, augment: Augment, keep: int) -> None:
+    def __init__(self, store: Store, columns: tuple[Columns, ...], augment: Augment, keep: int) -> None:
         self._store, self._augment = store, augment
-        self._reader = ShardReader(store, targets, keep)
+        self._reader = ShardReader(store, columns, keep)
 
     def __call__(self, samples: Array, train: bool) -> Part:
         """Decodes [n, 4] samples; views of one picture that follow each other are decoded from it once."""
@@ -124,10 +99,8 @@ class Decoder:
             "images": pictures,
             "labels": np.array([s.labels[r] for s, r in zip(shards, samples[:, ROW], strict=True)], np.int64),
         }
-        if shards and shards[0].texts is not None:
-            pairs = list(zip(shards, samples[:, ROW], strict=True))
-            part["texts"] = np.stack([s.texts[r] for s, r in pairs if s.texts is not None])
-            part["groups"] = np.array([s.groups[r] for s, r in pairs if s.groups is not None], np.int64)
+        for name in shards[0].columns if shards else ():
+            part[name] = np.stack([s.columns[name][r] for s, r in zip(shards, samples[:, ROW], strict=True)])
         return part
 
     def _bytes(self, shard: _Shard, row: int) -> bytes:
@@ -152,10 +125,10 @@ class DecoderSpec:
     """What makes a decoder, here or in another process; `keep` is how many shards it holds."""
 
     store: str
-    targets: Targets | None
+    columns: tuple[Columns, ...]
     augment: Augment
     keep: int
 
     def build(self) -> Decoder:
         """The decoder."""
-        return Decoder(Store(self.store), self.targets, self.augment, self.keep)
+        return Decoder(Store(self.store), self.columns, self.augment, self.keep)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,20 +32,19 @@ class Batch:
     """[b, 3, S, S] uint8, channels last in memory."""
     labels: Tensor
     """[b] int64."""
-    texts: Tensor | None
-    """[b, d] float32, unit length; zero rows where there is no text."""
-    groups: Tensor | None
-    """[b] int64, equal for equal captions; -1 where there is no text."""
+    columns: dict[str, Tensor]
+    """[b, ...] each; what the method reads beside pictures and labels."""
     samples: Array
     """[b, 4], see `training.data.order`."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
 
-        def move(part: Tensor | None) -> Any:
-            return None if part is None else part.to(device, non_blocking=True)
+        def move(part: Tensor) -> Tensor:
+            return part.to(device, non_blocking=True)
 
-        return Batch(move(self.images), move(self.labels), move(self.texts), move(self.groups), self.samples)
+        columns = {name: move(column) for name, column in self.columns.items()}
+        return Batch(move(self.images), move(self.labels), columns, self.samples)
 
 
 class Decoding(Protocol):
@@ -140,8 +139,8 @@ class Loader:
         columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
         if self._pin:
             columns = {name: column.pin_memory() for name, column in columns.items()}
-        pictures = columns["images"].permute(0, 3, 1, 2)
-        return Batch(pictures, columns["labels"], columns.get("texts"), columns.get("groups"), share)
+        images, labels = columns.pop("images").permute(0, 3, 1, 2), columns.pop("labels")
+        return Batch(images, labels, columns, share)
 
 
 def lookahead(sequence: Sequence, rows_a_shard: float, window: int) -> int:

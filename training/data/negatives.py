@@ -14,8 +14,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.store import Store
-from training.data.decoder import text_columns
-from training.data.text_targets import Targets
+from training.data.text_targets import Targets, text_columns
 from training.losses.alignment import Texts
 
 Array = npt.NDArray[Any]
@@ -32,6 +31,10 @@ class Negatives:
         self._shards = np.array(store.split_shards(split))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="negatives")
         self._pools: dict[int, Future[tuple[Array, Array]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Negatives:
+        """Itself: the copy of a task that holds the moving average draws nothing."""
+        return self
 
     def draw(self, step: int, device: torch.device) -> Texts:
         """The texts of a step: vectors [K, d] and groups [K], without repetition of rows."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from pipeline.errors import SettingsError
 from pipeline.store import Store
@@ -66,6 +67,41 @@ def load(store: Store, *, embeddings: str, dim: int, split: str) -> Targets:
         return Targets(embeddings=name, captions=captions, dim=width)
     mean, basis = _pca(store, name, split, width)
     return Targets(embeddings=name, captions=captions, dim=dim, mean=mean, basis=basis[:, :dim])
+
+
+@dataclass(frozen=True)
+class TextColumns:
+    """Columns `texts` and `groups` (see `columns.Columns`)."""
+
+    targets: Targets
+
+    def read(self, store: Store, shard: int, ids: pa.ChunkedArray) -> dict[str, Array]:
+        """[n, d] float32 text targets of unit length, zero where there is no text, and [n] int64 groups, -1 there."""
+        captions = store.read_shard("captions", self.targets.captions, shard, ["id", "caption", "others"])
+        vectors = store.read_shard("embeddings", self.targets.embeddings, shard, ["id", "embedding"])
+        if not ids.equals(captions["id"]) or not ids.equals(vectors["id"]):
+            message = f"shard {shard}: images, captions and embeddings hold different rows; was the store copied in part?"
+            raise SettingsError(message)
+        texts, groups = text_columns(self.targets, captions, vectors)
+        return {"texts": texts, "groups": groups}
+
+
+def text_columns(targets: Targets, captions: pa.Table, vectors: pa.Table) -> tuple[Array, Array]:
+    """([n, d] float32 text targets, [n] int64 groups) of a shard's captions and vectors; zero and -1 where there is no text."""
+    wide = vectors_of(vectors["embedding"])
+    present = np.abs(wide).sum(1) > 0
+    texts = np.where(present[:, None], targets.project(wide), 0).astype(np.float32)
+    texts_of = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
+    groups = np.array([_group(text, others) for text, others in texts_of], dtype=np.int64)
+    return texts, np.where(present, groups, -1)
+
+
+def _group(caption: str | None, others: list[str] | None) -> int:
+    """Equal for pictures all of whose captions are equal: their one vector is made of all of them."""
+    if caption is None:
+        return -1
+    text = "\n".join([caption, *(others or [])])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1  # 63 bits: never negative
 
 
 def vectors_of(column: Any) -> Array:

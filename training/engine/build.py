@@ -8,46 +8,21 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from pipeline.store import Store
 from training.config import TrainConfig
-from training.data import text_targets
 from training.data.augment import Augment
+from training.data.columns import Columns
 from training.data.decoder import DecoderSpec
 from training.data.loader import Loader, ThreadDecoding
-from training.engine.step import Norm
-from training.models import backbones
-from training.objectives.align import Alignment, AlignTask, CrossEntropy
+from training.data.views import Norm
+from training.objectives.protocol import Precision
 
 
-def build_task(config: TrainConfig, num_classes: int, dim: int, text_dim: int = 0) -> AlignTask:
-    """The model of a run, with weights that depend on the seed alone; baseline and aligned start from the same backbone."""
-    from timm.loss import BinaryCrossEntropy
-
-    torch.manual_seed(config.seed)
-    backbone = backbones.build(
-        config.backbone, num_classes=num_classes, image_size=config.image_size, pretrained=config.pretrained,
-        drop_path=config.drop_path, patch_size=config.patch_size, small_stem=config.small_stem,
-        architecture=config.architecture,
-    )  # fmt: skip
-    alignment = Alignment(
-        weight=config.alignment_weight, dim=dim, head=config.head, variant=config.alignment,
-        temperature=config.temperature, learn_temperature=config.learn_temperature, text_dim=text_dim,
-        texts=config.batch_size + config.store_negatives,
-    )  # fmt: skip
-    # A mean over classes, timm's default, would leave 1 / classes of cross entropy's gradient: optimizers without a scale do not
-    # mind (ResNet strikes back, DeiT III: LAMB), but the alignment beside it would outweigh it.
-    criterion: nn.Module = CrossEntropy(config.label_smoothing)
-    if config.loss == "bce":
-        criterion = BinaryCrossEntropy(config.label_smoothing, sum_classes=True)
-    return AlignTask(backbone, alignment, criterion)
-
-
-def to_device(task: AlignTask, device: torch.device, *, channels_last: bool = True) -> AlignTask:
+def to_device(task: Any, device: torch.device, *, channels_last: bool = True) -> Any:
     """The task on a device, convolutions in the memory format that is fastest on GPUs and CPUs alike."""
     moved: nn.Module = task.to(device)
     if channels_last:
         moved = cast(Any, moved).to(memory_format=torch.channels_last)
-    return cast(AlignTask, moved)
+    return moved
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
@@ -65,7 +40,7 @@ def make_norm(model: nn.Module, device: torch.device, *, channels_last: bool = T
     return Norm(mean, std, channels_last)
 
 
-def decoder_spec(config: TrainConfig, found: text_targets.Targets | None, model: nn.Module, decoders: int) -> DecoderSpec:
+def decoder_spec(config: TrainConfig, columns: tuple[Columns, ...], model: nn.Module, decoders: int) -> DecoderSpec:
     """What a decoder needs to know; evaluation crops as timm's for this backbone. `decoders` share the work of a batch."""
     from_timm = data_config(model)
     augment = Augment(
@@ -75,17 +50,18 @@ def decoder_spec(config: TrainConfig, found: text_targets.Targets | None, model:
     )  # fmt: skip
     # Of the window in use and of the next one, each decoder opens its part; one shard more at either end.
     keep = 2 * (math.ceil(config.shuffle_shards / decoders) + 2)
-    return DecoderSpec(store=config.store, targets=found, augment=augment, keep=keep)
+    return DecoderSpec(store=config.store, columns=columns, augment=augment, keep=keep)
 
 
-def make_loader(config: TrainConfig, store: Store, found: text_targets.Targets | None, model: nn.Module) -> Loader:
+def make_loader(config: TrainConfig, columns: tuple[Columns, ...], model: nn.Module) -> Loader:
     """A loader that decodes in threads of this process, for evaluation."""
-    return Loader(ThreadDecoding(decoder_spec(config, found, model, 1).build(), config.loader_workers), lookahead=4)
+    return Loader(ThreadDecoding(decoder_spec(config, columns, model, 1).build(), config.loader_workers), lookahead=4)
 
 
-def use_autocast(config: TrainConfig, device: torch.device) -> bool:
-    """Whether to compute in bfloat16 where torch's autocast says so."""
-    return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+def make_precision(config: TrainConfig, device: torch.device) -> Precision:
+    """The context of forward passes: bfloat16 where torch's autocast says so, if the run or its device is for that."""
+    wanted = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
 def has_own_statistics(task: nn.Module) -> bool:
@@ -94,7 +70,7 @@ def has_own_statistics(task: nn.Module) -> bool:
     return any(not isinstance(norm, nn.SyncBatchNorm) for norm in norms)
 
 
-def moving_average(config: TrainConfig, task: AlignTask) -> Any:
+def moving_average(config: TrainConfig, task: nn.Module) -> Any:
     if not config.ema:
         return None
     from timm.utils import ModelEmaV3

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.data import order, text_targets
+from training.data import order
 from training.data.decoder import DecoderSpec
 from training.data.loader import Decoding, Loader, ThreadDecoding, lookahead
-from training.data.negatives import Negatives
 from training.data.order import Rows, Sequence
+from training.data.views import Norm, Views
 from training.engine import checkpoint
-from training.engine.build import build_task, decoder_spec, has_own_statistics, make_norm, moving_average, to_device, use_autocast
+from training.engine.build import decoder_spec, has_own_statistics, make_norm, make_precision, moving_average, to_device
 from training.engine.distributed import agree_on_buffers
 from training.engine.epoch_log import Watch
-from training.engine.step import Norm, Stepper
-from training.evaluation import measures
+from training.engine.step import Stepper
 from training.losses.alignment import world_size
-from training.models import backbones, optimizers
-from training.objectives.align import AlignTask
+from training.models import optimizers
+from training.objectives.protocol import Precision, objective_of
 
 Metrics = dict[str, float]
 Report = Callable[[Metrics | None, Callable[[], checkpoint.Snapshot]], None]
@@ -58,19 +57,16 @@ def fit(
         NotFiniteError: the loss is no number any more; on all workers, with the ids of the batch that it came from.
     """
     store, world = Store(config.store), world_size()
-    found = None
-    if config.alignment_weight > 0:
-        found = text_targets.of_config(config, store)
-    raw_dim = found.dim if found is not None and config.text_projection == "learned" else 0
-    dim = (config.projection_dim or raw_dim) if raw_dim else (found.dim if found else 0)
+    objective = objective_of(config)
+    facts = objective.check(config, store)
     begun = replace(config, pretrained=False) if resume_from else config  # a checkpoint has all weights
-    task = build_task(begun, len(store.dataset.classes), dim, raw_dim)
+    task = objective.build(begun, facts, len(store.dataset.classes))
     if config.checkpoint_activations:
-        cast(Any, task.backbone).set_grad_checkpointing()
+        task.backbone.set_grad_checkpointing()
     if config.sync_batch_norm and world > 1:
         from timm.layers import convert_sync_batchnorm
 
-        task = cast(AlignTask, convert_sync_batchnorm(task))
+        task = convert_sync_batchnorm(task)
     task = to_device(task, device, channels_last=config.channels_last)
     optimizer = optimizers.optimizer(config, task)
     ema = moving_average(config, task)
@@ -78,7 +74,7 @@ def fit(
     norm = make_norm(task.backbone, device, channels_last=config.channels_last)
     by = order.deal(store.dataset.source, looks_across=config.mixes or has_own_statistics(task))
     sharing = 1 if by == "place" else world  # workers that share the shards of a window
-    spec = decoder_spec(config, found, task.backbone, sharing * config.loader_workers if decode else sharing)
+    spec = decoder_spec(config, facts.columns, task.backbone, sharing * config.loader_workers if decode else sharing)
     decoding = decode(spec, config.loader_workers) if decode else ThreadDecoding(spec.build(), config.loader_workers)
     train_rows, eval_rows = Rows(store, config.train_split), Rows(store, config.eval_split)
     sequence = Sequence(
@@ -86,18 +82,16 @@ def fit(
     )
     ahead = lookahead(sequence, len(train_rows) / max(1, len(train_rows.rows)), config.shuffle_shards)
     loader = Loader(decoding, lookahead=ahead, pin=device.type == "cuda")
-    negatives = None
-    if found is not None and config.store_negatives:
-        negatives = Negatives(store, found, config.train_split, config.store_negatives, config.seed)
     if config.compile:
-        task.features_and_logits = torch.compile(backbones.features_and_logits)
+        task.compile()
     model: nn.Module = task
     if world > 1:
         model = DistributedDataParallel(task, device_ids=[device.index] if device.type == "cuda" else None)
+    precision = make_precision(config, device)
     stepper = Stepper(
-        config=config, task=task, model=model, optimizer=optimizer, ema=ema, norm=norm, negatives=negatives,
-        classes=len(store.dataset.classes), rank=rank, world=world, steps=sequence.steps(config.epochs),
-        warmup_steps=round(config.warmup_epochs * len(train_rows) / config.batch_size), autocast=use_autocast(config, device),
+        config=config, task=task, model=model, optimizer=optimizer, ema=ema,
+        views=Views(config, norm, len(store.dataset.classes)), rank=rank, world=world, steps=sequence.steps(config.epochs),
+        warmup_steps=round(config.warmup_epochs * len(train_rows) / config.batch_size), precision=precision,
     )  # fmt: skip
     watch = Watch(config, store, device, rank, state, stepper.steps)
 
@@ -117,10 +111,10 @@ def fit(
                 report(None, take(watch.state(step + 1)))
         means = watch.epoch_means(stop)
         agree_on_buffers(task, ema)
-        evaluated = evaluate(task, loader, eval_rows, norm, device, stepper.autocast, rank)
+        evaluated = evaluate(task, loader, eval_rows, norm, device, precision, rank)
         if ema is not None:
-            averaged = evaluate(ema.module, loader, eval_rows, norm, device, stepper.autocast, rank)
-            evaluated |= {f"ema_{name}": averaged[name] for name in ("top1", "top5")}
+            averaged = evaluate(ema.module, loader, eval_rows, norm, device, precision, rank)
+            evaluated |= {f"ema_{name}": value for name, value in averaged.items() if name != "eval_images"}
         metrics = means | evaluated | {"epoch": epoch, "step": stop, "lr": stepper.learning_rate(stop - 1)}
         state = watch.end_epoch(stop, metrics)
         report(metrics, take(state))
@@ -128,38 +122,15 @@ def fit(
 
 
 @torch.inference_mode()
-def evaluate(task: AlignTask, loader: Loader, rows: Rows, norm: Norm, device: torch.device, amp: bool, rank: int) -> Metrics:
-    """top-1 and top-5 in percent over all rows of a split, each row counted once whatever the number of workers.
-
-    Of an aligned model also `retrieval_rank`: the mean rank, from 1, of a picture's own caption among the different captions of
-    the `EVALUATED` pictures that it is evaluated with, by the cosine of projected feature and text.
-    """
+def evaluate(task: Any, loader: Loader, rows: Rows, norm: Norm, device: torch.device, precision: Precision, rank: int) -> Metrics:
+    """What the task's evaluator finds over all rows of a split, each counted once whatever the number of workers."""
     task.eval()
-    hits = torch.zeros(5, device=device, dtype=torch.float64)
+    evaluator = task.evaluator(device)
     for host_batch in loader.evaluate(rows.in_order(), EVALUATED, rank, world_size()):
         batch = host_batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            features, logits = backbones.features_and_logits(task.backbone, norm(batch.images))
-        best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-        hits[:3] += torch.stack([best[:, 0].sum(), best.sum(), torch.tensor(len(best), device=device)])
-        if task.head is not None and batch.texts is not None and batch.groups is not None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                z_bd = task.head(features)
-            texts = batch.texts if task.text_projection is None else task.text_projection(batch.texts)
-            ranks = caption_ranks(z_bd, texts, batch.groups)
-            hits[3:] += torch.stack([ranks.sum(), torch.tensor(len(ranks), device=device)])
+        evaluator.add(batch, norm(batch.images), precision)
+    sums = evaluator.sums()
     if world_size() > 1:
-        dist.all_reduce(hits)
-    top1, top5, count, ranks, ranked = hits.tolist()
-    found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_images": count}
-    return found | ({"retrieval_rank": ranks / ranked} if ranked else {})
-
-
-def caption_ranks(z_bd: Tensor, texts_bd: Tensor, groups_b: Tensor) -> Tensor:
-    """Rank, from 1, of each picture's own caption among the different captions of the batch; pictures without one have none."""
-    kept = groups_b >= 0
-    different, place = torch.unique(groups_b[kept], return_inverse=True)
-    one_of = torch.zeros(len(different), dtype=torch.long, device=place.device)
-    one_of[place] = torch.arange(len(place), device=place.device)
-    cosines = z_bd[kept].float() @ texts_bd[kept][one_of].float().T
-    return measures.ranks_of(cosines, place)
+        dist.all_reduce(sums)
+    found: Metrics = evaluator.metrics(sums.tolist())
+    return found

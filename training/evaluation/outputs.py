@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from training.data import text_targets
 from training.data.order import Rows
 from training.engine import build, checkpoint, loop
 from training.models import backbones
-from training.objectives.align import AlignTask
+from training.objectives.protocol import objective_of
 
 Array = npt.NDArray[Any]
 
@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 class Loaded:
     """A run's model: the task in evaluation mode, which of its weights they are (raw or ema), and where training stood."""
 
-    task: AlignTask
+    task: Any
     weights: str
     state: dict[str, Any]
 
@@ -52,11 +52,7 @@ def load(config: TrainConfig, folder: str, num_classes: int, weights: str = "aut
         message = "weights=ema: the run kept no moving average (it was trained without --ema); pass --weights raw."
         raise SettingsError(message)
     tensors = load_file(average if weights == "ema" else os.path.join(folder, "model.safetensors"))
-    last = {"mlp": "head.layers.3.weight", "linear": "head.layers.weight"}[config.head]
-    dim = len(tensors[last]) if last in tensors else 0
-    text = tensors.get("text_projection.weight")
-    task = build.build_task(replace(config, pretrained=False), num_classes, dim, 0 if text is None else text.shape[1])
-    task.load_state_dict(tensors)
+    task = objective_of(config).rebuild(config, tensors, num_classes)
     return Loaded(task=task.eval(), weights=weights, state=checkpoint.read_state(folder))
 
 
@@ -111,7 +107,7 @@ class Judge:
         if not len(rows):
             message = f"split={split}: has no usable picture; `gpt4image status --store {self.config.store}` says why."
             raise SettingsError(message)
-        loader = build.make_loader(self.config, self.store, texts, self.task.backbone)
+        loader = build.make_loader(self.config, (text_targets.TextColumns(texts),) if texts else (), self.task.backbone)
         parts: dict[str, list[Array]] = {}
         bar = tqdm(total=len(rows), desc=f"evaluate {split}", unit="img", file=sys.stderr, disable=None, leave=False)
         with bar, torch.inference_mode():
@@ -119,9 +115,8 @@ class Judge:
                 for name, value in self._answers(batch.images, batch.labels, features).items():
                     parts.setdefault(name, []).append(value.cpu().numpy())
                 parts.setdefault("samples", []).append(batch.samples)
-                if batch.texts is not None and batch.groups is not None:
-                    parts.setdefault("texts", []).append(batch.texts.numpy())
-                    parts.setdefault("groups", []).append(batch.groups.numpy())
+                for name, column in batch.columns.items():
+                    parts.setdefault(name, []).append(column.numpy())
                 bar.update(len(batch.labels))
         columns: dict[str, Any] = {name: np.concatenate(value) for name, value in parts.items()}
         absent: dict[str, Any] = dict.fromkeys(("features", "projected", "texts", "groups"))
@@ -138,6 +133,6 @@ class Judge:
         }  # fmt: skip
         if keep:
             found["features"] = features
-        if self.task.head is not None:
+        if getattr(self.task, "head", None) is not None:
             found["projected"] = self.task.head(features)
         return found

@@ -116,7 +116,7 @@ def _batches(config: TrainConfig, store: Store, model: Any) -> dict[str, list[Ba
     norm = build.make_norm(model, torch.device("cpu"))
     samples = Rows(store, config.eval_split).in_order()
     samples = samples[np.linspace(0, len(samples) - 1, min(REAL, len(samples))).astype(int)]
-    loader = build.make_loader(config, store, None, model)
+    loader = build.make_loader(config, (), model)
     return {"random": random, "real": [norm(batch.images) for batch in loader.evaluate(samples, 16, 0, 1)]}
 
 

@@ -1,1 +1,1 @@
-"""One file a training method; each is a module whose forward returns {"loss": ..., part: ...}."""
+"""One file a training method behind `protocol.py`; the rest of training knows a method by those names only."""

@@ -6,16 +6,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from pipeline.store import Store
+from training.config import TrainConfig
+from training.data import text_targets
+from training.data.loader import Batch
+from training.data.mixing import text_targets as mixed_texts
+from training.data.negatives import Negatives
+from training.data.views import Draw, Views
+from training.evaluation import measures
+from training.losses import classification
 from training.losses.alignment import TextGather, Texts, Variant, alignment_loss
 from training.models import backbones
 from training.models.heads import Kind, ProjectionHead, TextProjection
+from training.objectives.protocol import Facts, Gradient, Losses, Metric, Precision
 
 COLDEST = 0.01
 """CLIP's bound of a learned temperature: logits of at most 100."""
@@ -47,11 +56,23 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Cached:
-    """Gradients of the alignment loss of a whole batch with respect to some of its features, and to the loss's own parameters."""
+class Inputs:
+    """A worker's share of a batch. A part of it has no goal, but the gradient of the joint loss instead, where there is one."""
 
-    features_bd: Tensor
-    parameters: list[Tensor] | None = None
+    images: Tensor
+    """[b, 3, H, W]."""
+    classes: Tensor
+    """[b] class numbers, or [b, C] probabilities."""
+    goal: Goal | None = None
+    """What the features aim at; None for the baseline."""
+    gradient: Gradient | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def part(self, place: slice, gradient: Gradient | None) -> Inputs:
+        """See `protocol.Inputs`."""
+        return Inputs(self.images[place], self.classes[place], None, gradient)
 
 
 class AlignTask(nn.Module):
@@ -68,6 +89,7 @@ class AlignTask(nn.Module):
         self.bias: Tensor | None
         self.register_buffer("log_temperature", None, persistent=False)
         self.register_buffer("bias", None, persistent=False)
+        self.negatives: Negatives | None = None
         self.features_and_logits: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = backbones.features_and_logits
         if alignment.weight > 0:
             width = backbones.num_features(backbone)
@@ -86,23 +108,32 @@ class AlignTask(nn.Module):
                 # not push everything apart first. SigLIP's -10 (arXiv 2303.15343) is this for its batches of 32 k.
                 self.bias = nn.Parameter(torch.tensor(-math.log(max(1, alignment.texts - 1))))
 
-    def forward(
-        self, images: Tensor, classes: Tensor, goal: Goal | None = None, cached: Cached | None = None, share: float = 1.0
-    ) -> dict[str, Tensor]:
+    def prepare(self, batch: Batch, views: Views, draw: Draw) -> Inputs:
+        """Starts to gather all workers' texts, which runs under what follows; mixes texts as pictures and labels are mixed."""
+        gather = None
+        if self.head is not None:
+            gather = TextGather(batch.columns["texts"], batch.columns["groups"], draw.largest_share)
+        draw.begin(0)
+        viewed = views(batch.images, batch.labels, draw)
+        goal = None
+        if gather is not None:
+            negatives = self.negatives.draw(draw.step, viewed.images.device) if self.negatives is not None else None
+            goal = Goal(gather, *mixed_texts(batch.columns["groups"], viewed.partner, viewed.weights), negatives)
+        return Inputs(viewed.images, viewed.classes, goal)
+
+    def forward(self, inputs: Inputs, share: float = 1.0) -> Losses:
         """One step's losses, or those of a part of it.
 
         Args:
-            images: [b, 3, H, W].
-            classes: [b] class numbers, or [b, C] probabilities.
-            goal: what the features aim at; None for the baseline and beside `cached`.
-            cached: in place of a goal the gradients of the alignment loss, where the batch is computed in parts (GradCache,
-                arXiv 2101.06983): their products have the gradient of the whole batch's loss.
+            inputs: pictures, classes, and what the features aim at; of a part the gradients of the joint alignment loss, whose
+                products with the features have the gradient of that loss.
             share: factor on the classification loss, so that the mean over workers and parts is that of the whole batch.
 
         Returns:
             `loss` to differentiate, and for the log `cross_entropy`, `correct` ([b]) and with a goal `alignment` (over the
             global batch).
         """
+        images, classes, gradient = inputs.images, inputs.classes, inputs.gradient
         features, logits = self.features_and_logits(self.backbone, images)
         entropy = self.criterion(logits.float(), classes)
         aimed = classes if classes.ndim == 1 else classes.argmax(1)
@@ -110,16 +141,16 @@ class AlignTask(nn.Module):
         if self.head is None:
             return parts
         z = self.head(features)
-        if cached is not None:
-            linear = (z * cached.features_bd).sum()
-            if cached.parameters is not None:
-                linear = linear + sum((p * g).sum() for p, g in zip(self.loss_parameters(), cached.parameters, strict=True))
+        if gradient is not None:
+            linear = (z * gradient.features).sum()
+            if gradient.parameters is not None:
+                linear = linear + sum((p * g).sum() for p, g in zip(self.loss_parameters(), gradient.parameters, strict=True))
             else:  # every part uses every parameter, or DDP would wait for it
                 linear = linear + sum((0 * p).sum() for p in self.loss_parameters())
             parts["loss"] = parts["loss"] + self.alignment.weight * linear
         else:
-            assert goal is not None
-            alignment = self.align(z, goal)
+            assert inputs.goal is not None
+            alignment = self.align(z, inputs.goal)
             parts["loss"] = parts["loss"] + self.alignment.weight * alignment
             parts["alignment"] = alignment.detach()
         return parts
@@ -138,20 +169,38 @@ class AlignTask(nn.Module):
         )
 
     @torch.no_grad()
-    def keep_bounds(self) -> None:
-        """After an optimizer's step: a learned temperature does not fall below its bound, and its gradient can bring it back.
+    def after_step(self) -> None:
+        """A learned temperature does not fall below its bound, and its gradient can bring it back.
 
         As CLIP does it. A clamp in the forward pass would have no gradient beyond the bound, where a step may have led.
         """
         if isinstance(self.log_temperature, nn.Parameter):
             self.log_temperature.clamp_(min=math.log(COLDEST))
 
-    def project(self, images: Tensor) -> Tensor:
-        """[b, d] unit-length projected features."""
-        assert self.head is not None
-        features, _ = self.features_and_logits(self.backbone, images)
+    def features(self, inputs: Inputs) -> Tensor | None:
+        """[b, d] unit-length projected features; None for the baseline."""
+        if self.head is None:
+            return None
+        features, _ = self.features_and_logits(self.backbone, inputs.images)
         projected: Tensor = self.head(features)
         return projected
+
+    def contrast(self, features: Tensor, inputs: Inputs) -> Tensor:
+        """See `align`."""
+        assert inputs.goal is not None
+        return self.align(features, inputs.goal)
+
+    def joined(self, sums: Losses, contrast: Tensor) -> Losses:
+        """The losses of a whole batch."""
+        return {**sums, "alignment": contrast, "loss": sums["cross_entropy"] + self.alignment.weight * contrast}
+
+    def compile(self) -> None:
+        """The backbone: the loss differs from step to step in what it is given, and takes little."""
+        self.features_and_logits = torch.compile(backbones.features_and_logits)
+
+    def evaluator(self, device: torch.device) -> Evaluator:
+        """Of this module's weights, or, for the moving average's copy, of those."""
+        return Evaluator(self, device)
 
     def loss_parameters(self) -> list[nn.Parameter]:
         """What the alignment loss itself learns: temperature, bias, text projection."""
@@ -159,13 +208,109 @@ class AlignTask(nn.Module):
         return own + (list(self.text_projection.parameters()) if self.text_projection is not None else [])
 
 
-class CrossEntropy(nn.Module):
-    """torch's cross entropy for class numbers or probabilities."""
+class Evaluator:
+    """top-1 and top-5 in percent; of an aligned model also `retrieval_rank`.
 
-    def __init__(self, smoothing: float) -> None:
-        super().__init__()
-        self.smoothing = smoothing
+    That is the mean rank, from 1, of a picture's own caption among the different captions of the pictures that it is evaluated
+    with (`loop.EVALUATED`), by the cosine of projected feature and text.
+    """
 
-    def forward(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Mean over the batch; `classes` are [b] numbers, or [b, C] probabilities, which are smoothed likewise."""
-        return functional.cross_entropy(logits, classes, label_smoothing=self.smoothing)
+    def __init__(self, task: AlignTask, device: torch.device) -> None:
+        self._task = task
+        self._hits = torch.zeros(5, device=device, dtype=torch.float64)
+
+    def add(self, batch: Batch, images: Tensor, precision: Precision) -> None:
+        """See `protocol.Evaluator`."""
+        task, hits = self._task, self._hits
+        with precision():
+            features, logits = backbones.features_and_logits(task.backbone, images)
+        best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+        hits[:3] += torch.stack([best[:, 0].sum(), best.sum(), torch.tensor(len(best), device=hits.device)])
+        if task.head is None or "texts" not in batch.columns:
+            return
+        with precision():
+            z_bd = task.head(features)
+        texts = batch.columns["texts"]
+        texts = texts if task.text_projection is None else task.text_projection(texts)
+        ranks = caption_ranks(z_bd, texts, batch.columns["groups"])
+        hits[3:] += torch.stack([ranks.sum(), torch.tensor(len(ranks), device=hits.device)])
+
+    def sums(self) -> Tensor:
+        """Hits among one and five, images, ranks, ranked images."""
+        return self._hits
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """See the class."""
+        top1, top5, count, ranks, ranked = sums
+        found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "eval_images": count}
+        return found | ({"retrieval_rank": ranks / ranked} if ranked else {})
+
+
+def caption_ranks(z_bd: Tensor, texts_bd: Tensor, groups_b: Tensor) -> Tensor:
+    """Rank, from 1, of each picture's own caption among the different captions of the batch; pictures without one have none."""
+    kept = groups_b >= 0
+    different, place = torch.unique(groups_b[kept], return_inverse=True)
+    one_of = torch.zeros(len(different), dtype=torch.long, device=place.device)
+    one_of[place] = torch.arange(len(place), device=place.device)
+    cosines = z_bd[kept].float() @ texts_bd[kept][one_of].float().T
+    return measures.ranks_of(cosines, place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignFacts(Facts):
+    """The texts of a run; None for the baseline."""
+
+    targets: text_targets.Targets | None = None
+
+
+class Align:
+    """See the module."""
+
+    metric = Metric()
+
+    def check(self, config: TrainConfig, store: Store) -> AlignFacts:
+        """Finds the embeddings; fits and keeps the PCA, once for all workers."""
+        if config.alignment_weight == 0:
+            return AlignFacts(variants={"embeddings": "", "captions": ""})
+        targets = text_targets.of_config(config, store)
+        variants = {"embeddings": targets.embeddings, "captions": targets.captions}
+        return AlignFacts(variants=variants, columns=(text_targets.TextColumns(targets),), targets=targets)
+
+    def build(self, config: TrainConfig, facts: AlignFacts, classes: int) -> AlignTask:
+        """Baseline and aligned start from the same backbone."""
+        targets = facts.targets
+        wide = targets.dim if targets is not None and config.text_projection == "learned" else 0
+        dim = (config.projection_dim or wide) if wide else (targets.dim if targets is not None else 0)
+        task = build_task(config, classes, dim, wide)
+        if targets is not None and config.store_negatives:
+            store = Store(config.store)
+            task.negatives = Negatives(store, targets, config.train_split, config.store_negatives, config.seed)
+        return task
+
+    def rebuild(self, config: TrainConfig, weights: dict[str, Tensor], classes: int) -> AlignTask:
+        """Its widths are those of the weights."""
+        last = {"mlp": "head.layers.3.weight", "linear": "head.layers.weight"}[config.head]
+        dim = len(weights[last]) if last in weights else 0
+        text = weights.get("text_projection.weight")
+        task = build_task(replace(config, pretrained=False), classes, dim, 0 if text is None else text.shape[1])
+        task.load_state_dict(weights)
+        return task
+
+
+def build_task(config: TrainConfig, classes: int, dim: int, text_dim: int = 0) -> AlignTask:
+    """The model of a run, with weights that depend on the seed alone."""
+    torch.manual_seed(config.seed)
+    backbone = backbones.build(
+        config.backbone, num_classes=classes, image_size=config.image_size, pretrained=config.pretrained,
+        drop_path=config.drop_path, patch_size=config.patch_size, small_stem=config.small_stem,
+        architecture=config.architecture,
+    )  # fmt: skip
+    alignment = Alignment(
+        weight=config.alignment_weight, dim=dim, head=config.head, variant=config.alignment,
+        temperature=config.temperature, learn_temperature=config.learn_temperature, text_dim=text_dim,
+        texts=config.batch_size + config.store_negatives,
+    )  # fmt: skip
+    return AlignTask(backbone, alignment, classification.criterion(config.loss, config.label_smoothing))
+
+
+OBJECTIVE = Align()
