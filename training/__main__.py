@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import tyro
 
@@ -38,10 +38,11 @@ def _train(settings: config.TrainConfig) -> int:
     runs = "" if "://" in settings.run else settings.run.rstrip("/").rpartition("/")[0]
     uri = tracking.tracking_uri(settings.tracking_uri, runs or "runs")
     result = run.train(replace(settings, tracking_uri=uri))
-    last = result["last"]
+    last, metric = result["last"], run_folder.judged_by(asdict(settings))
+    top5 = f", top-5 {run_folder.headline(last, 'top5'):.2f}" if "top5" in last else ""
     print(
-        f"{result['run']}: {result['epochs']} epochs, top-1 {run_folder.headline(last):.2f} (best {result['best_top1']:.2f} in "
-        f"epoch {result['best_epoch']}), top-5 {run_folder.headline(last, 'top5'):.2f}"
+        f"{result['run']}: {result['epochs']} epochs, {metric.title} {run_folder.headline(last, metric.name):.2f} "
+        f"(best {result['best_top1']:.2f} in epoch {result['best_epoch']}){top5}"
     )
     return 0
 

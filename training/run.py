@@ -80,6 +80,13 @@ def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    metric = run_folder.judged_by(asdict(config))
+    # The best of what is exported, and the latest: Ray keeps both.
+    kept = CheckpointConfig(
+        num_to_keep=2,
+        checkpoint_score_attribute=run_folder.headline_name(config),
+        checkpoint_score_order="max" if metric.higher_is_better else "min",
+    )
     # Settings of Ray Train V2, which the declared type, V1's, does not know.
     size: dict[str, Any] = {"num_workers": config.workers}
     if config.min_workers:
@@ -96,14 +103,13 @@ def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[
         run_config=RunConfig(
             name=path.rpartition("/")[2], storage_path=path.rpartition("/")[0], storage_filesystem=filesystem,
             callbacks=list(callbacks), failure_config=FailureConfig(max_failures=config.max_failures),
-            # The best by top-1 of what is exported, and the latest: Ray keeps both.
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=run_folder.headline_name(config)),
+            checkpoint_config=kept,
         ),
     )  # fmt: skip
     if progress:
         print(f"train: {config.run}: starting {config.workers} workers", file=sys.stderr, flush=True)
     try:
-        with Follower(config.run, config.epochs, show=progress):
+        with Follower(config.run, config.epochs, metric, show=progress):
             trainer.fit()
     except SystemExit:  # how Ray Train ends the program after Ctrl-C
         raise KeyboardInterrupt from None
@@ -451,8 +457,9 @@ def _result(config: TrainConfig, run_id: str) -> Result:
     from training.engine import checkpoint
 
     history = checkpoint.read_state(checkpoint.find(config.run))["history"]
-    best = max(history, key=run_folder.headline)
+    metric = run_folder.judged_by(asdict(config))
+    best = max(history, key=lambda epoch: run_folder.merit(epoch, metric))
     return {
         "run": config.run, "run_id": run_id, "epochs": len(history), "last": history[-1],
-        "best_epoch": best["epoch"], "best_top1": run_folder.headline(best), "history": history,
+        "best_epoch": best["epoch"], "best_top1": run_folder.headline(best, metric.name), "history": history,
     }  # fmt: skip

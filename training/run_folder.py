@@ -20,6 +20,7 @@ from pipeline.errors import MissingError, OtherSettingsError, SettingsError
 from pipeline.store import Store, locations
 from training import tracking
 from training.config import FREE, TrainConfig
+from training.objectives.protocol import Metric, metric_named
 
 Recorded = dict[str, Any]
 
@@ -135,13 +136,24 @@ def address(place: str) -> str:
 
 
 def headline(metrics: Mapping[str, float], name: str = "top1") -> float:
-    """An accuracy in percent of the weights that an export takes: those of the moving average, where there is one."""
+    """A metric of an epoch, of the weights that an export takes: those of the moving average, where there is one."""
     return metrics.get(f"ema_{name}", metrics[name])
 
 
+def judged_by(recorded: Mapping[str, Any]) -> Metric:
+    """What a run is judged by, from its settings as they are on record."""
+    return metric_named(recorded.get("objective", "align"))
+
+
+def merit(metrics: Mapping[str, float], metric: Metric) -> float:
+    """The metric of an epoch, so that more is better."""
+    return headline(metrics, metric.name) * (1 if metric.higher_is_better else -1)
+
+
 def headline_name(config: TrainConfig) -> str:
-    """The metric that `headline` takes from every epoch of a run."""
-    return "ema_top1" if config.ema else "top1"
+    """The name that the metric has in every epoch of a run."""
+    name = metric_named(config.objective).name
+    return f"ema_{name}" if config.ema else name
 
 
 def _tracked_embeddings(run: str) -> str:
@@ -189,11 +201,15 @@ def _read(run: str, name: str) -> str | None:
         return None
 
 
+_LOSSES = {"cross_entropy": "ce", "alignment": "align"}
+"""How losses are called in an epoch's line."""
+
+
 class Follower:
     """Prints a line an epoch and a bar of the present one, from what rank 0 writes into the run's folder."""
 
-    def __init__(self, run: str, epochs: int, *, show: bool) -> None:
-        self._run, self._epochs, self._show = run, epochs, show
+    def __init__(self, run: str, epochs: int, metric: Metric, *, show: bool) -> None:
+        self._run, self._epochs, self._metric, self._show = run, epochs, metric, show
         self._shown = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -241,11 +257,13 @@ class Follower:
 
     def _epoch_line(self, m: dict[str, float]) -> str:
         left = (self._epochs - m["epoch"]) * m["seconds"]
-        aligned = f"  align {m['alignment']:.3f}" if "alignment" in m else ""
-        raw = f" (without averaging {m['top1']:.1f})" if "ema_top1" in m else ""
+        name, title = self._metric.name, self._metric.title
+        losses = "  ".join(f"{short} {m[full]:.3f}" for full, short in _LOSSES.items() if full in m) or f"loss {m['loss']:.3f}"
+        raw = f" (without averaging {m[name]:.1f})" if f"ema_{name}" in m else ""
+        top5 = f"top-5 {headline(m, 'top5'):.1f}  " if "top5" in m else ""
         return (
-            f"epoch {m['epoch']:>3.0f}/{self._epochs}  ce {m['cross_entropy']:.3f}{aligned}  top-1 {headline(m):.1f}{raw}  "
-            f"top-5 {headline(m, 'top5'):.1f}  {m['images_per_s']:.0f} img/s  {_clock(left)} left"
+            f"epoch {m['epoch']:>3.0f}/{self._epochs}  {losses}  {title} {headline(m, name):.1f}{raw}  "
+            f"{top5}{m['images_per_s']:.0f} img/s  {_clock(left)} left"
         )
 
     def _step_line(self, now: dict[str, float]) -> str:

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 from pipeline.store import Store
-from training.run_folder import headline
+from training.run_folder import headline, judged_by
 from tuning.significance import Paired
 
 BASELINE, ALIGNED = "#7a7f87", "#1f6feb"
@@ -35,9 +35,9 @@ def curves_plot(trials: list[dict[str, Any]]) -> str:
             weight = trial["config"]["alignment_weight"]
             label = f"weight {weight:g}" if weight else "baseline"
             colour = BASELINE if not weight else {0.3: "#58a6ff"}.get(weight, ALIGNED)
-            history = trial["result"]["history"]
+            history, metric = trial["result"]["history"], judged_by(trial["config"])
             panel.plot(
-                [m["epoch"] for m in history], [headline(m) for m in history], color=colour, linewidth=1.4,
+                [m["epoch"] for m in history], [headline(m, metric.name) for m in history], color=colour, linewidth=1.4,
                 linestyle="-" if weight else "--", label=None if label in labels else label,
             )  # fmt: skip
             labels.add(label)
@@ -55,7 +55,8 @@ def heat_maps(trials: list[dict[str, Any]]) -> list[str]:
         cells: dict[tuple[float, int], list[float]] = {}
         base: list[float] = []
         for trial in (trial for trial in trials if trial["config"]["backbone"] == backbone):
-            config, score = trial["config"], headline(trial["result"]["last"])
+            config = trial["config"]
+            score = headline(trial["result"]["last"], judged_by(config).name)
             if config["alignment_weight"]:
                 cells.setdefault((config["alignment_weight"], config["projection_dim"]), []).append(score)
             else:

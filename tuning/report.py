@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pipeline.errors import MissingError
-from training.run_folder import headline, read_json
+from training.objectives.protocol import Metric
+from training.run_folder import headline, judged_by, read_json
 from tuning.significance import Paired, paired
 
 
@@ -37,25 +39,29 @@ def unfinished(content: dict[str, Any]) -> list[str]:
 
 def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
     """A row a finished trial, best first."""
-    found = []
+    found: list[dict[str, Any]] = []
+    metric = Metric()
     for trial in finished(content):
         config, result = trial["config"], trial["result"]
+        metric = judged_by(config)
         found.append(
             {
                 "backbone": config["backbone"], "weight": config["alignment_weight"],
                 "dim": (config["projection_dim"] or "D") if config["alignment_weight"] else "-", "seed": config["seed"],
-                "top1": headline(result["last"]), "top5": headline(result["last"], "top5"),
+                "top1": headline(result["last"], metric.name),
+                "top5": headline(result["last"], "top5") if "top5" in result["last"] else math.nan,
                 "best_top1": result["best_top1"],
                 "best_epoch": result["best_epoch"], "images_per_s": result["last"]["images_per_s"], "run_id": result["run_id"],
             }
         )  # fmt: skip
-    return sorted(found, key=lambda row: -row["top1"])
+    return sorted(found, key=lambda row: -row["top1"] if metric.higher_is_better else row["top1"])
 
 
 def table(content: dict[str, Any]) -> str:
     """The trials as a table; last epoch beside the best one, which was chosen on the same images and so flatters."""
+    title = metric_of(content).title
     lines = [
-        f"{'backbone':24} {'weight':>6} {'dim':>5} {'seed':>4} {'top-1':>7} {'top-5':>7} {'best':>7} {'epoch':>5} {'img/s':>7}"
+        f"{'backbone':24} {'weight':>6} {'dim':>5} {'seed':>4} {title:>7} {'top-5':>7} {'best':>7} {'epoch':>5} {'img/s':>7}"
     ]
     lines += [
         f"{r['backbone']:24} {r['weight']:>6g} {r['dim']!s:>5} {r['seed']:>4} {r['top1']:>7.2f} {r['top5']:>7.2f} "
@@ -63,6 +69,11 @@ def table(content: dict[str, Any]) -> str:
         for r in rows(content)
     ]
     return "\n".join(lines + unfinished(content))
+
+
+def metric_of(content: dict[str, Any]) -> Metric:
+    """What the trials of a sweep are judged by."""
+    return judged_by(content["trials"][0]["config"]) if content["trials"] else Metric()
 
 
 def sentence(result: Paired) -> str:

@@ -190,8 +190,9 @@ def _progress(configs: dict[str, dict[str, Any]]) -> Any:
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             diverged = read_json(configs[_trial_name(trial)]["run"], "failure.json") is not None
-            last = trial.last_result if "top1" in trial.last_result else {"top1": float("nan")}
-            self._line(trial, "diverged" if diverged else f"top-1 {run_folder.headline(last):.2f}")
+            metric = run_folder.judged_by(configs[_trial_name(trial)])
+            last = trial.last_result if metric.name in trial.last_result else {metric.name: float("nan")}
+            self._line(trial, "diverged" if diverged else f"{metric.title} {run_folder.headline(last, metric.name):.2f}")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._line(trial, "failed")
@@ -251,10 +252,18 @@ def _content(sweep: str, parent: str, trials: list[TrainConfig]) -> dict[str, An
     }  # fmt: skip
 
 
+def _headline(trial: Trial) -> float:
+    return run_folder.headline(trial["result"]["last"], run_folder.judged_by(trial["config"]).name)
+
+
+def _merit(trial: Trial) -> float:
+    return run_folder.merit(trial["result"]["last"], run_folder.judged_by(trial["config"]))
+
+
 def best_trial(content: dict[str, Any]) -> Trial | None:
     """The trial with the best top-1 in its last epoch, of the weights that export takes; None where none has a result."""
     done: list[Trial] = [trial for trial in content["trials"] if trial["result"] is not None]
-    return max(done, key=lambda trial: run_folder.headline(trial["result"]["last"]), default=None)
+    return max(done, key=_merit, default=None)
 
 
 def _export_best(config: TuneConfig, sweep: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -262,7 +271,7 @@ def _export_best(config: TuneConfig, sweep: str, content: dict[str, Any]) -> dic
     best = best_trial(content)
     if best is None:
         return {}
-    source = {"trial": best["name"], "run_id": best["result"]["run_id"], "top1": run_folder.headline(best["result"]["last"])}
+    source = {"trial": best["name"], "run_id": best["result"]["run_id"], "top1": _headline(best)}
     if content["exported"] and content["exported_from"] == source:
         return {}
     from training.export.export import export

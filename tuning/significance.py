@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from training.run_folder import headline
+from training.run_folder import judged_by, merit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,9 @@ def paired(trials: list[dict[str, Any]], *, which: str = "last", confidence: flo
         config, result = trial["config"], trial["result"]
         weight = config["alignment_weight"]
         key = (config["backbone"], weight, config["projection_dim"] if weight else 0)
-        scores.setdefault(key, {})[config["seed"]] = headline(result["last"]) if which == "last" else float(result["best_top1"])
+        metric = judged_by(config)
+        score = merit(result["last"], metric) if which == "last" else merit({metric.name: result["best_top1"]}, metric)
+        scores.setdefault(key, {})[config["seed"]] = score
     found = []
     for (backbone, weight, dim), aligned in scores.items():
         baseline = scores.get((backbone, 0.0, 0), {})

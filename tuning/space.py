@@ -19,9 +19,12 @@ def trials(config: TuneConfig, sweep: str) -> list[TrainConfig]:
     """
     found = []
     shared = asdict(config.train)
+    # Weight and width are the alignment's: of another method a trial is a backbone and a seed.
+    aligned = config.train.objective == "align"
+    weights, dims = (config.alignment_weights, config.projection_dims) if aligned else ((0.0,), (0,))
     for backbone in config.backbones or (config.train.backbone,):
-        for weight, dim, seed in itertools.product(config.alignment_weights, config.projection_dims, config.seeds):
-            if weight == 0 and dim != config.projection_dims[0]:
+        for weight, dim, seed in itertools.product(weights, dims, config.seeds):
+            if aligned and weight == 0 and dim != config.projection_dims[0]:
                 continue
             own = {"backbone": backbone, "alignment_weight": weight, "projection_dim": dim if weight else 0, "seed": seed}
             trial = TrainConfig(**{**shared, **own, "log_artifacts": "none"})
@@ -43,4 +46,6 @@ def trial_name(trial: TrainConfig) -> str:
     weight = f"{trial.alignment_weight:g}"
     weight = weight if float(weight) == trial.alignment_weight else repr(trial.alignment_weight)
     kind = f"w{weight}-d{trial.projection_dim}" if trial.alignment_weight else "baseline"
+    if trial.objective != "align":
+        kind = trial.objective.rpartition(".")[2]
     return f"{short_name(trial.backbone)}-{kind}-s{trial.seed}"

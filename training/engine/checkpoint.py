@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import MissingError
 from pipeline.store import locations
-from training.run_folder import headline
+from training import run_folder
 
 STATE = "state.json"
 
@@ -111,9 +111,11 @@ def find(run: str, which: str = "last") -> str:
         message = f"run={run}: holds no checkpoint; train it first: gpt4image train --store STORE --run {run}"
         raise MissingError(message)
 
+    metric = run_folder.judged_by(run_folder.read_json(run, "config.json") or {})
+
     def merit(path: str) -> tuple[float, ...]:
         step = states[path]["step"]
-        return (headline(states[path]["history"][-1]), step) if which == "best" else (step,)
+        return (run_folder.merit(states[path]["history"][-1], metric), step) if which == "best" else (step,)
 
     best = max(states, key=merit)
     return best if locations.is_local(run) else locations.join(run, best.rpartition("/")[2])

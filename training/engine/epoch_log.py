@@ -98,7 +98,8 @@ class Watch:
         samples = sums.pop("samples")
         seconds = self._state.seconds + self._seconds()
         means = {name: value / samples for name, value in sums.items()}
-        means["train_top1"] = 100 * means.pop("correct")
+        if "correct" in means:  # of methods that classify
+            means["train_top1"] = 100 * means.pop("correct")
         done = (step - self._first_step) * self._config.batch_size
         return means | {"samples": samples, "seconds": seconds, "images_per_s": done / self._seconds()}
 

@@ -159,18 +159,31 @@ class Objective(Protocol):
         ...
 
 
+METRICS = {"align": Metric()}
+"""Of built-in methods, so that tables and reports need not load torch to know what is best; a test holds that they are right."""
+
+
+def metric_named(name: str) -> Metric:
+    """What a method is judged by; see `objective_named`."""
+    return METRICS[name] if name in METRICS else objective_named(name).metric
+
+
 def objective_of(config: TrainConfig) -> Objective:
-    """The method of a run.
+    """The method of a run; see `objective_named`."""
+    return objective_named(config.objective)
+
+
+def objective_named(name: str) -> Objective:
+    """A method by its name or import path.
 
     Raises:
         SettingsError: there is no such module, or it has no OBJECTIVE.
     """
-    name = BUILT_IN.get(config.objective, config.objective)
     try:
-        return cast(Objective, import_module(name).OBJECTIVE)
+        return cast(Objective, import_module(BUILT_IN.get(name, name)).OBJECTIVE)
     except (ModuleNotFoundError, AttributeError) as error:
         message = (
-            f"objective={config.objective!r}: {error}; known are {', '.join(BUILT_IN)}, or the import path of a module with an "
+            f"objective={name!r}: {error}; known are {', '.join(BUILT_IN)}, or the import path of a module with an "
             "OBJECTIVE (training/objectives/protocol.py)."
         )
         raise SettingsError(message) from None
