@@ -109,7 +109,7 @@ def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[
     if progress:
         print(f"train: {config.run}: starting {config.workers} workers", file=sys.stderr, flush=True)
     try:
-        with Follower(config.run, config.epochs, metric, show=progress):
+        with Follower(config.run, config.epochs, show=progress, metric=metric):
             trainer.fit()
     except SystemExit:  # how Ray Train ends the program after Ctrl-C
         raise KeyboardInterrupt from None

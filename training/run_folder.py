@@ -208,8 +208,9 @@ _LOSSES = {"cross_entropy": "ce", "alignment": "align"}
 class Follower:
     """Prints a line an epoch and a bar of the present one, from what rank 0 writes into the run's folder."""
 
-    def __init__(self, run: str, epochs: int, metric: Metric, *, show: bool) -> None:
-        self._run, self._epochs, self._metric, self._show = run, epochs, metric, show
+    def __init__(self, run: str, epochs: int, *, show: bool, metric: Metric | None = None) -> None:
+        self._run, self._epochs, self._show = run, epochs, show
+        self._metric = metric or Metric()
         self._shown = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
