@@ -373,7 +373,7 @@ class EstimateConfig(DescribeConfig):
 @dataclass(frozen=True, kw_only=True)
 class RetryConfig(EmbedRuntime, CaptionRuntime):
     """Redo only the rows that have an error, in every stage: what decides captions and vectors is on record in the store, how and
-    where they are made is said here."""
+    where they are made is said here. Captions that were imported are imported again instead."""
 
     store: str
     """Folder of the store."""

@@ -15,7 +15,7 @@ import torch
 from pipeline.store import Store
 from training.config import TrainConfig
 from training.data.order import PASS, REPEAT, ROW, SHARD, Rows, Sequence, deal
-from training.engine import loop
+from training.engine import build, loop
 
 MakeStore = Callable[..., Path]
 
@@ -115,7 +115,7 @@ def test_a_run_deals_a_parquet_source_out_as_its_model_needs_it(
         made.append(Sequence(*arguments, **more))
         return made[-1]
 
-    monkeypatch.setattr(loop, "Sequence", sequence)
+    monkeypatch.setattr(build, "Sequence", sequence)
     config = TrainConfig(
         store=str(store), backbone=backbone, image_size=32, epochs=1, batch_size=16, alignment_weight=0, **settings
     )

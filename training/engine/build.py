@@ -1,20 +1,100 @@
-"""What a run consists of, made of its settings: the task, its normalisation, its decoders, its moving average."""
+"""What the loop of one worker works with, made of a run's settings."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.store import Store
 from training.config import TrainConfig
+from training.data import order
 from training.data.augment import Augment
 from training.data.columns import Columns
 from training.data.decoder import DecoderSpec
-from training.data.loader import Loader, ThreadDecoding
-from training.data.views import Norm
-from training.objectives.protocol import Precision
+from training.data.loader import Decoding, Loader, ThreadDecoding, lookahead
+from training.data.order import Rows, Sequence
+from training.data.views import Norm, Views
+from training.engine import checkpoint
+from training.engine.step import Stepper
+from training.losses.alignment import world_size
+from training.models import optimizers
+from training.objectives.protocol import Precision, objective_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that the loop of one worker works with."""
+
+    device: torch.device
+    rank: int
+    world: int
+    store: Store
+    task: Any
+    model: nn.Module
+    """The task, or the task in DDP's wrapper."""
+    optimizer: torch.optim.Optimizer
+    ema: Any
+    """timm's moving average, or None."""
+    state: checkpoint.State
+    """Where training stands."""
+    loader: Loader
+    sequence: Sequence
+    eval_rows: Rows
+    stepper: Stepper
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, device: torch.device, rank: int, resume_from: str | None,
+        decode: Callable[[DecoderSpec, int], Decoding] | None,
+    ) -> Run:  # fmt: skip
+        """Makes it of a run's settings, and a checkpoint's folder to go on from; see `loop.fit`."""
+        store, world = Store(config.store), world_size()
+        objective = objective_of(config)
+        facts = objective.check(config, store)
+        begun = replace(config, pretrained=False) if resume_from else config  # a checkpoint has all weights
+        task = objective.build(begun, facts, len(store.dataset.classes))
+        if config.checkpoint_activations:
+            task.backbone.set_grad_checkpointing()
+        if config.sync_batch_norm and world > 1:
+            from timm.layers import convert_sync_batchnorm
+
+            task = convert_sync_batchnorm(task)
+        task = to_device(task, device, channels_last=config.channels_last)
+        optimizer = optimizers.optimizer(config, task)
+        ema = moving_average(config, task)
+        state = checkpoint.load(resume_from, task, optimizer, ema) if resume_from else checkpoint.State()
+        norm = make_norm(task.backbone, device, channels_last=config.channels_last)
+        by = order.deal(store.dataset.source, looks_across=config.mixes or has_own_statistics(task))
+        sharing = 1 if by == "place" else world  # workers that share the shards of a window
+        spec = decoder_spec(config, facts.columns, task.backbone, sharing * config.loader_workers if decode else sharing)
+        decoding = decode(spec, config.loader_workers) if decode else ThreadDecoding(spec.build(), config.loader_workers)
+        train_rows, eval_rows = Rows(store, config.train_split), Rows(store, config.eval_split)
+        sequence = Sequence(
+            train_rows, seed=config.seed, window=config.shuffle_shards, batch=config.batch_size, repeats=config.repeats, by=by
+        )
+        ahead = lookahead(sequence, len(train_rows) / max(1, len(train_rows.rows)), config.shuffle_shards)
+        loader = Loader(decoding, lookahead=ahead, pin=device.type == "cuda")
+        if config.compile:
+            task.compile()
+        model: nn.Module = task
+        if world > 1:
+            model = DistributedDataParallel(task, device_ids=[device.index] if device.type == "cuda" else None)
+        precision = make_precision(config, device)
+        stepper = Stepper(
+            config=config, task=task, model=model, optimizer=optimizer, ema=ema,
+            views=Views(config, norm, len(store.dataset.classes)), rank=rank, world=world, steps=sequence.steps(config.epochs),
+            warmup_steps=round(config.warmup_epochs * len(train_rows) / config.batch_size), precision=precision,
+        )  # fmt: skip
+        return cls(
+            device=device, rank=rank, world=world, store=store, task=task, model=model, optimizer=optimizer, ema=ema, state=state,
+            loader=loader, sequence=sequence, eval_rows=eval_rows, stepper=stepper,
+        )  # fmt: skip
 
 
 def to_device(task: Any, device: torch.device, *, channels_last: bool = True) -> Any:
