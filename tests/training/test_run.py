@@ -17,6 +17,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from cluster import cli
 from pipeline.store import Store
 from training import run as training_run
 from training import run_folder
@@ -186,7 +187,7 @@ def test_a_picture_that_is_gone_ends_a_run_with_its_name_and_the_run_goes_on_whe
     """One worker meets it, and the others wait for that one; Ray Train's three further tries would meet it again."""
     images = picture_folder({"train/a": 12, "train/b": 12, "val/a": 2, "val/b": 2})
     store, run = str(tmp_path / "store"), str(tmp_path / "run")
-    assert main(["ingest", "--images", str(images), "--store", store, "--no-pack"]) == 0
+    assert cli.main(["ingest", "--images", str(images), "--store", store, "--no-pack"]) == 0
     command = ["train", "--store", store, *SMALL, "--batch-size", "8", "--epochs", "1", "--run", run, "--alignment-weight", "0"]
     os.rename(images / "train/a/005.jpg", tmp_path / "away.jpg")
     assert main([*command, "--tracking-uri", "none"]) == 1

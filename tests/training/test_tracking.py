@@ -20,6 +20,7 @@ import pytest
 from training import tracking
 from training.tracking import sender
 from training.tracking import tracker as tracker_module
+from training.tracking.__main__ import main as send_by_hand
 from training.tracking.client import connect, patience
 from training.tracking.journal import Journal, State
 from training.tracking.secrets import masked, recordable
@@ -268,7 +269,7 @@ def test_a_server_that_dies_and_comes_back_has_every_point_once(
     assert tracker.finish(wait_s=40)
     assert history(server.uri, run_id, "loss") == [(step, step / 3) for step in range(steps)]
     assert slowest < 0.1, f"a call took {slowest * 1000:.1f} ms"
-    assert tracking.main([str(child_spool)]) == 0
+    assert send_by_hand([str(child_spool)]) == 0
     assert far.finish(wait_s=20)
     child_id = tracking.actual_run_id(child, str(child_spool))
     assert history(server.uri, child_id, "loss") == [(1, 5.0)] and history(server.uri, child_id, "far") == [(1, 6.0)]

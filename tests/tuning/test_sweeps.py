@@ -153,7 +153,7 @@ def test_the_best_trial_is_that_of_the_weights_that_are_exported() -> None:
     from tuning.run import best_trial
 
     def trial(name: str, **last: float) -> dict[str, Any]:
-        return {"name": name, "result": {"last": last}}
+        return {"name": name, "config": {}, "result": {"last": last}}
 
     trials = [trial("raw", top1=60.0, ema_top1=20.0), trial("average", top1=40.0, ema_top1=50.0), trial("none", top1=45.0)]
     best = best_trial({"trials": [*trials, {"name": "failed", "result": None}]})
