@@ -150,6 +150,7 @@ def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None
     # Settings reach it beside Tune's own parameters, which Tune writes into files: an MLflow address may hold a password.
     configs = {space.trial_name(trial): asdict(trial) for trial in todo}
     trainable = ray_tune.with_resources(ray_tune.with_parameters(run_trial, configs=configs), {"CPU": 0.1})
+    told = {name: {"run": config["run"], "objective": config["objective"]} for name, config in configs.items()}
     filesystem, path = locations.resolve(sweep)
     tuner = ray_tune.Tuner(
         trainable,
@@ -160,7 +161,7 @@ def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None
             trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,
         ),
         run_config=ray_tune.RunConfig(
-            name="tune", storage_path=path, storage_filesystem=filesystem, verbose=0, callbacks=[_progress(configs)],
+            name="tune", storage_path=path, storage_filesystem=filesystem, verbose=0, callbacks=[_progress(told)],
             failure_config=ray_tune.FailureConfig(max_failures=1),
         ),
     )  # fmt: skip
@@ -179,18 +180,18 @@ def _concurrent(config: TuneConfig) -> tuple[int, int]:
     return concurrent, max(1, session.cores() // (workers * concurrent))
 
 
-def _progress(configs: dict[str, dict[str, Any]]) -> Any:
+def _progress(told: dict[str, dict[str, str]]) -> Any:
     """A Tune callback that prints a line a finished trial, with the time left."""
     from ray.tune import Callback
 
-    start, count = time.monotonic(), len(configs)
+    start, count = time.monotonic(), len(told)
 
     class Progress(Callback):
         done = 0
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            diverged = read_json(configs[_trial_name(trial)]["run"], "failure.json") is not None
-            metric = run_folder.judged_by(configs[_trial_name(trial)])
+            diverged = read_json(told[_trial_name(trial)]["run"], "failure.json") is not None
+            metric = run_folder.judged_by(told[_trial_name(trial)])
             last = trial.last_result if metric.name in trial.last_result else {metric.name: float("nan")}
             self._line(trial, "diverged" if diverged else f"{metric.title} {run_folder.headline(last, metric.name):.2f}")
 
