@@ -177,7 +177,7 @@ def test_a_picture_that_is_replaced_after_it_was_ingested_is_not_described(tmp_p
 
     row = [r["id"] for r in store.read_shard("images", "", 0).to_pylist()].index("dog/2.png")
     with pytest.raises(RunStoppedError, match=r"dog/2\.png cannot be read any more .*is another picture"):
-        Decoder(store, None, augment, 1)(np.array([[0, 0, row, 0]]), False)
+        Decoder(store, (), augment, 1)(np.array([[0, 0, row, 0]]), False)
 
 
 def test_storage_that_goes_away_marks_no_picture_as_failed(tmp_path: Path) -> None:
