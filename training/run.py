@@ -107,7 +107,8 @@ def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[
         ),
     )  # fmt: skip
     if progress:
-        print(f"train: {config.run}: starting {config.workers} workers", file=sys.stderr, flush=True)
+        where = "a GPU each" if gpus else f"{cpus} CPU threads each (the cluster has no GPU now)"
+        print(f"train: {config.run}: starting {config.workers} workers, {where}", file=sys.stderr, flush=True)
     try:
         with Follower(config.run, config.epochs, show=progress, metric=metric):
             trainer.fit()
