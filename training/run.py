@@ -19,8 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pyarrow import fs
-
 from pipeline import session
 from pipeline.errors import MissingError, NotFiniteError, RunStoppedError, SettingsError
 from pipeline.store import Store, locations, lock
@@ -72,7 +70,6 @@ def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[
     for name in ("failure.json", "stopped.json", "progress.json"):
         if read_json(config.run, name) is not None:
             filesystem.delete_file(f"{path}/{name}")
-    _remove_leftovers(config.run)
     run_id = _tracking_run(config, variants)
 
     # A report waits until the one before has been fetched; Ray's two seconds are longer than an epoch of a small set.
@@ -379,18 +376,6 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
         )
         raise SettingsError(message)
     return replace(config, workers=workers, loader=loader), cpus, gpus > 0
-
-
-def _remove_leftovers(run: str) -> None:
-    """Deletes checkpoints that a killed driver left behind: those that Ray Train's own list, if it is there, does not name."""
-    listed = read_json(run, "checkpoint_manager_snapshot.json")
-    if listed is None or "checkpoint_results" not in listed:
-        return
-    kept = {result["checkpoint_dir_name"] for result in listed["checkpoint_results"]}
-    filesystem, path = locations.resolve(run)
-    for info in filesystem.get_file_info(fs.FileSelector(path)):
-        if info.base_name.startswith("checkpoint_") and info.base_name not in kept and info.type == fs.FileType.Directory:
-            filesystem.delete_dir(info.path)
 
 
 def _tracked_as_begun(config: TrainConfig) -> TrainConfig:

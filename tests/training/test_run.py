@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from safetensors.torch import load_file
 
 from cluster import cli
 from pipeline.store import Store
-from training import run as training_run
 from training import run_folder
 from training.__main__ import main
 from training.engine import checkpoint, loop
@@ -197,11 +195,3 @@ def test_a_picture_that_is_gone_ends_a_run_with_its_name_and_the_run_goes_on_whe
     os.rename(tmp_path / "away.jpg", images / "train/a/005.jpg")
     assert main([*command, "--tracking-uri", "none"]) == 0
     assert not (tmp_path / "run" / "stopped.json").exists()
-
-
-def test_checkpoints_of_a_killed_driver_are_cleared_away(trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained, tmp_path / "run")
-    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint_2*"))
-    shutil.copytree(tmp_path / "run" / kept[-1], tmp_path / "run" / "checkpoint_2000-01-01_00-00-00.000000")
-    training_run._remove_leftovers(str(tmp_path / "run"))
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint_2*")) == kept
