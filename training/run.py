@@ -111,7 +111,7 @@ def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[
             trainer.fit()
     except SystemExit:  # how Ray Train ends the program after Ctrl-C
         raise KeyboardInterrupt from None
-    except Exception:
+    except Exception:  # with --max-failures 0 Ray raises what the worker's note says better
         if read_json(config.run, "stopped.json") is None:
             raise
     if (stopped := read_json(config.run, "stopped.json")) is not None:

@@ -25,9 +25,11 @@ from pyarrow import fs
 
 from pipeline.errors import SettingsError
 from pipeline.store import locations
+from pipeline.store.files import is_alive
 
 FILE = "lock.json"
 _PREFIX = "lock-"
+_OURS: set[str] = set()  # announcements of this very process
 BEAT_S = 15.0  # between two announcements on an object store
 SILENCE_S = 60.0  # after which whoever announced itself is taken for dead
 _UNKNOWN = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without locks
@@ -74,6 +76,7 @@ def _announced(folder: str, what: str) -> Iterator[None]:
             with contextlib.suppress(OSError):  # an outage: the work itself will say so
                 announce()
 
+    _OURS.add(mine)
     announce()
     thread = threading.Thread(target=repeat, name="lock", daemon=True)
     thread.start()
@@ -85,6 +88,7 @@ def _announced(folder: str, what: str) -> Iterator[None]:
         thread.join(timeout=BEAT_S)  # a server that is gone keeps it waiting for longer
         with contextlib.suppress(OSError):
             filesystem.delete_file(mine)
+        _OURS.discard(mine)
 
 
 def _outlive_others(filesystem: fs.FileSystem, root: str, mine: str, folder: str, what: str) -> None:
@@ -129,17 +133,14 @@ def _is_here(path: str) -> bool:
 
 
 def _is_dead(path: str) -> bool:
-    """Whether it was a process of this machine, which can be looked for."""
+    """Whether it was a process of this machine, which can be looked for.
+
+    A container that is started again has the name, and often the number of its process, of the one before.
+    """
     host, pid = _place(path)
     if host != socket.gethostname():
         return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return not is_alive(pid) or (pid == os.getpid() and path not in _OURS)
 
 
 def _owner() -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -85,3 +86,13 @@ def test_a_process_of_another_machine_is_dead_when_it_is_silent(
     finally:
         ended.set()
         thread.join()
+
+
+def test_a_container_that_is_started_again_is_not_kept_out_by_itself(bucket: str) -> None:
+    """It has the name and the process number of the one before."""
+    folder = f"{bucket}/locked/again"
+    filesystem, path = locations.resolve(folder)
+    with filesystem.open_output_stream(f"{path}/lock-{socket.gethostname()}-{os.getpid()}-abcdef01.json") as stream:
+        stream.write(b"{}")
+    with lock.held(folder, "run"), pytest.raises(SettingsError, match=f"process {os.getpid()} on"):
+        lock.held(folder, "run").__enter__()

@@ -11,6 +11,8 @@ A method reads columns of the store beside pictures and labels (`Columns`), and 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -179,6 +181,8 @@ def objective_named(name: str) -> Objective:
     Raises:
         SettingsError: there is no such module, or it has no OBJECTIVE.
     """
+    if name not in BUILT_IN and os.getcwd() not in sys.path:  # which a command that was installed does not look into
+        sys.path.append(os.getcwd())
     try:
         return cast(Objective, import_module(BUILT_IN.get(name, name)).OBJECTIVE)
     except (ModuleNotFoundError, AttributeError) as error:
