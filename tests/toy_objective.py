@@ -93,7 +93,7 @@ def wanted_of(batch: Batch) -> Tensor:
 
 
 class Toy:
-    metric = Metric(name="colour_error", title="error", higher_is_better=False)
+    metric = Metric(name="colour_error", title="error", digits=3, higher_is_better=False)
 
     def check(self, config: TrainConfig, store: Store) -> Facts:
         return Facts(columns=(Heights(),))

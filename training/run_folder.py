@@ -258,12 +258,12 @@ class Follower:
 
     def _epoch_line(self, m: dict[str, float]) -> str:
         left = (self._epochs - m["epoch"]) * m["seconds"]
-        name, title = self._metric.name, self._metric.title
+        name, title, digits = self._metric.name, self._metric.title, self._metric.digits
         losses = "  ".join(f"{short} {m[full]:.3f}" for full, short in _LOSSES.items() if full in m) or f"loss {m['loss']:.3f}"
-        raw = f" (without averaging {m[name]:.1f})" if f"ema_{name}" in m else ""
+        raw = f" (without averaging {m[name]:.{digits}f})" if f"ema_{name}" in m else ""
         top5 = f"top-5 {headline(m, 'top5'):.1f}  " if "top5" in m else ""
         return (
-            f"epoch {m['epoch']:>3.0f}/{self._epochs}  {losses}  {title} {headline(m, name):.1f}{raw}  "
+            f"epoch {m['epoch']:>3.0f}/{self._epochs}  {losses}  {title} {headline(m, name):.{digits}f}{raw}  "
             f"{top5}{m['images_per_s']:.0f} img/s  {_clock(left)} left"
         )
 

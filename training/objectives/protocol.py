@@ -43,6 +43,8 @@ class Metric:
 
     name: str = "top1"
     title: str = "top-1"
+    digits: int = 1
+    """Behind the point, in the line of an epoch."""
     higher_is_better: bool = True
 
 
