@@ -1,17 +1,21 @@
 """What the alignment loss costs: beside the plain gathered form, and as a share of a ResNet-50 training step.
 
-Run `python benchmarks/alignment_loss.py [--batches 1024 ...] [--turns 5] [--small]`; about five minutes on two cores.
+Run `python benchmarks/alignment_loss.py [--batches 1024 ...] [--turns 5] [--small]`; about five minutes on
+two cores.
 
-(a) Forward and backward of one process's share of the loss at W = 8 processes and global batch B, each point in a process of
-its own. "Ours" is `training.losses.alignment.alignment_loss` for b = B / 8 images and all texts; "plain" computes the full B x
-B symmetric loss on gathered image features with autograd, as every process of open_clip does with `gather_with_grad` (here
-against constant texts, which is kinder to it). Nothing is communicated: the loss is told that W = 8, and its all-reduces, of 4
-B + 2 numbers in all, return what they are given. So "ours" does the arithmetic of one process on numbers that lack the other
-processes' part; the parity tests show that the gradients of real processes are right. Memory is the peak above the inputs: of
-the process's resident set, or on CUDA of torch's allocator. Points whose plain form would need more than 6 GiB are left out.
+(a) Forward and backward of one process's share of the loss at W = 8 processes and global batch B, each point
+in a process of its own. "Ours" is `training.losses.alignment.alignment_loss` for b = B / 8 images and all
+texts; "plain" computes the full B x B symmetric loss on gathered image features with autograd, as every
+process of open_clip does with `gather_with_grad` (here against constant texts, which is kinder to it).
+Nothing is communicated: the loss is told that W = 8, and its all-reduces, of 4 B + 2 numbers in all, return
+what they are given. So "ours" does the arithmetic of one process on numbers that lack the other processes'
+part; the parity tests show that the gradients of real processes are right. Memory is the peak above the
+inputs: of the process's resident set, or on CUDA of torch's allocator. Points whose plain form would need
+more than 6 GiB are left out.
 
-(b) A training step with and without alignment (projection head 2048 - 512 - 256 with BatchNorm, normalising, loss, backward,
-optimizer), in turns; and the extra parts alone. The second is less noisy, and is held against the goal.
+(b) A training step with and without alignment (projection head 2048 - 512 - 256 with BatchNorm, normalising,
+loss, backward, optimizer), in turns; and the extra parts alone. The second is less noisy, and is held against
+the goal.
 """
 
 from __future__ import annotations
@@ -47,12 +51,22 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def main() -> int:
     """Prints a table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--batches", type=int, nargs="+", default=[1024 << n for n in range(6)], help="global batches (default 1024 to 32768)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--turns", type=int, default=5, help="repetitions of a training step; the median counts (default 5)")
-    parser.add_argument("--small", action="store_true", help="ResNet-50 steps of 4 images at 64 px, to see that it works")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1024 << n for n in range(6)],
+        help="global batches (default 1024 to 32768)",
+    )
+    parser.add_argument(
+        "--turns", type=int, default=5, help="repetitions of a training step; the median counts (default 5)"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="ResNet-50 steps of 4 images at 64 px, to see that it works"
+    )
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/alignment_loss.md")
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -60,7 +74,9 @@ def main() -> int:
         print(json.dumps(_point(options.point[0], int(options.point[1]))), flush=True)
         return 0
     table = [f"(a) one process of {WORLD}, d = {DIM}, {DEVICE}: forward and backward", ""]
-    table.append(f"{'B':>7}{'ours ms':>10}{'plain ms':>10}{'faster':>8}{'ours MiB':>10}{'plain MiB':>11}{'smaller':>9}")
+    table.append(
+        f"{'B':>7}{'ours ms':>10}{'plain ms':>10}{'faster':>8}{'ours MiB':>10}{'plain MiB':>11}{'smaller':>9}"
+    )
     ratios: dict[int, dict[str, float]] = {}
     for batch in options.batches:
         ours = _in_process("ours", batch)
@@ -69,8 +85,14 @@ def main() -> int:
             table.append(f"{line}{'-':>10}{'-':>8}{ours['mib']:>10.1f}  left out: about {need:.0f} GiB")
         else:
             plain = _in_process("plain", batch)
-            ratios[batch] = {"time": round(plain["ms"] / ours["ms"], 2), "memory": round(plain["mib"] / max(ours["mib"], 0.1), 2)}
-            times, sizes = f"{plain['ms']:>10.1f}{ratios[batch]['time']:>7.1f}x", f"{ours['mib']:>10.1f}{plain['mib']:>11.1f}"
+            ratios[batch] = {
+                "time": round(plain["ms"] / ours["ms"], 2),
+                "memory": round(plain["mib"] / max(ours["mib"], 0.1), 2),
+            }
+            times, sizes = (
+                f"{plain['ms']:>10.1f}{ratios[batch]['time']:>7.1f}x",
+                f"{ours['mib']:>10.1f}{plain['mib']:>11.1f}",
+            )
             table.append(f"{line}{times}{sizes}{ratios[batch]['memory']:>8.1f}x")
         print(table[-1], file=sys.stderr, flush=True)
     step = _steps(options.turns, small=options.small)
@@ -78,21 +100,27 @@ def main() -> int:
     alone, goal = step["alone"] / step["without"], GOALS[DEVICE]
     table += [
         "",
-        f"(b) ResNet-50, {step['images']:.0f} images at {step['size']:.0f} px: step {step['without']:.1f} ms without, "
-        f"{step['with']:.1f} ms with alignment (medians of {options.turns})",
-        f"extra, of the step without: {with_over_without:.4f} by the two steps, {alone:.4f} by the extra parts alone "
-        f"({step['alone']:.2f} ms; goal at most {goal})",
+        f"(b) ResNet-50, {step['images']:.0f} images at {step['size']:.0f} px: step {step['without']:.1f} ms "
+        f"without, {step['with']:.1f} ms with alignment (medians of {options.turns})",
+        f"extra, of the step without: {with_over_without:.4f} by the two steps, {alone:.4f} by the extra "
+        f"parts alone ({step['alone']:.2f} ms; goal at most {goal})",
     ]
     record.publish(
-        "alignment_loss", "Alignment loss: beside the gathered form, and in a training step",
-        "python benchmarks/alignment_loss.py", table, ("torch", "timm"), save=options.save,
+        "alignment_loss",
+        "Alignment loss: beside the gathered form, and in a training step",
+        "python benchmarks/alignment_loss.py",
+        table,
+        ("torch", "timm"),
+        save=options.save,
         value={
-            "share_alone": round(alone, 4), "share_of_steps": round(with_over_without, 4),
+            "share_alone": round(alone, 4),
+            "share_of_steps": round(with_over_without, 4),
             "plain_over_ours": {str(batch): ratio for batch, ratio in ratios.items()},
         },
-        unit="share of a ResNet-50 step; ratios of time and memory of one process of 8", goal={"share_alone": goal},
+        unit="share of a ResNet-50 step; ratios of time and memory of one process of 8",
+        goal={"share_alone": goal},
         holds=alone <= goal,
-    )  # fmt: skip
+    )
     return 0
 
 
@@ -185,7 +213,8 @@ def _peak(*, reset: bool) -> float:
 
 
 class _Step:
-    """A training step of ResNet-50 with synthetic data; `extra` is what alignment adds to it, on features of the right shape."""
+    """A training step of ResNet-50 with synthetic data; `extra` is what alignment adds to it, on features of
+    the right shape."""
 
     def __init__(self, *, small: bool) -> None:
         self.images, self.size = (4, 64) if small else (32, 224) if DEVICE == "cpu" else (256, 224)
@@ -226,15 +255,20 @@ class _Step:
         self.head_optimizer.step()
 
     def _alignment(self, features: Tensor) -> Tensor:
-        return alignment.alignment_loss(self.head(features), self.texts, self.texts.groups_B[:, None], self.weights, TAU)
+        return alignment.alignment_loss(
+            self.head(features), self.texts, self.texts.groups_B[:, None], self.weights, TAU
+        )
 
 
 def _steps(turns: int, *, small: bool) -> dict[str, float]:
-    """Medians in milliseconds of a step with and without alignment, taken in turns, and of the extra parts alone."""
+    """Medians in milliseconds of a step with and without alignment, taken in turns, and of the extra parts
+    alone."""
     step = _Step(small=small)
     ways: dict[str, Callable[[], None]] = {
-        "without": lambda: step.whole(align=False), "with": lambda: step.whole(align=True), "alone": step.extra
-    }  # fmt: skip
+        "without": lambda: step.whole(align=False),
+        "with": lambda: step.whole(align=True),
+        "alone": step.extra,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 2):  # the first two warm up
         for name, work in ways.items():
@@ -242,7 +276,9 @@ def _steps(turns: int, *, small: bool) -> dict[str, float]:
                 taken = _measured(work)
                 seconds[name] += [taken] if turn >= 2 else []
         print(
-            f"turn {turn}: {', '.join(f'{name} {found[-1]:.3f} s' for name, found in seconds.items() if found)}", file=sys.stderr
+            f"turn {turn}: "
+            f"{', '.join(f'{name} {found[-1]:.3f} s' for name, found in seconds.items() if found)}",
+            file=sys.stderr,
         )
     medians = {name: 1000 * statistics.median(found) for name, found in seconds.items()}
     return medians | {"images": float(step.images), "size": float(step.size)}

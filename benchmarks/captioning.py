@@ -1,8 +1,10 @@
-"""Share of a bare vLLM engine's speed that the captioning pipeline keeps: same pictures, settings and engine version, one run.
+"""Share of a bare vLLM engine's speed that the captioning pipeline keeps: same pictures, settings and engine
+version, one run.
 
-Run `python benchmarks/captioning.py [--rows 6144]`. It draws scenes, ingests them, captions them with a bare engine (pictures
-decoded beforehand, all requests at once), through `gpt4image caption`, and through `ray.data.llm` reading the same Parquet
-files; each once loaded: the rate from each engine's first finished part of the work to its last.
+Run `python benchmarks/captioning.py [--rows 6144]`. It draws scenes, ingests them, captions them with a bare
+engine (pictures decoded beforehand, all requests at once), through `gpt4image caption`, and through
+`ray.data.llm` reading the same Parquet files; each once loaded: the rate from each engine's first finished
+part of the work to its last.
 """
 
 from __future__ import annotations
@@ -42,11 +44,13 @@ captioner(pictures[:64], [config.prompt] * 64, ["warm"] * 64)
 start = time.monotonic()
 found = captioner(pictures, [config.prompt] * len(rows), [row["id"] for row in rows])
 seconds = time.monotonic() - start
-print(json.dumps({"rows": len(rows), "tokens": sum(c.output_tokens for c in found), "seconds": seconds}), flush=True)
+tokens = sum(c.output_tokens for c in found)
+print(json.dumps({"rows": len(rows), "tokens": tokens, "seconds": seconds}), flush=True)
 os._exit(0)  # the engine's own libraries print hundreds of lines when they are torn down in order
 """
 
-# As its documentation has it for pictures: messages with data URLs, its own multimodal, template and engine stages.
+# As its documentation has it for pictures: messages with data URLs, its own multimodal, template and engine
+# stages.
 RAY_LLM = """
 import base64, json, logging, os, sys, time
 from pipeline.captioners.vllm import _environment
@@ -72,7 +76,8 @@ def messages(row):
 
 processor = build_processor(
     vLLMEngineProcessorConfig(
-        model_source=resolve(config.model).location, batch_size=64, concurrency=(1, 1), log_engine_metrics=False,
+        model_source=resolve(config.model).location, batch_size=64, concurrency=(1, 1),
+        log_engine_metrics=False,
         prepare_multimodal_stage=True, tokenize_stage=False, detokenize_stage=False,
         placement_group_config=None if gpu else {"bundle_per_worker": {"CPU": os.cpu_count()}},
         engine_kwargs={"dtype": "bfloat16", "enforce_eager": not gpu, "limit_mm_per_prompt": {"image": 1},
@@ -83,7 +88,8 @@ processor = build_processor(
     postprocess=lambda row: {"tokens": row["num_generated_tokens"]},
 )
 files = [f"{sys.argv[1]}/images/part-{k:05d}.parquet" for k in range(store.dataset.shards)]
-source = ray.data.read_parquet(files).select_columns(["id", "image"]).repartition(max(2, store.dataset.rows // 128))
+blocks = max(2, store.dataset.rows // 128)
+source = ray.data.read_parquet(files).select_columns(["id", "image"]).repartition(blocks)
 times, tokens = [], []
 for row in processor(source).iter_rows():
     times.append(time.monotonic())
@@ -97,21 +103,27 @@ os._exit(0)
 
 def main() -> int:
     """Prints a table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=6144, help="pictures (default 6144)")
-    parser.add_argument("--shard-rows", type=int, default=512, help="pictures a shard (default 512, the product's own)")
+    parser.add_argument(
+        "--shard-rows", type=int, default=512, help="pictures a shard (default 512, the product's own)"
+    )
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/captioning.md")
     options = parser.parse_args()
     import torch
 
-    # Without a GPU engines compute on the cores that decode, too: first one engine that has a core for itself, as a GPU's has its
-    # device; then all cores, which the pipeline gives to one engine each, beside one bare engine with all and as many at once.
+    # Without a GPU engines compute on the cores that decode, too: first one engine that has a core for
+    # itself, as a GPU's has its device; then all cores, which the pipeline gives to one engine each, beside
+    # one bare engine with all and as many at once.
     gpu, cores = torch.cuda.is_available(), os.cpu_count() or 1
     found: dict[str, dict[str, float]] = {}
     shares: dict[str, float] = {}
 
     def compare(name: str, bare: Callable[[], dict[str, float]], **settings: int) -> None:
-        # The bare engine before and after: a machine that is shared changes its speed by more than what is looked for.
+        # The bare engine before and after: a machine that is shared changes its speed by more than what is
+        # looked for.
         before, piped, after = bare(), _pipeline(store, **settings), bare()
         mean = {key: (before[key] + after[key]) / 2 for key in before}
         found.update({f"bare, {name}": mean, f"pipeline beside {name}": piped})
@@ -129,17 +141,27 @@ def main() -> int:
             compare(f"{cores} engines on {cores} cores", lambda: _side_by_side(store, cores))
         found["ray.data.llm"] = llm = _script(RAY_LLM, store)
     table = [f"{'':40}{'images/s':>10}{'tokens/s':>10}"]
-    table += [f"{name:40}{speed['rows_per_s']:>10.1f}{speed['tokens_per_s']:>10.0f}" for name, speed in found.items()]
+    table += [
+        f"{name:40}{speed['rows_per_s']:>10.1f}{speed['tokens_per_s']:>10.0f}"
+        for name, speed in found.items()
+    ]
     said = ", ".join(f"{share:.3f} of {name}" for name, share in shares.items())
     table.append(f"the pipeline makes {said} (goal {GOAL}); {options.rows} pictures")
     best = max(speed["rows_per_s"] for name, speed in found.items() if name.startswith("bare"))
     table.append(f"ray.data.llm makes {llm['rows_per_s'] / best:.3f} of the best of them on the same files")
     record.publish(
-        "captioning", "Captioning: share of the bare engine's speed", f"python benchmarks/captioning.py --rows {options.rows}",
-        table, ("ray", "torch", "transformers", "vllm"), save=options.save,
-        value={name: round(share, 3) for name, share in shares.items()}, unit="of the bare engine's images/s", goal=GOAL,
-        ray_data_llm=round(llm["rows_per_s"] / best, 3), holds=min(shares.values()) >= GOAL,
-    )  # fmt: skip
+        "captioning",
+        "Captioning: share of the bare engine's speed",
+        f"python benchmarks/captioning.py --rows {options.rows}",
+        table,
+        ("ray", "torch", "transformers", "vllm"),
+        save=options.save,
+        value={name: round(share, 3) for name, share in shares.items()},
+        unit="of the bare engine's images/s",
+        goal=GOAL,
+        ray_data_llm=round(llm["rows_per_s"] / best, 3),
+        holds=min(shares.values()) >= GOAL,
+    )
     return 0
 
 
@@ -150,10 +172,23 @@ def _ingested(folder: Path, options: argparse.Namespace) -> str:
 
     counts = ["--train-per-class", str(-(-options.rows // CLASSES)), "--val-per-class", "0"]
     script = str(ROOT / "examples" / "scenes" / "render.py")
-    subprocess.run([sys.executable, script, "--to", str(folder / "scenes"), *counts], check=True, stdout=sys.stderr)
+    subprocess.run(
+        [sys.executable, script, "--to", str(folder / "scenes"), *counts], check=True, stdout=sys.stderr
+    )
     store = str(folder / "store")
     assert (
-        cli.main(["ingest", "--images", str(folder / "scenes"), "--store", store, "--shard-rows", str(options.shard_rows)]) == 0
+        cli.main(
+            [
+                "ingest",
+                "--images",
+                str(folder / "scenes"),
+                "--store",
+                store,
+                "--shard-rows",
+                str(options.shard_rows),
+            ]
+        )
+        == 0
     )
     ray.shutdown()  # it would take from the contenders' cores
     return store
@@ -206,12 +241,17 @@ def _pipeline(store: str, **settings: int) -> dict[str, float]:
     variant = opened.only_variant("captions")
     receipts = Path(store) / "captions" / variant / "receipts"
     counts = opened.receipts("captions", variant)
-    written = sorted((path.stat().st_mtime, counts[int(path.stem.split("-")[1])].rows) for path in receipts.glob("part-*.json"))
+    written = sorted(
+        (path.stat().st_mtime, counts[int(path.stem.split("-")[1])].rows)
+        for path in receipts.glob("part-*.json")
+    )
     rate = 1 / seconds_per_row(written, engines)
     tokens = [
         tokens
         for shard in range(opened.dataset.shards)
-        for tokens in opened.read_shard("captions", variant, shard, ["output_tokens"])["output_tokens"].to_pylist()
+        for tokens in opened.read_shard("captions", variant, shard, ["output_tokens"])[
+            "output_tokens"
+        ].to_pylist()
     ]
     return {"rows_per_s": rate, "tokens_per_s": rate * sum(tokens) / len(tokens)}
 

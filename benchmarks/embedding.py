@@ -1,9 +1,10 @@
-"""Embedding captions of mixed lengths: the product's encoder beside the reference's loop and beside the bare model.
+"""Embedding captions of mixed lengths: the product's encoder beside the reference's loop and beside the bare
+model.
 
-Run `python benchmarks/embedding.py [--captions 4096]`. Same captions and model in one process, in turns: (a) `TextEncoder` as the
-pipeline calls it, shard by shard; (b) the reference's loop: batches of 64 in the order of the file, tokenised on the way,
-padded to the model's full length, as CLIP's tokenizer does (and a kinder b': to the batch's longest); (c) the model alone:
-captions tokenised and sorted beforehand.
+Run `python benchmarks/embedding.py [--captions 4096]`. Same captions and model in one process, in turns: (a)
+`TextEncoder` as the pipeline calls it, shard by shard; (b) the reference's loop: batches of 64 in the order
+of the file, tokenised on the way, padded to the model's full length, as CLIP's tokenizer does (and a kinder
+b': to the batch's longest); (c) the model alone: captions tokenised and sorted beforehand.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ SHARD, REFERENCE_BATCH = 512, 64
 # The bare model is given what was found fastest: up to 1,536 tokens a pass on cores, and plenty on a GPU.
 BARE_TOKENS = {"cpu": 1536, "cuda": 65536}
 WORDS = """
-a the this that of with and in on near beside behind under above against two several small large old wooden metal
-stone red blue green yellow white dark bright photo picture image scene dog cat horse bird child woman man group boat
-bicycle truck table chair window door bridge tower street river field mountain sky cloud grass sand snow water light
-shadow background foreground stands sits runs holds wears looks shows reflects covered surrounded partially slightly
-clearly afternoon umbrella vegetables photograph architecture lighthouse motorcyclist windowsill weathered translucent
-symmetrical
+a the this that of with and in on near beside behind under above against two several small large old wooden
+metal stone red blue green yellow white dark bright photo picture image scene dog cat horse bird child woman
+man group boat bicycle truck table chair window door bridge tower street river field mountain sky cloud grass
+sand snow water light shadow background foreground stands sits runs holds wears looks shows reflects covered
+surrounded partially slightly clearly afternoon umbrella vegetables photograph architecture lighthouse
+motorcyclist windowsill weathered translucent symmetrical
 """.split()  # noqa: SIM905
 
 Vectors = npt.NDArray[np.float32]
@@ -47,10 +48,15 @@ Vectors = npt.NDArray[np.float32]
 
 def main() -> int:
     """Prints a table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--captions", type=int, default=4096, help="captions (default 4096)")
     parser.add_argument(
-        "--repeats", type=int, default=5, help="turns; the median counts; (b) and (b') have one, as they are slow (default 5)"
+        "--repeats",
+        type=int,
+        default=5,
+        help="turns; the median counts; (b) and (b') have one, as they are slow (default 5)",
     )
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/embedding.md")
     options = parser.parse_args()
@@ -60,19 +66,28 @@ def main() -> int:
     ids = encoder._ids(texts, cut=True)
     lengths = np.array([len(row) for row in ids])
     bare = _bare_batches(encoder, ids)
-    # The reference's ways are slow: they take every eighth batch, so speeds are compared in tokens/s, padding not counted.
+    # The reference's ways are slow: they take every eighth batch, so speeds are compared in tokens/s, padding
+    # not counted.
     starts = range(0, len(texts), REFERENCE_BATCH * 8)
     few = [place for start in starts for place in range(start, min(start + REFERENCE_BATCH, len(texts)))]
     vectors: dict[str, Vectors] = {}
     ways: dict[str, tuple[Callable[[], Any], int, int]] = {
-        "a  TextEncoder": (lambda: vectors.update(a=_ours(encoder, texts)), options.repeats, int(lengths.sum())),
+        "a  TextEncoder": (
+            lambda: vectors.update(a=_ours(encoder, texts)),
+            options.repeats,
+            int(lengths.sum()),
+        ),
         "c  bare model, sorted": (lambda: _forward(encoder, bare), options.repeats, int(lengths.sum())),
         "b  reference, full length": (
             lambda: vectors.update(b=_reference(encoder, texts, few, "max_length")),
             1,
             int(lengths[few].sum()),
         ),
-        "b' same, padded to the batch": (lambda: _reference(encoder, texts, few, True), 1, int(lengths[few].sum())),
+        "b' same, padded to the batch": (
+            lambda: _reference(encoder, texts, few, True),
+            1,
+            int(lengths[few].sum()),
+        ),
     }
     _ours(encoder, texts[:SHARD])  # warm: all the same model, and the shortest and the longest captions
     _forward(encoder, [bare[0], bare[-1]])
@@ -89,12 +104,18 @@ def main() -> int:
     rates = {name: ways[name][2] / statistics.median(found) for name, found in seconds.items()}
     ours, ceiling, reference, kind = rates.values()
     cosine = float((vectors["a"][few] * vectors["b"]).sum(1).min())
-    spread = f"{lengths.min()} to {lengths.max()} tokens, median {np.median(lengths):.0f}, mean {lengths.mean():.1f}"
+    spread = (
+        f"{lengths.min()} to {lengths.max()} tokens, median {np.median(lengths):.0f}, mean "
+        f"{lengths.mean():.1f}"
+    )
     table = [
         f"{len(texts)} captions of {spread}; the reference's ways on {len(few)} of them",
     ]
     table += ["", f"{'':30}{'captions/s':>11}{'tokens/s':>10}{'a is':>9}"]
-    table += [f"{name:30}{rate / lengths.mean():>11.1f}{rate:>10.0f}{ours / rate:>8.2f}x" for name, rate in rates.items()]
+    table += [
+        f"{name:30}{rate / lengths.mean():>11.1f}{rate:>10.0f}{ours / rate:>8.2f}x"
+        for name, rate in rates.items()
+    ]
     table += [
         "",
         f"a/b {ours / reference:.2f} (goal {GOAL_REFERENCE}), a/b' {ours / kind:.2f}, "
@@ -102,14 +123,21 @@ def main() -> int:
     ]
     table.append(f"least cosine of a vector of (a) and of (b): {cosine:.6f} (goal {GOAL_COSINE})")
     record.publish(
-        "embedding", "Embedding: beside the reference's loop and the bare model", "python benchmarks/embedding.py", table,
-        ("torch", "transformers", "tokenizers"), save=options.save,
-        value={"over_reference": round(ours / reference, 2), "over_reference_padded_to_batch": round(ours / kind, 2)}
+        "embedding",
+        "Embedding: beside the reference's loop and the bare model",
+        "python benchmarks/embedding.py",
+        table,
+        ("torch", "transformers", "tokenizers"),
+        save=options.save,
+        value={
+            "over_reference": round(ours / reference, 2),
+            "over_reference_padded_to_batch": round(ours / kind, 2),
+        }
         | {"of_bare": round(ours / ceiling, 3), "least_cosine": round(cosine, 6)},
         unit="ratio of tokens/s, padding not counted",
         goal={"over_reference": GOAL_REFERENCE, "of_bare": GOAL_BARE, "least_cosine": GOAL_COSINE},
         holds=ours / reference >= GOAL_REFERENCE and ours / ceiling >= GOAL_BARE and cosine > GOAL_COSINE,
-    )  # fmt: skip
+    )
     return 0
 
 
@@ -131,9 +159,9 @@ def _reference(encoder: TextEncoder, texts: list[str], places: list[int], paddin
     found = []
     for start in range(0, len(places), REFERENCE_BATCH):
         part = [texts[place] for place in places[start : start + REFERENCE_BATCH]]
-        batch = encoder._tokenizer(part, padding=padding, truncation=True, max_length=encoder.max_tokens, return_tensors="pt").to(
-            encoder._device
-        )
+        batch = encoder._tokenizer(
+            part, padding=padding, truncation=True, max_length=encoder.max_tokens, return_tensors="pt"
+        ).to(encoder._device)
         with torch.autocast(encoder._device, dtype=torch.bfloat16, enabled=encoder._device == "cuda"):
             states = encoder._model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].unsqueeze(-1).float()
@@ -147,7 +175,9 @@ def _bare_batches(encoder: TextEncoder, ids: list[list[int]]) -> list[dict[str, 
         if groups[-1] and (len(groups[-1]) + 1) * len(groups[-1][0]) > BARE_TOKENS[encoder._device]:
             groups.append([])
         groups[-1].append(row)
-    padded = [encoder._tokenizer.pad({"input_ids": group}, return_tensors="pt", verbose=False) for group in groups]
+    padded = [
+        encoder._tokenizer.pad({"input_ids": group}, return_tensors="pt", verbose=False) for group in groups
+    ]
     return [dict(batch.to(encoder._device)) for batch in padded]
 
 

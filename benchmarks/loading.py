@@ -1,8 +1,10 @@
-"""Loading speed: this project's loader beside torch's DataLoader over an ImageFolder and beside plain Ray Data.
+"""Loading speed: this project's loader beside torch's DataLoader over an ImageFolder and beside plain Ray
+Data.
 
-Run `python benchmarks/loading.py [--images DIR]`. All three decode the same JPEGs (by default 1,536 drawn ones, 500 x 375 pixels
-and 100 kB, like ImageNet's) on the same cores to random resized crops of 224 pixels with flips, bicubic, as uint8 batches of 128.
-Each contender has processes of its own, is warmed up by one pass and then timed over the next; contenders take turns.
+Run `python benchmarks/loading.py [--images DIR]`. All three decode the same JPEGs (by default 1,536 drawn
+ones, 500 x 375 pixels and 100 kB, like ImageNet's) on the same cores to random resized crops of 224 pixels
+with flips, bicubic, as uint8 batches of 128. Each contender has processes of its own, is warmed up by one
+pass and then timed over the next; contenders take turns.
 """
 
 from __future__ import annotations
@@ -28,11 +30,19 @@ BATCH = 128
 
 def main() -> int:
     """Prints a table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", default="", help="an image folder DIR/<class>/*.jpg; empty: drawn pictures")
-    parser.add_argument("--rows", type=int, default=1536, help="pictures, where they are drawn (default 1536)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", default="", help="an image folder DIR/<class>/*.jpg; empty: drawn pictures"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=1536, help="pictures, where they are drawn (default 1536)"
+    )
     parser.add_argument("--size", type=int, default=224, help="edge of the crops (default 224)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes or threads (default: the cores)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes or threads (default: the cores)"
+    )
     parser.add_argument("--turns", type=int, default=3, help="turns of each contender (default 3)")
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/loading.md")
     parser.add_argument("--contender", default="", help=argparse.SUPPRESS)
@@ -54,14 +64,25 @@ def main() -> int:
     table = [f"{'':28}{'images/s':>10}{'of torch':>10}   {'turns'}"]
     for name, values in speeds.items():
         turns = " ".join(f"{value:.0f}" for value in values)
-        table.append(f"{name:28}{medians[name]:>10.1f}{medians[name] / medians['torch DataLoader']:>10.2f}   {turns}")
+        table.append(
+            f"{name:28}{medians[name]:>10.1f}{medians[name] / medians['torch DataLoader']:>10.2f}   {turns}"
+        )
     ours = max(medians["ours, threads"], medians["ours, actors"])
     ratio = ours / medians["torch DataLoader"]
     record.publish(
-        "loading", "Loading: images/s beside torch's DataLoader and Ray Data", "python benchmarks/loading.py", table,
-        ("torch", "torchvision", "ray", "pillow"), save=options.save, value=round(ratio, 3), unit="times torch's DataLoader",
-        goal=GOAL, of_ray_data=round(ours / medians["Ray Data"], 3), workers=options.workers, holds=ratio >= GOAL,
-    )  # fmt: skip
+        "loading",
+        "Loading: images/s beside torch's DataLoader and Ray Data",
+        "python benchmarks/loading.py",
+        table,
+        ("torch", "torchvision", "ray", "pillow"),
+        save=options.save,
+        value=round(ratio, 3),
+        unit="times torch's DataLoader",
+        goal=GOAL,
+        of_ray_data=round(ours / medians["Ray Data"], 3),
+        workers=options.workers,
+        holds=ratio >= GOAL,
+    )
     return 0
 
 
@@ -74,7 +95,9 @@ def draw(folder: Path, rows: int) -> Path:
     for row in range(rows):
         target = folder / f"class-{row % 2}"
         target.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(rng.integers(0, 256, (10, 13, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(rng.integers(0, 256, (10, 13, 3), dtype=np.uint8)).resize(
+            (500, 375), Image.Resampling.BICUBIC
+        )
         noisy = np.asarray(coarse).astype(np.int16) + rng.integers(-25, 26, (375, 500, 1), dtype=np.int16)
         Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).save(target / f"{row:05}.jpg", quality=85)
     return folder
@@ -82,16 +105,31 @@ def draw(folder: Path, rows: int) -> Path:
 
 def measured(name: str, store: str, options: argparse.Namespace) -> float:
     """images/s of one turn, in a process of its own."""
-    command = [sys.executable, __file__, "--contender", name, "--images", options.images, "--size", str(options.size)]
+    command = [
+        sys.executable,
+        __file__,
+        "--contender",
+        name,
+        "--images",
+        options.images,
+        "--size",
+        str(options.size),
+    ]
     environment = {**os.environ, "STORE": store, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--workers", str(options.workers)], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        [*command, "--workers", str(options.workers)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
     )
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def torch_loader(options: argparse.Namespace) -> float:
-    """DataLoader, ImageFolder and torchvision's transforms, as in its reference scripts; workers stay between passes."""
+    """DataLoader, ImageFolder and torchvision's transforms, as in its reference scripts; workers stay between
+    passes."""
     import torch
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
@@ -104,14 +142,19 @@ def torch_loader(options: argparse.Namespace) -> float:
         ]
     )
     loader: Any = torch.utils.data.DataLoader(
-        ImageFolder(options.images, transform), batch_size=BATCH, shuffle=True, drop_last=True, num_workers=options.workers,
+        ImageFolder(options.images, transform),
+        batch_size=BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=options.workers,
         persistent_workers=True,
-    )  # fmt: skip
+    )
     return second_pass(lambda: (images for images, _ in loader))
 
 
 def ray_data(options: argparse.Namespace) -> float:
-    """Ray Data as its documentation has it: read_images by folder, map with the same transforms, iter_torch_batches."""
+    """Ray Data as its documentation has it: read_images by folder, map with the same transforms,
+    iter_torch_batches."""
     from pipeline.session import start_ray
 
     start_ray()
@@ -120,7 +163,10 @@ def ray_data(options: argparse.Namespace) -> float:
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     transform = v2.Compose(
-        [v2.RandomResizedCrop(options.size, interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
+        [
+            v2.RandomResizedCrop(options.size, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+        ]
     )
 
     def augmented(row: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +176,9 @@ def ray_data(options: argparse.Namespace) -> float:
         return {"image": np.asarray(transform(Image.fromarray(row["image"])))}
 
     dataset = ray.data.read_images(options.images, mode="RGB", shuffle="files").map(augmented, num_cpus=1)
-    return second_pass(lambda: (b["image"] for b in dataset.iter_torch_batches(batch_size=BATCH, drop_last=True)))
+    return second_pass(
+        lambda: (b["image"] for b in dataset.iter_torch_batches(batch_size=BATCH, drop_last=True))
+    )
 
 
 def ours(options: argparse.Namespace, *, actors: bool) -> float:
@@ -142,7 +190,9 @@ def ours(options: argparse.Namespace, *, actors: bool) -> float:
     from training.data.order import Rows, Sequence
 
     store = Store(os.environ["STORE"])
-    augment = Augment(size=options.size, crop_scale=0.08, flip=0.5, crop_pct=0.95, interpolation="bicubic", seed=0)
+    augment = Augment(
+        size=options.size, crop_scale=0.08, flip=0.5, crop_pct=0.95, interpolation="bicubic", seed=0
+    )
     spec = DecoderSpec(store=store.uri, columns=(), augment=augment, keep=64)
     if actors:
         from pipeline.session import start_ray

@@ -1,4 +1,5 @@
-"""How a benchmark ends: its table, one JSON line with machine and versions, and on request a page in results/."""
+"""How a benchmark ends: its table, one JSON line with machine and versions, and on request a page in
+results/."""
 
 from __future__ import annotations
 
@@ -13,14 +14,38 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def publish(
-    name: str, title: str, command: str, table: list[str], packages: tuple[str, ...], *, save: bool, **found: Any
+    name: str,
+    title: str,
+    command: str,
+    table: list[str],
+    packages: tuple[str, ...],
+    *,
+    save: bool,
+    **found: Any,
 ) -> None:
-    """Prints the table and the line of `found` (value, unit, goal, holds); with `save` writes results/NAME.md too."""
-    line = {"benchmark": name, **found, "machine": machine(), "versions": {package: version(package) for package in packages}}
+    """Prints the table and the line of `found` (value, unit, goal, holds); with `save` writes results/NAME.md
+    too."""
+    line = {
+        "benchmark": name,
+        **found,
+        "machine": machine(),
+        "versions": {package: version(package) for package in packages},
+    }
     print("\n".join(table))
     print(json.dumps(line))
     if save:
-        text = [f"# {title}", "", f"`{command}`", "", "```", *table, "", json.dumps(line, indent=1), "```", ""]
+        text = [
+            f"# {title}",
+            "",
+            f"`{command}`",
+            "",
+            "```",
+            *table,
+            "",
+            json.dumps(line, indent=1),
+            "```",
+            "",
+        ]
         (RESULTS / f"{name}.md").write_text("\n".join(text))
 
 
@@ -29,7 +54,11 @@ def machine() -> str:
     import torch
 
     gpus = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
     return ", ".join([names[0] if names else platform.machine(), f"{os.cpu_count()} cores", *gpus])
 
 

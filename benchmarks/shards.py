@@ -1,8 +1,10 @@
-"""What a shard costs when its work is nothing: time and memory of the driver at 1,000 and at 20,000 shards, and a resume.
+"""What a shard costs when its work is nothing: time and memory of the driver at 1,000 and at 20,000 shards,
+and a resume.
 
-Run `python benchmarks/shards.py [--shards 1000 20000]`. Shards of one row go through `pipeline.run._run`, the code that drives
-every verb: "drive" does nothing and "write" writes a row of vectors and its receipt, in one pool, like `ingest` and `embed`;
-"captions" goes through three pools with a block for each shard, like `caption`. Each case has a process of its own.
+Run `python benchmarks/shards.py [--shards 1000 20000]`. Shards of one row go through `pipeline.run._run`, the
+code that drives every verb: "drive" does nothing and "write" writes a row of vectors and its receipt, in one
+pool, like `ingest` and `embed`; "captions" goes through three pools with a block for each shard, like
+`caption`. Each case has a process of its own.
 """
 
 from __future__ import annotations
@@ -45,8 +47,12 @@ VARIANT = "empty"
 
 def main() -> int:
     """Prints a table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, nargs=2, default=[1000, 20000], help="a few and many (default 1000 20000)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shards", type=int, nargs=2, default=[1000, 20000], help="a few and many (default 1000 20000)"
+    )
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/shards.md")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -73,24 +79,38 @@ def main() -> int:
     heads = f"{'':9}{'shards':>7}{'ms a shard':>12}{'first fifth':>13}{'last fifth':>12}{'driver CPU ms':>15}"
     table = [f"{heads}  driver MiB: start, fifths, peak"]
     for (kind, count), case in found.items():
-        marks = ", ".join(f"{value:.0f}" for value in [case["rss_start"], *case["rss_fifths"], case["rss_peak"]])
+        marks = ", ".join(
+            f"{value:.0f}" for value in [case["rss_start"], *case["rss_fifths"], case["rss_peak"]]
+        )
         parts = f"{case['ms']:>12.2f}{case['first_ms']:>13.2f}{case['last_ms']:>12.2f}{case['cpu_ms']:>15.2f}"
         table.append(f"{kind:9}{count:>7}{parts}  {marks}")
     growth = found["write", many]["ms"] / found["write", few]["ms"]
     memory = found["write", many]["rss_peak"] / found["write", few]["rss_peak"]
     table += [
         "",
-        f"time a shard, {many} over {few}: {growth:.2f}; peak memory of the driver: {memory:.2f} (goal at most {GOAL_MEMORY})",
-        f"resume of the finished {many} shards: {resume['process']:.2f} s for the process (goal under {GOAL_RESUME:.0f}); "
-        f"of it listing {resume['listing']:.2f} s, reading receipts {resume['receipts']:.2f} s",
+        f"time a shard, {many} over {few}: {growth:.2f}; peak memory of the driver: {memory:.2f} (goal at "
+        f"most {GOAL_MEMORY})",
+        f"resume of the finished {many} shards: {resume['process']:.2f} s for the process (goal under "
+        f"{GOAL_RESUME:.0f}); of it listing {resume['listing']:.2f} s, reading receipts "
+        f"{resume['receipts']:.2f} s",
     ]
     record.publish(
-        "shards", "Shards: what driving one costs", "python benchmarks/shards.py", table, ("ray", "pyarrow"), save=options.save,
-        value={"ms_a_shard": round(found["write", many]["ms"], 2), "growth": round(growth, 2), "memory": round(memory, 2)}
+        "shards",
+        "Shards: what driving one costs",
+        "python benchmarks/shards.py",
+        table,
+        ("ray", "pyarrow"),
+        save=options.save,
+        value={
+            "ms_a_shard": round(found["write", many]["ms"], 2),
+            "growth": round(growth, 2),
+            "memory": round(memory, 2),
+        }
         | {"resume_s": round(resume["process"], 2)},
-        unit="milliseconds, ratios, seconds", goal={"memory": GOAL_MEMORY, "resume_s": GOAL_RESUME},
+        unit="milliseconds, ratios, seconds",
+        goal={"memory": GOAL_MEMORY, "resume_s": GOAL_RESUME},
         holds=memory <= GOAL_MEMORY and resume["process"] < GOAL_RESUME,
-    )  # fmt: skip
+    )
     return 0
 
 
@@ -103,7 +123,8 @@ class HandOn:
 
 
 class Finish:
-    """The last step: one row of vectors and its receipt, or nothing; then the row that the driver waits for."""
+    """The last step: one row of vectors and its receipt, or nothing; then the row that the driver waits
+    for."""
 
     def __init__(self, store: str) -> None:
         self._store = Store(store) if store else None
@@ -112,7 +133,13 @@ class Finish:
         """Columns in: shard, redo. Out: those of `Done`."""
         shard = table["shard"][0].as_py()
         if self._store:
-            row = {"id": f"{shard}.jpg", "embedding": [1.0] + [0.0] * 7, "tokens": 4, "truncated": False, "error": None}
+            row = {
+                "id": f"{shard}.jpg",
+                "embedding": [1.0] + [0.0] * 7,
+                "tokens": 4,
+                "truncated": False,
+                "error": None,
+            }
             self._store.write_shard("embeddings", VARIANT, shard, embeddings_table([row], 8), seconds=0.0)
         return pa.table({"shard": [shard], "rows": [1], "failed": [0], "tokens": [4]})
 
@@ -134,7 +161,15 @@ def _case(kind: str, uri: str, count: int) -> dict[str, Any]:
     splits = {"train": Split(rows=count, first_shard=0, num_shards=count)}
     source = {"uri": "none", "fingerprint": "none"}
     store = Store.create(
-        uri, Dataset(schema_version=SCHEMA_VERSION, classes=["none"], splits=splits, rows=count, shards=count, source=source)
+        uri,
+        Dataset(
+            schema_version=SCHEMA_VERSION,
+            classes=["none"],
+            splits=splits,
+            rows=count,
+            shards=count,
+            source=source,
+        ),
     )
     start_ray()
     import ray.data  # noqa: F401  # before the memory at the start is taken
@@ -147,7 +182,9 @@ def _case(kind: str, uri: str, count: int) -> dict[str, Any]:
         one: dict[str, Any] = {**run._shard_batches(), "num_cpus": 0.5, "compute": run._actors(1)}
         for _ in range(2 if kind == "captions" else 0):
             ds = ds.map_batches(HandOn, **one)
-        return Watched(ds.map_batches(Finish, fn_constructor_args=(uri if kind == "write" else "",), **one), clock)
+        return Watched(
+            ds.map_batches(Finish, fn_constructor_args=(uri if kind == "write" else "",), **one), clock
+        )
 
     before = _rss()
     cpu = time.process_time()
@@ -162,15 +199,19 @@ def _case(kind: str, uri: str, count: int) -> dict[str, Any]:
     fifth = max(1, (count - 1) // 5)
     ends = [clock[min(fifth * n, count - 1)] for n in range(1, 6)]
     return {
-        "ms": 1000 * (clock[-1] - clock[0]) / (count - 1), "first_ms": 1000 * (clock[fifth] - clock[0]) / fifth,
-        "last_ms": 1000 * (clock[-1] - clock[-1 - fifth]) / fifth, "cpu_ms": 1000 * cpu / count, "rss_start": before,
+        "ms": 1000 * (clock[-1] - clock[0]) / (count - 1),
+        "first_ms": 1000 * (clock[fifth] - clock[0]) / fifth,
+        "last_ms": 1000 * (clock[-1] - clock[-1 - fifth]) / fifth,
+        "cpu_ms": 1000 * cpu / count,
+        "rss_start": before,
         "rss_fifths": [max((size for at, size in memory if at <= end), default=before) for end in ends],
         "rss_peak": max(size for _, size in memory),
-    }  # fmt: skip
+    }
 
 
 def _resume(uri: str) -> dict[str, float]:
-    """What a verb does on a finished store: is the stage before complete, what is pending, and a drive with nothing to do."""
+    """What a verb does on a finished store: is the stage before complete, what is pending, and a drive with
+    nothing to do."""
     store = Store(uri)
     start = time.monotonic()
     store.require_complete("embeddings", VARIANT)

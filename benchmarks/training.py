@@ -1,8 +1,10 @@
-"""Training speed: baseline and aligned training here beside a plain PyTorch loop, same backbone, pictures, cores and batch.
+"""Training speed: baseline and aligned training here beside a plain PyTorch loop, same backbone, pictures,
+cores and batch.
 
-Run `python benchmarks/training.py [--backbones NAME ...]`. The plain loop: torch's DataLoader over an ImageFolder, timm's model,
-AdamW, cross entropy, with autocast and channels-last where ours has them. Contenders take turns in processes of their own; the
-second epoch counts. Ours runs through Ray Train where Ray is installed. On a GPU also the share of the card's bfloat16 peak.
+Run `python benchmarks/training.py [--backbones NAME ...]`. The plain loop: torch's DataLoader over an
+ImageFolder, timm's model, AdamW, cross entropy, with autocast and channels-last where ours has them.
+Contenders take turns in processes of their own; the second epoch counts. Ours runs through Ray Train where
+Ray is installed. On a GPU also the share of the card's bfloat16 peak.
 """
 
 from __future__ import annotations
@@ -34,12 +36,22 @@ def main() -> int:
     import torch
 
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     backbones = ["resnet50", "vit_small_patch16_224", "hiera_tiny_224"] if gpu else ["resnet18"]
-    parser.add_argument("--backbones", nargs="+", default=backbones, help=f"timm models (default {' '.join(backbones)})")
-    parser.add_argument("--size", type=int, default=224 if gpu else 128, help="edge of the input (default 224; 128 on a CPU)")
-    parser.add_argument("--batch", type=int, default=256 if gpu else 64, help="images a step (default 256; 64 on a CPU)")
-    parser.add_argument("--rows", type=int, default=12800 if gpu else 512, help="drawn pictures (default 12800; 512 on a CPU)")
+    parser.add_argument(
+        "--backbones", nargs="+", default=backbones, help=f"timm models (default {' '.join(backbones)})"
+    )
+    parser.add_argument(
+        "--size", type=int, default=224 if gpu else 128, help="edge of the input (default 224; 128 on a CPU)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=256 if gpu else 64, help="images a step (default 256; 64 on a CPU)"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=12800 if gpu else 512, help="drawn pictures (default 12800; 512 on a CPU)"
+    )
     parser.add_argument("--loader-workers", type=int, default=max(2, (os.cpu_count() or 2) - 2 if gpu else 2))
     parser.add_argument("--turns", type=int, default=3, help="turns of each contender (default 3)")
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/training.md")
@@ -62,26 +74,43 @@ def main() -> int:
             found[backbone] = medians
             per_image = flops(backbone, options.size)
             for name, values in speeds.items():
-                peak = f"{medians[name] * per_image / 1e12 / peak_of_card():.3f}" if gpu and peak_of_card() else "-"
+                peak = (
+                    f"{medians[name] * per_image / 1e12 / peak_of_card():.3f}"
+                    if gpu and peak_of_card()
+                    else "-"
+                )
                 turns = " ".join(f"{value:.0f}" for value in values)
                 ratio = medians[name] / medians["plain loop"]
-                table.append(f"{backbone:26}{name:14}{medians[name]:>10.1f}{ratio:>10.3f}{peak:>10}   {turns}")
+                table.append(
+                    f"{backbone:26}{name:14}{medians[name]:>10.1f}{ratio:>10.3f}{peak:>10}   {turns}"
+                )
     worst = min(min(m["baseline"], m["aligned"]) / m["plain loop"] for m in found.values())
     slower = max(m["baseline"] / m["aligned"] for m in found.values())
     table.append(f"aligned over baseline in time: {slower:.3f} (goal on a GPU: at most {GOAL_ALIGNED})")
     stall = max(m["aligned"] / m["checkpointed"] for m in found.values())
     table.append(f"with a checkpoint every four steps over without, in time: {stall:.3f}")
     record.publish(
-        "training", "Training: images/s beside a plain PyTorch loop", "python benchmarks/training.py", table,
-        ("torch", "timm", "ray"), save=options.save, value=round(worst, 3), unit="of a plain loop's images/s", goal=GOAL,
-        aligned_over_baseline=round(slower, 3), checkpointed_over_aligned=round(stall, 3), size=options.size, batch=options.batch,
+        "training",
+        "Training: images/s beside a plain PyTorch loop",
+        "python benchmarks/training.py",
+        table,
+        ("torch", "timm", "ray"),
+        save=options.save,
+        value=round(worst, 3),
+        unit="of a plain loop's images/s",
+        goal=GOAL,
+        aligned_over_baseline=round(slower, 3),
+        checkpointed_over_aligned=round(stall, 3),
+        size=options.size,
+        batch=options.batch,
         holds=worst >= GOAL and (not gpu or slower <= GOAL_ALIGNED),
-    )  # fmt: skip
+    )
     return 0
 
 
 def prepare(folder: Path, rows: int) -> None:
-    """Pictures as an image folder, and a store with as many random unit vectors, whose making is no matter here."""
+    """Pictures as an image folder, and a store with as many random unit vectors, whose making is no matter
+    here."""
     import numpy as np
     import pyarrow as pa
 
@@ -91,11 +120,22 @@ def prepare(folder: Path, rows: int) -> None:
     for row in range(1024, rows):  # links are enough for speed
         source = images / f"class-{row % 2}" / f"{row % 1024:05}.jpg"
         (images / f"class-{row % 2}" / f"{row:05}.jpg").hardlink_to(source)
-    command = [sys.executable, "-m", "pipeline", "ingest", "--images", str(images), "--store", str(folder / "store")]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "ingest",
+        "--images",
+        str(images),
+        "--store",
+        str(folder / "store"),
+    ]
     subprocess.run([*command, "--val-fraction", "0.02"], check=True, cwd=ROOT, stdout=sys.stderr)
     store = Store(str(folder / "store"))
     store.write_variant("captions", "drawn", {"engine": "imported", "versions": {}})
-    store.write_variant("embeddings", "drawn", {"captions": "drawn", "encoder": "none", "pooling": "mean", "versions": {}})
+    store.write_variant(
+        "embeddings", "drawn", {"captions": "drawn", "encoder": "none", "pooling": "mean", "versions": {}}
+    )
     rng = np.random.default_rng(0)
     for shard in range(store.dataset.shards):
         ids = store.read_shard("images", "", shard, ["id"])["id"].to_pylist()
@@ -106,7 +146,9 @@ def prepare(folder: Path, rows: int) -> None:
             {"id": key, "embedding": v, "tokens": 4, "truncated": False, "error": None}
             for key, v in zip(ids, vectors, strict=True)
         ]
-        store.write_shard("captions", "drawn", shard, pa.Table.from_pylist(captions, schema=CAPTIONS), seconds=0)
+        store.write_shard(
+            "captions", "drawn", shard, pa.Table.from_pylist(captions, schema=CAPTIONS), seconds=0
+        )
         store.write_shard("embeddings", "drawn", shard, embeddings_table(embeddings, 384), seconds=0)
 
 
@@ -137,13 +179,23 @@ def plain(options: argparse.Namespace) -> float:
         ]
     )
     loader: Any = torch.utils.data.DataLoader(
-        ImageFolder(f"{options.folder}/images", transform), batch_size=options.batch, shuffle=True, drop_last=True,
-        num_workers=options.loader_workers, persistent_workers=True, pin_memory=device.type == "cuda",
-    )  # fmt: skip
+        ImageFolder(f"{options.folder}/images", transform),
+        batch_size=options.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=options.loader_workers,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )
     size = {"img_size": options.size} if "vit" in options.backbones[0] else {}
-    model = timm.create_model(options.backbones[0], num_classes=2, **size).to(device, memory_format=torch.channels_last)
+    model = timm.create_model(options.backbones[0], num_classes=2, **size).to(
+        device, memory_format=torch.channels_last
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(v, device=device).view(1, 3, 1, 1)
+        for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     speed = 0.0
     for _ in range(2):
         start, count = time.monotonic(), 0
@@ -171,11 +223,19 @@ def ours(options: argparse.Namespace, weight: float, checkpoint_steps: int = 0) 
     from training.engine import loop
 
     config = TrainConfig(
-        store=f"{options.folder}/store", run=tempfile.mkdtemp(dir=options.folder), backbone=options.backbones[0], epochs=2,
-        image_size=options.size, batch_size=options.batch, alignment_weight=weight, loader_workers=options.loader_workers,
-        workers=1, threads=0 if torch.cuda.is_available() else os.cpu_count() or 1, tracking_uri="none",
+        store=f"{options.folder}/store",
+        run=tempfile.mkdtemp(dir=options.folder),
+        backbone=options.backbones[0],
+        epochs=2,
+        image_size=options.size,
+        batch_size=options.batch,
+        alignment_weight=weight,
+        loader_workers=options.loader_workers,
+        workers=1,
+        threads=0 if torch.cuda.is_available() else os.cpu_count() or 1,
+        tracking_uri="none",
         checkpoint_steps=checkpoint_steps,
-    )  # fmt: skip
+    )
     if importlib.util.find_spec("ray") is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         history = loop.fit(config, device, 0, None, lambda metrics, take: take())

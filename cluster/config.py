@@ -32,7 +32,9 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         small = [
-            f"{n}={getattr(self, n)}: must be at least 8." for n in ("train_per_class", "val_per_class") if getattr(self, n) < 8
+            f"{n}={getattr(self, n)}: must be at least 8."
+            for n in ("train_per_class", "val_per_class")
+            if getattr(self, n) < 8
         ]
         if small:
             raise SettingsError("\n".join(small))

@@ -1,7 +1,8 @@
 """`demo`: the main job on the embedded default, from pictures to the page, in one process and one Ray.
 
-Draws scenes, describes them with the shipped captioner, sweeps two backbones, compares three fresh seeds, writes
-report.html. About ten minutes on two cores; the same command again goes on where it stopped, or finds all done.
+Draws scenes, describes them with the shipped captioner, sweeps two backbones, compares three fresh seeds,
+writes report.html. About ten minutes on two cores; the same command again goes on where it stopped, or finds
+all done.
 """
 
 from __future__ import annotations
@@ -30,12 +31,22 @@ def run(config: DemoConfig) -> int:
             code = step()
             seconds[name] = round(time.monotonic() - start, 1)
             if code:
-                print(f"demo: step {name!r} ended with exit code {code}; the same command goes on from here", file=sys.stderr)
+                print(
+                    f"demo: step {name!r} ended with exit code {code}; the same command goes on from here",
+                    file=sys.stderr,
+                )
                 return code
-    facts = {"seconds": seconds, "total_s": round(sum(seconds.values()), 1), "peak_memory_gib": round(memory.peak / 2**30, 2)}
+    facts = {
+        "seconds": seconds,
+        "total_s": round(sum(seconds.values()), 1),
+        "peak_memory_gib": round(memory.peak / 2**30, 2),
+    }
     with open(os.path.join(root, "demo.json"), "w", encoding="utf-8") as stream:
         json.dump(facts, stream, indent=2)
-    print(f"\n{facts['total_s']:.0f} s in all, peak memory {facts['peak_memory_gib']} GiB\nopen {root}/report.html")
+    print(
+        f"\n{facts['total_s']:.0f} s in all, peak memory {facts['peak_memory_gib']} GiB\nopen "
+        f"{root}/report.html"
+    )
     return 0
 
 
@@ -50,32 +61,65 @@ def _steps(config: DemoConfig, root: str) -> dict[str, Callable[[], int]]:
 
     return {
         "draw scenes": lambda: _render(config, root),
-        "describe them": verb("describe", "--images", f"{root}/scenes", "--store", store, "--caption-preset", "scenes"),
+        "describe them": verb(
+            "describe", "--images", f"{root}/scenes", "--store", store, "--caption-preset", "scenes"
+        ),
         "what the store holds": verb("status", "--store", store),
         "sweep weight, dimension and backbone": verb(
-            "tune", *common, "--sweep", f"{root}/sweep", "--alignment-weights", "0", "0.3", "1",
-            "--projection-dims", "64", "0", "--backbones", "test_resnet", "test_vit", "--workers", "1", "--concurrent", "2",
+            "tune",
+            *common,
+            "--sweep",
+            f"{root}/sweep",
+            "--alignment-weights",
+            "0",
+            "0.3",
+            "1",
+            "--projection-dims",
+            "64",
+            "0",
+            "--backbones",
+            "test_resnet",
+            "test_vit",
+            "--workers",
+            "1",
+            "--concurrent",
+            "2",
         ),
         # The paper's weight, fixed beforehand, on seeds that the sweep has not seen.
         "compare over three seeds": verb(
-            "tune", *common, "--sweep", f"{root}/seeds", "--alignment-weights", "0", "0.3", "--projection-dims", "0",
-            "--seeds", "1", "2", "3", "--no-export",
+            "tune",
+            *common,
+            "--sweep",
+            f"{root}/seeds",
+            "--alignment-weights",
+            "0",
+            "0.3",
+            "--projection-dims",
+            "0",
+            "--seeds",
+            "1",
+            "2",
+            "3",
+            "--no-export",
         ),
         "evaluate": lambda: cli.main(["evaluate", f"{root}/seeds/test_resnet-w0.3-d0-s1"]),
         "report": verb("report", f"{root}/sweep", f"{root}/seeds", "--html", f"{root}/report.html"),
-    }  # fmt: skip
+    }
 
 
 def _render(config: DemoConfig, root: str) -> int:
     if os.path.isfile(f"{root}/scenes/truth.jsonl"):
         return 0
-    script = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples", "scenes", "render.py")
+    script = os.path.join(
+        os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples", "scenes", "render.py"
+    )
     counts = ["--train-per-class", str(config.train_per_class), "--val-per-class", str(config.val_per_class)]
     return subprocess.run([sys.executable, script, "--to", f"{root}/scenes", *counts], check=False).returncode
 
 
 class _PeakMemory:
-    """Samples the memory of this process and all its descendants (Ray's too) twice a second; shared pages count once."""
+    """Samples the memory of this process and all its descendants (Ray's too) twice a second; shared pages
+    count once."""
 
     def __enter__(self) -> _PeakMemory:
         self.peak = 0

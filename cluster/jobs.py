@@ -1,6 +1,8 @@
-"""`submit`: a verb as a Ray job. The checkout is uploaded and put first on the path, so what is submitted is what runs.
+"""`submit`: a verb as a Ray job. The checkout is uploaded and put first on the path, so what is submitted is
+what runs.
 
-A job runs in a copy of the folder that is deleted later: paths of data must be absolute, on storage that the cluster sees.
+A job runs in a copy of the folder that is deleted later: paths of data must be absolute, on storage that the
+cluster sees.
 """
 
 from __future__ import annotations
@@ -17,12 +19,35 @@ from pipeline.errors import SettingsError, UnreachableError
 
 PATH_FLAGS = ("--store", "--images", "--run", "--sweep", "--to", "--html")
 EXCLUDES = [".git", ".venv", "runs", "docs", "tests", "benchmarks", "*.pyc"]
-# What often lies in a folder and is nobody else's business: every node of the cluster gets a copy of what is uploaded.
+# What often lies in a folder and is nobody else's business: every node of the cluster gets a copy of what is
+# uploaded.
 SECRETS = [
-    ".env", ".env.*", ".envrc", ".netrc", ".pypirc", ".npmrc", ".aws", ".ssh", ".kube", ".config", ".databrickscfg", "*.pem",
-    "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*credentials*.json",
-    "*service_account*.json", "*service-account*.json", "*.tfstate*",
-]  # fmt: skip
+    ".env",
+    ".env.*",
+    ".envrc",
+    ".netrc",
+    ".pypirc",
+    ".npmrc",
+    ".aws",
+    ".ssh",
+    ".kube",
+    ".config",
+    ".databrickscfg",
+    "*.pem",
+    "*.key",
+    "*.p12",
+    "*.pfx",
+    "*.jks",
+    "*.kdbx",
+    "id_rsa*",
+    "id_dsa*",
+    "id_ecdsa*",
+    "id_ed25519*",
+    "*credentials*.json",
+    "*service_account*.json",
+    "*service-account*.json",
+    "*.tfstate*",
+]
 
 
 def submit(config: SubmitConfig, verb: list[str]) -> int:
@@ -75,13 +100,15 @@ def _start(address: str, entrypoint: str, folder: str) -> tuple[Any, str]:
 
     try:
         client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": folder, "excludes": EXCLUDES + SECRETS})
+        job = client.submit_job(
+            entrypoint=entrypoint, runtime_env={"working_dir": folder, "excludes": EXCLUDES + SECRETS}
+        )
     except (ConnectionError, RuntimeError, AuthenticationError) as error:
         reason = str(error).splitlines()[0]
         message = (
-            f"address={address}: the job server does not answer or refuses ({reason}). Start one with `ray start --head`, "
-            "or forward the cluster's port 8265. With token authentication set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
-            "~/.ray/auth_token."
+            f"address={address}: the job server does not answer or refuses ({reason}). Start one with `ray "
+            "start --head`, or forward the cluster's port 8265. With token authentication set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
         )
         raise UnreachableError(message) from None
     return client, str(job)

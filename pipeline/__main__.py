@@ -72,19 +72,31 @@ def _status(settings: config.StatusConfig) -> int:
     if settings.json:
         print(json.dumps(found))
         return code
-    print(f"{settings.store}: {found['rows']} rows, {found['shards']} shards, {len(store.dataset.classes)} classes")
+    print(
+        f"{settings.store}: {found['rows']} rows, {found['shards']} shards, {len(store.dataset.classes)} "
+        "classes"
+    )
     for stage in found["stages"]:
         name = f"{stage['stage']} {stage['variant']}".strip()
         if stage["stage"] == "embeddings":
             name += f" of captions {store.variant('embeddings', stage['variant'])['captions']}"
         todo = f", {stage['remaining_shards']} shards to do" if stage["remaining_shards"] else ""
-        print(f"  {name}: {stage['done_shards']} shards, {stage['rows']} rows, {stage['failed']} failed{todo}")
-        for reason, count in commonest_errors(store, stage["stage"], stage["variant"]) if stage["failed"] else []:
+        print(
+            f"  {name}: {stage['done_shards']} shards, {stage['rows']} rows, {stage['failed']} failed{todo}"
+        )
+        for reason, count in (
+            commonest_errors(store, stage["stage"], stage["variant"]) if stage["failed"] else []
+        ):
             print(f"      {count} x {reason}")
-        for mark, count in marks(store, stage["stage"], stage["variant"]) if stage["stage"] != "images" else []:
+        for mark, count in (
+            marks(store, stage["stage"], stage["variant"]) if stage["stage"] != "images" else []
+        ):
             print(f"      {count} x marked: {mark}")
     for flaw in found.get("damaged", []):
-        print(f"  damaged: {flaw['file']}: {flaw['flaw']}; delete {flaw['receipt']}, and the verb that made it makes it anew")
+        print(
+            f"  damaged: {flaw['file']}: {flaw['flaw']}; delete {flaw['receipt']}, and the verb that made it "
+            "makes it anew"
+        )
     if settings.verify and not code:
         print("  every file is the one on its receipt")
     return code
@@ -106,7 +118,9 @@ def _inspect(settings: config.InspectConfig) -> int:
 
 
 VERBS = {
-    "ingest": Verb("read pictures (a folder, tars, Parquet, a list) into a store", config.SourceConfig, _ingest),
+    "ingest": Verb(
+        "read pictures (a folder, tars, Parquet, a list) into a store", config.SourceConfig, _ingest
+    ),
     "caption": Verb("describe every picture with a vision-language model", config.CaptionConfig, _caption),
     "embed": Verb("turn descriptions into vectors", config.EmbedConfig, _embed),
     "describe": Verb("ingest, caption and embed", config.DescribeConfig, _describe),

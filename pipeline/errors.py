@@ -53,7 +53,8 @@ class TooManyFailuresError(UserError, RuntimeError):
 
 
 class RunStoppedError(UserError, RuntimeError):
-    """Something other than the settings or the pictures stopped the run (disk, network, engine); what is done stays done."""
+    """Something other than the settings or the pictures stopped the run (disk, network, engine); what is done
+    stays done."""
 
 
 class NotFiniteError(UserError, FloatingPointError):
@@ -67,8 +68,8 @@ class TrialsFailedError(UserError, RuntimeError):
 def exit_code(error: Exception) -> int | None:
     """The exit code of an error that its message explains; None of one that needs its traceback.
 
-    A worker's error, which Ray raises again in the driver as a subclass of its own class, is such a one: it comes long after the
-    settings were accepted.
+    A worker's error, which Ray raises again in the driver as a subclass of its own class, is such a one: it
+    comes long after the settings were accepted.
     """
     ray = sys.modules.get("ray.exceptions")  # where it is not loaded, no error is Ray's
     if not isinstance(error, UserError) or (ray is not None and isinstance(error, ray.RayTaskError)):
@@ -77,11 +78,15 @@ def exit_code(error: Exception) -> int | None:
 
 
 def reported(name: str, work: Callable[[], int]) -> int:
-    """What `work` returns; an error of ours becomes a message on standard error and its exit code, Ctrl-C a message and 130."""
+    """What `work` returns; an error of ours becomes a message on standard error and its exit code, Ctrl-C a
+    message and 130."""
     try:
         return work()
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped. What is finished is kept: the same command goes on from there.", file=sys.stderr)
+        print(
+            f"\n{name}: stopped. What is finished is kept: the same command goes on from there.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     except UserError as error:
         code = exit_code(error)

@@ -1,7 +1,8 @@
-"""How many actors a stage gets and what each may use, from the cluster's GPUs and CPUs, the model and the store.
+"""How many actors a stage gets and what each may use, from the cluster's GPUs and CPUs, the model and the
+store.
 
-What the cluster cannot give is said at once: Ray would wait for it, silently and for ever. The same machine, model and store
-give the same placement, whatever is done already: a run that goes on computes as it began.
+What the cluster cannot give is said at once: Ray would wait for it, silently and for ever. The same machine,
+model and store give the same placement, whatever is done already: a run that goes on computes as it began.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pipeline.config import CaptionConfig, EmbedConfig
 from pipeline.encoders.models import ModelRef
 from pipeline.errors import SettingsError
 
-# Of a model of at most so many bytes several share a machine's cores, in processes of 2 GiB each, nearly all of it libraries and
-# room for activations. Larger ones would take memory, and read it for every token, as often as there are processes.
+# Of a model of at most so many bytes several share a machine's cores, in processes of 2 GiB each, nearly all
+# of it libraries and room for activations. Larger ones would take memory, and read it for every token, as
+# often as there are processes.
 _SMALL = 2**28
 _PROCESS = 2**31
 # Loading takes as long as some 2,000 captions of a small model: one that gets fewer is not worth its start.
@@ -26,9 +28,11 @@ _BESIDE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """`actors` hold a model, with `gpus` and `cpus` each; `decoders` actors of one CPU prepare what those take.
+    """`actors` hold a model, with `gpus` and `cpus` each; `decoders` actors of one CPU prepare what those
+    take.
 
-    `crowded`: the models compute on all cores of this machine, so that whatever runs beside them takes from them.
+    `crowded`: the models compute on all cores of this machine, so that whatever runs beside them takes from
+    them.
     """
 
     actors: int
@@ -39,7 +43,8 @@ class Placement:
 
 
 def captioners(config: CaptionConfig, model: ModelRef, rows: int) -> Placement:
-    """Engines and the decoders beside them, for a store of so many rows, done or not. Raises as `encoders` does."""
+    """Engines and the decoders beside them, for a store of so many rows, done or not. Raises as `encoders`
+    does."""
     if config.captioner == "openai":  # asking a server needs neither a GPU nor much of a core
         asking = config.replicas or 1
         return Placement(actors=asking, gpus=0.0, cpus=1, decoders=_decoders(asking, asking, "replicas"))
@@ -56,38 +61,53 @@ def encoders(config: EmbedConfig, model: ModelRef, rows: int) -> Placement:
 
 
 def side_by_side(model: ModelRef, cores: int, memory: int, rows: int) -> int:
-    """Processes that share the cores of a machine without GPUs: one core each for a small model, else one process with all.
+    """Processes that share the cores of a machine without GPUs: one core each for a small model, else one
+    process with all.
 
-    Threads of one small model mostly wait for each other: two engines of one core each make 1.3 times the captions of one engine
-    with both (`benchmarks/captioning.py`). At most a quarter of the memory (bytes) is theirs.
+    Threads of one small model mostly wait for each other: two engines of one core each make 1.3 times the
+    captions of one engine with both (`benchmarks/captioning.py`). At most a quarter of the memory (bytes) is
+    theirs.
     """
     if not 0 < _weights(model) <= _SMALL:
         return 1
     return max(1, min(cores, memory // 4 // _PROCESS, rows // _ROWS_EACH))
 
 
-def _place(wanted: int, flag: str, model: ModelRef, rows: int, *, cores: int = 0, decodes: bool = False) -> Placement:
+def _place(
+    wanted: int, flag: str, model: ModelRef, rows: int, *, cores: int = 0, decodes: bool = False
+) -> Placement:
     gpus, total = session.gpus(), session.cpus()
     if gpus and wanted > gpus:
         name = flag.replace("_", "-")
-        message = f"{flag}={wanted}: the cluster has {gpus} GPUs, and each actor needs one; pass --{name} {gpus} or fewer."
+        message = (
+            f"{flag}={wanted}: the cluster has {gpus} GPUs, and each actor needs one; pass --{name} {gpus} "
+            "or fewer."
+        )
         raise SettingsError(message)
     if cores > (largest := session.largest_node()):
-        message = f"engine_cores={cores}: the largest node has {largest} CPUs; pass --engine-cores {largest} or fewer."
+        message = (
+            f"engine_cores={cores}: the largest node has {largest} CPUs; pass --engine-cores {largest} or "
+            "fewer."
+        )
         raise SettingsError(message)
     if gpus:
         actors, cpus = wanted or gpus, 1
     else:
-        # On a cluster of this one machine Ray's CPUs are its cores, and decoding needs some of them. On several nodes decoders
-        # spread over half of each, and a model must find its CPUs on one node, whatever came first.
+        # On a cluster of this one machine Ray's CPUs are its cores, and decoding needs some of them. On
+        # several nodes decoders spread over half of each, and a model must find its CPUs on one node,
+        # whatever came first.
         free = max(1, min(session.cores(), total - _BESIDE * decodes))
         if decodes and session.several_nodes():
             free = max(1, min(free, session.largest_node() // 2))
         actors = wanted or (1 if cores else side_by_side(model, free, session.memory(), rows))
-        # Ray gives an actor as many OpenMP threads as CPUs: a model without a GPU computes with them, so it gets the cores.
+        # Ray gives an actor as many OpenMP threads as CPUs: a model without a GPU computes with them, so it
+        # gets the cores.
         cpus = cores or max(1, free // actors)
     if actors * cpus > total:
-        message = f"{flag}={actors}: with {cpus} CPUs each more than the cluster's {total}; pass fewer, or take a larger cluster."
+        message = (
+            f"{flag}={actors}: with {cpus} CPUs each more than the cluster's {total}; pass fewer, or take a "
+            "larger cluster."
+        )
         raise SettingsError(message)
     decoders = _decoders(actors, actors * cpus, flag) if decodes else 0
     crowded = not gpus and actors * cpus >= session.cores()
@@ -99,8 +119,8 @@ def _decoders(actors: int, taken: int, flag: str) -> int:
     left = session.cpus() - taken - 1
     if left < 1:
         message = (
-            f"{flag}={actors}: takes {taken} of the cluster's {session.cpus()} CPUs, and decoding and writing need {_BESIDE} "
-            "beside them; pass fewer, or take a larger cluster."
+            f"{flag}={actors}: takes {taken} of the cluster's {session.cpus()} CPUs, and decoding and "
+            f"writing need {_BESIDE} beside them; pass fewer, or take a larger cluster."
         )
         raise SettingsError(message)
     return min(max(session.spare_cores(), actors), left)
@@ -110,4 +130,6 @@ def _weights(model: ModelRef) -> int:
     """Bytes of the weights in a folder; 0 for a model of the hub, which is not here yet."""
     if not os.path.isdir(model.location):
         return 0
-    return sum(file.stat().st_size for file in os.scandir(model.location) if file.name.endswith(".safetensors"))
+    return sum(
+        file.stat().st_size for file in os.scandir(model.location) if file.name.endswith(".safetensors")
+    )

@@ -1,7 +1,9 @@
-"""The pipeline's verbs as Ray Data chains: ingest, caption, embed, describe, retry. The only file here that builds Ray objects.
+"""The pipeline's verbs as Ray Data chains: ingest, caption, embed, describe, retry. The only file here that
+builds Ray objects.
 
-Every chain is: shards still to do -> steps of `shards.py` -> one summary row a shard. A killed driver, worker or node costs
-the shards in flight; the same command goes on from the receipts. `python -m pipeline describe --images DIR --store STORE`.
+Every chain is: shards still to do -> steps of `shards.py` -> one summary row a shard. A killed driver, worker
+or node costs the shards in flight; the same command goes on from the receipts. `python -m pipeline describe
+--images DIR --store STORE`.
 """
 
 from __future__ import annotations
@@ -38,10 +40,16 @@ Chain = Callable[["ray.data.Dataset"], "ray.data.Dataset"]
 def ingest(config: SourceConfig) -> None:
     """Source -> images stage."""
     if locations.is_inside(config.store, config.images):
-        message = f"store={config.store}: lies in images={config.images}, and would be taken for pictures; put it elsewhere."
+        message = (
+            f"store={config.store}: lies in images={config.images}, and would be taken for pictures; put it "
+            "elsewhere."
+        )
         raise SettingsError(message)
     if locations.is_inside(config.images, config.store) and locations.is_local(config.store):
-        message = f"store={config.store}: holds images={config.images}; put the store beside the pictures and not around them."
+        message = (
+            f"store={config.store}: holds images={config.images}; put the store beside the pictures and not "
+            "around them."
+        )
         raise SettingsError(message)
     locations.check_writable("store", config.store)
     plan = make_plan(config)
@@ -63,12 +71,21 @@ def caption(config: CaptionConfig, model: models.ModelRef | None = None) -> str:
     packages = ("openai",) if served else ("vllm", "transformers", "torch")
     _record_variant(store, "captions", made.name, made.record(), packages, config.base_url if served else "")
     items = _shard_items(store.pending("captions", made.name), redo=False)
-    _run("caption", store, "captions", made.name, items, _caption_chain(config, model, made.name), config.max_failure_rate)
+    _run(
+        "caption",
+        store,
+        "captions",
+        made.name,
+        items,
+        _caption_chain(config, model, made.name),
+        config.max_failure_rate,
+    )
     return made.name
 
 
 def embed(config: EmbedConfig, model: models.ModelRef | None = None) -> str:
-    """Captions -> embeddings; returns the embedding variant. `model`: which it is, where that is known already."""
+    """Captions -> embeddings; returns the embedding variant. `model`: which it is, where that is known
+    already."""
     store = Store(config.store)
     captions = store.only_variant("captions", config.captions)
     store.require_complete("captions", captions)
@@ -83,7 +100,8 @@ def embed(config: EmbedConfig, model: models.ModelRef | None = None) -> str:
 
 
 def describe(config: DescribeConfig) -> str:
-    """ingest, caption and embed; returns the embedding variant. Both models are found before anything is paid for."""
+    """ingest, caption and embed; returns the embedding variant. Both models are found before anything is paid
+    for."""
     captioning, embedding = config.part(CaptionConfig), config.part(EmbedConfig)
     captioner, encoder = captioner_model(captioning), encoder_model(embedding)
     if config.images:
@@ -93,11 +111,22 @@ def describe(config: DescribeConfig) -> str:
 
 
 def retry(config: RetryConfig) -> None:
-    """Redoes the failed rows of every stage and variant, with the settings on record; finds every model before it starts."""
+    """Redoes the failed rows of every stage and variant, with the settings on record; finds every model
+    before it starts."""
     store = Store(config.store)
-    captions = {name: failed for name in store.variants("captions") if (failed := _failed_shards(store, "captions", name))}
-    captioners = {name: _recorded_captioner(store, name, config) for name in captions if _has_engine(store, name)}
-    embeddings = {name: failed for name in store.variants("embeddings") if (failed := _failed_shards(store, "embeddings", name))}
+    captions = {
+        name: failed
+        for name in store.variants("captions")
+        if (failed := _failed_shards(store, "captions", name))
+    }
+    captioners = {
+        name: _recorded_captioner(store, name, config) for name in captions if _has_engine(store, name)
+    }
+    embeddings = {
+        name: failed
+        for name in store.variants("embeddings")
+        if (failed := _failed_shards(store, "embeddings", name))
+    }
     encoders = {name: _recorded_encoder(store, name, config) for name in embeddings}
     store = _with_raised_limits(store, config)
     if failed := _failed_shards(store, "images", ""):
@@ -114,7 +143,10 @@ def retry(config: RetryConfig) -> None:
         _run("retry", store, "embeddings", variant, items, embed_chain, config.max_failure_rate)
     for variant in captions.keys() - captioners.keys():
         rows = sum(receipt.failed for receipt in store.receipts("captions", variant).values())
-        _say(f"retry: {rows} rows of {variant} have no caption: it was imported, so import again from a file that has them")
+        _say(
+            f"retry: {rows} rows of {variant} have no caption: it was imported, so import again from a file "
+            "that has them"
+        )
     for variant in captions.keys() - captioners.keys():
         rows = sum(receipt.failed for receipt in store.receipts("captions", variant).values())
         check_failures(store, "captions", variant, rows, config.max_failure_rate)
@@ -146,19 +178,29 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
         placed = placement.captioners(config, model, Store(config.store).dataset.rows)
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
         ds = ds.map_batches(
-            PreparePictures, fn_constructor_args=(config, variant, placed.crowded), **_shard_batches(),
-            num_cpus=1, compute=_actors(placed.decoders),
-        )  # fmt: skip
-        # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up. The pool is fixed: a
-        # growing one reaches its size minutes late.
+            PreparePictures,
+            fn_constructor_args=(config, variant, placed.crowded),
+            **_shard_batches(),
+            num_cpus=1,
+            compute=_actors(placed.decoders),
+        )
+        # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up. The pool is
+        # fixed: a growing one reaches its size minutes late.
         ds = ds.map_batches(
-            CaptionPictures, fn_constructor_args=(config, model, variant, run), **_shard_batches(),
-            num_cpus=placed.cpus, num_gpus=placed.gpus, compute=_actors(placed.actors),
-        )  # fmt: skip
+            CaptionPictures,
+            fn_constructor_args=(config, model, variant, run),
+            **_shard_batches(),
+            num_cpus=placed.cpus,
+            num_gpus=placed.gpus,
+            compute=_actors(placed.actors),
+        )
         return ds.map_batches(
-            WriteCaptions, fn_constructor_args=(config.store, variant), **_shard_batches(), num_cpus=0.5,
+            WriteCaptions,
+            fn_constructor_args=(config.store, variant),
+            **_shard_batches(),
+            num_cpus=0.5,
             compute=_actors(1),
-        )  # fmt: skip
+        )
 
     return build
 
@@ -167,15 +209,20 @@ def _embed_chain(config: EmbedConfig, model: models.ModelRef, captions: str, var
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
         placed = placement.encoders(config, model, Store(config.store).dataset.rows)
         return ds.map_batches(
-            EmbedCaptions, fn_constructor_args=(config, model, captions, variant), **_shard_batches(),
-            num_cpus=placed.cpus, num_gpus=placed.gpus, compute=_actors(placed.actors),
-        )  # fmt: skip
+            EmbedCaptions,
+            fn_constructor_args=(config, model, captions, variant),
+            **_shard_batches(),
+            num_cpus=placed.cpus,
+            num_gpus=placed.gpus,
+            compute=_actors(placed.actors),
+        )
 
     return build
 
 
 def _shard_batches() -> dict[str, Any]:
-    # A row is a shard, so a batch of one is the shard; pyarrow, since numpy would strip trailing zero bytes of pixels.
+    # A row is a shard, so a batch of one is the shard; pyarrow, since numpy would strip trailing zero bytes
+    # of pixels.
     return {"batch_size": 1, "batch_format": "pyarrow"}
 
 
@@ -185,19 +232,37 @@ def _actors(size: int) -> ray.data.ActorPoolStrategy:
     return ActorPoolStrategy(size=size)
 
 
-def _run(verb: str, store: Store, stage: Stage, variant: str, items: list[dict[str, Any]], chain: Chain, max_rate: float) -> None:
+def _run(
+    verb: str,
+    store: Store,
+    stage: Stage,
+    variant: str,
+    items: list[dict[str, Any]],
+    chain: Chain,
+    max_rate: float,
+) -> None:
     """Drives a chain over the shards to do, shows progress, and stops when too many rows have failed.
 
     Raises:
         SettingsError: another process is at it: both would pay for the same captions.
     """
     # Where nothing is to do nothing is written.
-    with lock.held(locations.join(store.uri, store.folder(stage, variant)), "store") if items else contextlib.nullcontext():
+    with (
+        lock.held(locations.join(store.uri, store.folder(stage, variant)), "store")
+        if items
+        else contextlib.nullcontext()
+    ):
         _drive(verb, store, stage, variant, items, chain, max_rate)
 
 
 def _drive(
-    verb: str, store: Store, stage: Stage, variant: str, items: list[dict[str, Any]], chain: Chain, max_rate: float
+    verb: str,
+    store: Store,
+    stage: Stage,
+    variant: str,
+    items: list[dict[str, Any]],
+    chain: Chain,
+    max_rate: float,
 ) -> None:
     from tqdm import tqdm
 
@@ -215,34 +280,43 @@ def _drive(
         start_ray()
         import ray.data
 
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its progress, hints and tracebacks; ours stand in their place
+        logging.getLogger("ray.data").setLevel(
+            logging.CRITICAL
+        )  # its progress, hints and tracebacks; ours stand in their place
         ray.data.DataContext.get_current().enable_progress_bars = False
         tokens = 0
         rows_before = 0 if redone & receipts.keys() else done_rows
         total = sum(receipts[s].rows for s in redone & receipts.keys()) or store.dataset.rows
-        with tqdm(total=total, initial=rows_before, desc=f"{verb} {variant}".strip(), unit="img", file=sys.stderr) as bar:
+        with tqdm(
+            total=total, initial=rows_before, desc=f"{verb} {variant}".strip(), unit="img", file=sys.stderr
+        ) as bar:
             source = ray.data.from_items(items, override_num_blocks=_blocks(len(items), stage))
             rows = iter(chain(source).iter_rows())
             while (row := _next(rows, verb, store)) is not None:
                 failed += row["failed"]
                 tokens += row["tokens"]
                 seconds = bar.format_dict["elapsed"] or 1e-9
-                bar.set_postfix_str(f"failed {failed}" + (f", {tokens / seconds:.0f} tok/s" if tokens else ""))
+                bar.set_postfix_str(
+                    f"failed {failed}" + (f", {tokens / seconds:.0f} tok/s" if tokens else "")
+                )
                 bar.update(row["rows"])
                 check_failures(store, stage, variant, failed, max_rate)
         if stage == "captions" and not store.pending(stage, variant):
             store.delete_folder(f"{store.folder(stage, variant)}/underway")
         _say(
-            f"{verb}: {sum(r.rows for r in store.receipts(stage, variant).values())} rows in {store.uri}/{where}, {failed} failed"
+            f"{verb}: {sum(r.rows for r in store.receipts(stage, variant).values())} rows in "
+            f"{store.uri}/{where}, {failed} failed"
         )
     check_failures(store, stage, variant, failed, max_rate)
 
 
 def _blocks(count: int, stage: Stage) -> int:
-    """Blocks for so many shards. Ray Data pays 5 to 10 ms and some 10 kB in the driver for each block (benchmarks/shards.py).
+    """Blocks for so many shards. Ray Data pays 5 to 10 ms and some 10 kB in the driver for each block
+    (benchmarks/shards.py).
 
-    That is nothing beside a shard of captions, which keeps its own block so that a dead engine costs one shard. Ingesting and
-    embedding can take less than that for a shard: there 16 share a block, once there are enough to keep all workers busy.
+    That is nothing beside a shard of captions, which keeps its own block so that a dead engine costs one
+    shard. Ingesting and embedding can take less than that for a shard: there 16 share a block, once there are
+    enough to keep all workers busy.
     """
     return count if stage == "captions" else -(-count // max(1, min(16, count // 256)))
 
@@ -272,7 +346,8 @@ def _failed_shards(store: Store, stage: Stage, variant: str) -> list[int]:
 
 
 def _check_same_source(store: Store, plan: Plan) -> None:
-    """A store is of one source, cut in one way: rows would be lost and doubled if a run went on with another."""
+    """A store is of one source, cut in one way: rows would be lost and doubled if a run went on with
+    another."""
     if changed := differences(store.dataset, plan.dataset):
         message = (
             f"store={store.uri}: was begun with other pictures or settings, which decide its rows:\n  "
@@ -291,7 +366,8 @@ def _recorded_plan(store: Store, wanted: list[int]) -> Plan:
 
 
 def _recorded_row(row: dict[str, Any]) -> Row:
-    """What its source got wrong, so that it has no place to be read at, stays wrong: a label, a line of a list."""
+    """What its source got wrong, so that it has no place to be read at, stays wrong: a label, a line of a
+    list."""
     error = "" if row["uri"] else row["error"]
     return Row(id=row["id"], label=row["label"], split=row["split"], place=row["uri"], error=error)
 
@@ -299,15 +375,19 @@ def _recorded_row(row: dict[str, Any]) -> Row:
 def _with_raised_limits(store: Store, config: RetryConfig) -> Store:
     """The store with the limits that `retry` was given, which are recorded before a row is read under them.
 
-    All that the old limits kept out has failed and is redone, so the store becomes what an ingest under the new ones makes; every
-    later reader goes by the record. A lower limit would leave rows that it does not allow. What stood there first is kept beside.
+    All that the old limits kept out has failed and is redone, so the store becomes what an ingest under the
+    new ones makes; every later reader goes by the record. A lower limit would leave rows that it does not
+    allow. What stood there first is kept beside.
     """
     source = dict(store.dataset.source)
     for name in ("max_pixels", "max_bytes"):
         value, recorded = getattr(config, name), source.get(name, 0)
         if 0 < value < recorded:
             flag = name.replace("_", "-")
-            message = f"{name}={value}: the store was made with {recorded}, and can only be given more; leave --{flag} out."
+            message = (
+                f"{name}={value}: the store was made with {recorded}, and can only be given more; leave "
+                f"--{flag} out."
+            )
             raise SettingsError(message)
         if value > recorded:
             source[name] = value
@@ -321,14 +401,22 @@ def _with_raised_limits(store: Store, config: RetryConfig) -> Store:
 
 def captioner_model(config: CaptionConfig) -> models.ModelRef:
     """Which model captions: the one that a server holds, or files by their hash or the hub's commit."""
-    return _served_model(config) if config.captioner == "openai" else models.resolve(config.model, config.model_revision)
+    return (
+        _served_model(config)
+        if config.captioner == "openai"
+        else models.resolve(config.model, config.model_revision)
+    )
 
 
 def encoder_model(config: EmbedConfig) -> models.ModelRef:
-    """Which model encodes. A preset's package that is not installed (on a GPU machine) gives way to the same model on the hub."""
+    """Which model encodes. A preset's package that is not installed (on a GPU machine) gives way to the same
+    model on the hub."""
     preset = ENCODER_PRESETS[config.encoder_preset]
     if preset.twin and config.encoder == preset.encoder and not models.is_installed(config.encoder):
-        _say(f"note: {config.encoder} is not installed; taking {preset.twin} from the hub, which makes a variant of its own")
+        _say(
+            f"note: {config.encoder} is not installed; taking {preset.twin} from the hub, which makes a "
+            "variant of its own"
+        )
         return models.resolve(preset.twin, preset.twin_revision)
     return models.resolve(config.encoder, config.encoder_revision)
 
@@ -339,16 +427,27 @@ def _served_model(config: CaptionConfig) -> models.ModelRef:
 
     offered = models_of(config.base_url)
     if (config.model and config.model not in offered) or (not config.model and len(offered) != 1):
-        message = f"model={config.model!r}: {config.base_url} serves {', '.join(offered)}; pass --model with one of these."
+        message = (
+            f"model={config.model!r}: {config.base_url} serves {', '.join(offered)}; pass --model with one "
+            "of these."
+        )
         raise SettingsError(message)
     return models.ModelRef(name=config.model or offered[0], location=config.base_url, revision="served")
 
 
 def _record_variant(
-    store: Store, stage: Stage, variant: str, settings: dict[str, Any], packages: tuple[str, ...], server: str = ""
+    store: Store,
+    stage: Stage,
+    variant: str,
+    settings: dict[str, Any],
+    packages: tuple[str, ...],
+    server: str = "",
 ) -> None:
-    """Versions are recorded but not hashed: an upgrade must not orphan what was paid for; it is told instead."""
-    versions = {name: version for name in packages if (version := _version(name))} | ({"server": server} if server else {})
+    """Versions are recorded but not hashed: an upgrade must not orphan what was paid for; it is told
+    instead."""
+    versions = {name: version for name in packages if (version := _version(name))} | (
+        {"server": server} if server else {}
+    )
     store.write_variant(stage, variant, {**settings, "versions": versions})
     recorded = store.variant(stage, variant)["versions"]
     if recorded != versions and store.pending(stage, variant):
@@ -368,7 +467,9 @@ def _has_engine(store: Store, variant: str) -> bool:
     return str(store.variant("captions", variant)["engine"]) != "imported"
 
 
-def _recorded_captioner(store: Store, variant: str, runtime: RetryConfig) -> tuple[CaptionConfig, models.ModelRef]:
+def _recorded_captioner(
+    store: Store, variant: str, runtime: RetryConfig
+) -> tuple[CaptionConfig, models.ModelRef]:
     record = store.variant("captions", variant)
     made = CaptionVariant.recorded(record)
     if made.engine == "openai":
@@ -378,7 +479,9 @@ def _recorded_captioner(store: Store, variant: str, runtime: RetryConfig) -> tup
     return config, _recorded_model(made.model, made.revision)
 
 
-def _recorded_encoder(store: Store, variant: str, runtime: RetryConfig) -> tuple[EmbedConfig, models.ModelRef]:
+def _recorded_encoder(
+    store: Store, variant: str, runtime: RetryConfig
+) -> tuple[EmbedConfig, models.ModelRef]:
     made = EmbedVariant.recorded(store.variant("embeddings", variant))
     return made.config(runtime), _recorded_model(made.encoder, made.revision)
 
@@ -388,7 +491,10 @@ def _recorded_model(name: str, revision: str) -> models.ModelRef:
         return models.ModelRef(name=name, location=name, revision=revision)
     model = models.resolve(name)
     if model.revision != revision:
-        message = f"model={name!r}: its files have changed since the variant was made; run caption or embed for a new variant."
+        message = (
+            f"model={name!r}: its files have changed since the variant was made; run caption or embed for a "
+            "new variant."
+        )
         raise SettingsError(message)
     return model
 

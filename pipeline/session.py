@@ -1,4 +1,5 @@
-"""Ray for this process: joins the cluster that RAY_ADDRESS names, or starts Ray on this machine, on loopback only."""
+"""Ray for this process: joins the cluster that RAY_ADDRESS names, or starts Ray on this machine, on loopback
+only."""
 
 from __future__ import annotations
 
@@ -21,11 +22,12 @@ def start_ray() -> None:
         # Read by Ray when it is imported: without it a laptop's Ray would listen on every interface.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Idle workers end after five seconds: each wakes a hundred times a second, and two threads that compute in step both
-        # wait when one of their cores is taken.
+        # Idle workers end after five seconds: each wakes a hundred times a second, and two threads that
+        # compute in step both wait when one of their cores is taken.
         os.environ.setdefault("RAY_num_workers_soft_limit", "0")
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "5000")
-        # Of the same cost: an actor that watches for the loss of spot machines, and metrics for a dashboard that does not run.
+        # Of the same cost: an actor that watches for the loss of spot machines, and metrics for a dashboard
+        # that does not run.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
         _keep_memory()
@@ -36,8 +38,9 @@ def start_ray() -> None:
     if os.environ.get("RAY_ADDRESS"):
         _join()
         return
-    # Logical CPUs: models on all cores and decoders on as many, or a trial, its controller and its workers, must fit beside each
-    # other. 2 GiB of object store hold the shards in flight; the dashboard would cost start-up time and open a port.
+    # Logical CPUs: models on all cores and decoders on as many, or a trial, its controller and its workers,
+    # must fit beside each other. 2 GiB of object store hold the shards in flight; the dashboard would cost
+    # start-up time and open a port.
     ray.init(
         address="local",
         num_cpus=max(8, 2 * cores_here() + 2),
@@ -51,14 +54,17 @@ def start_ray() -> None:
 def _keep_memory() -> None:
     """Lets this machine's Ray processes keep up to 1 GiB of what they free, in one arena and in huge pages.
 
-    As glibc has it, activations of 32 MiB, and all that a thread frees (Ray Train trains in one), go back to the system at once
-    and are mapped and zeroed again in the next step: a ResNet-18 on two cores takes 100,000 page faults a step and is 13 % slower
-    (docs/log.md). Before 2.35, glibc limits the threshold and has no huge pages.
+    As glibc has it, activations of 32 MiB, and all that a thread frees (Ray Train trains in one), go back to
+    the system at once and are mapped and zeroed again in the next step: a ResNet-18 on two cores takes
+    100,000 page faults a step and is 13 % slower (docs/log.md). Before 2.35, glibc limits the threshold and
+    has no huge pages.
     """
     name, version = platform.libc_ver()
     if name == "glibc" and tuple(int(part) for part in version.split(".")[:2]) >= (2, 35):
         kept = {"arena_max": 1, "hugetlb": 1, "mmap_threshold": 2**30, "trim_threshold": 2**30}
-        os.environ.setdefault("GLIBC_TUNABLES", ":".join(f"glibc.malloc.{key}={value}" for key, value in kept.items()))
+        os.environ.setdefault(
+            "GLIBC_TUNABLES", ":".join(f"glibc.malloc.{key}={value}" for key, value in kept.items())
+        )
 
 
 def _join() -> None:
@@ -68,8 +74,9 @@ def _join() -> None:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     except ConnectionError as error:
         message = (
-            f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there. Is it up, and is the token right? "
-            "With token authentication set RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or RAY_AUTH_TOKEN."
+            f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there. Is it up, and is the "
+            "token right? With token authentication set RAY_AUTH_MODE=token, and the token in "
+            "~/.ray/auth_token or RAY_AUTH_TOKEN."
         )
         raise UnreachableError(message) from error
 
@@ -82,7 +89,8 @@ def gpus() -> int:
 
 
 def cpus() -> int:
-    """CPUs of the cluster by Ray's count, which is what can be asked for; on this machine it is logical (see `start_ray`)."""
+    """CPUs of the cluster by Ray's count, which is what can be asked for; on this machine it is logical (see
+    `start_ray`)."""
     import ray
 
     return int(ray.cluster_resources().get("CPU", 0))
@@ -105,7 +113,8 @@ def _nodes() -> list[Any]:
 
 
 def cores() -> int:
-    """Cores to compute with on the node that has most of them: by Ray's count, but of this machine no more than it has."""
+    """Cores to compute with on the node that has most of them: by Ray's count, but of this machine no more
+    than it has."""
     import ray
 
     nodes = _nodes()
@@ -122,7 +131,9 @@ def cores_here() -> int:
     """Cores that this process may use, a container's quota included."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _control_group("cpu.max").partition(" ")
-    return max(1, min(allowed, int(quota) // int(period))) if quota.isdigit() and period.isdigit() else allowed
+    return (
+        max(1, min(allowed, int(quota) // int(period))) if quota.isdigit() and period.isdigit() else allowed
+    )
 
 
 def memory() -> int:
@@ -141,12 +152,14 @@ def _control_group(file: str) -> str:
 
 
 def actor_name() -> str:
-    """A name of the actor that this process is, the same after Ray has started it again; `driver` outside of actors."""
+    """A name of the actor that this process is, the same after Ray has started it again; `driver` outside of
+    actors."""
     import ray
 
     return (ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None) or "driver"
 
 
 def spare_cores() -> int:
-    """Cores that decoding may use beside an engine or a training: half of this machine's, or of the cluster's nodes."""
+    """Cores that decoding may use beside an engine or a training: half of this machine's, or of the cluster's
+    nodes."""
     return max(1, (cpus() if several_nodes() else cores()) // 2)

@@ -1,4 +1,5 @@
-"""A package's verbs and their command line. A package's table of verbs is the only one; `gpt4image` joins all four."""
+"""A package's verbs and their command line. A package's table of verbs is the only one; `gpt4image` joins all
+four."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from pipeline import errors
 
 @dataclass(frozen=True)
 class Verb:
-    """What a verb is for, its settings (or what reads them from a command line), and what it does; returns an exit code."""
+    """What a verb is for, its settings (or what reads them from a command line), and what it does; returns an
+    exit code."""
 
     about: str
     settings: type | Callable[[list[str]], Any]

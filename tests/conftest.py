@@ -1,4 +1,5 @@
-"""Shared fixtures: one Ray and one described store for the whole run; everything is written below pytest's temporary folders."""
+"""Shared fixtures: one Ray and one described store for the whole run; everything is written below pytest's
+temporary folders."""
 
 from __future__ import annotations
 
@@ -16,12 +17,15 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched: a test that needs the hub is a test that is wrong
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # nothing is fetched: a test that needs the hub is a test that is wrong
 
 
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
-    """A bucket of a real S3 protocol server on loopback; every process started from here finds it through the environment."""
+    """A bucket of a real S3 protocol server on loopback; every process started from here finds it through the
+    environment."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -30,9 +34,12 @@ def bucket() -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     boto3.client("s3").create_bucket(Bucket="pictures")
@@ -42,8 +49,8 @@ def bucket() -> Iterator[str]:
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-# A server of its own process, since pyarrow's client for it waits with the interpreter's lock held; of many threads, since it
-# would otherwise answer nobody while one client reads a part of a file.
+# A server of its own process, since pyarrow's client for it waits with the interpreter's lock held; of many
+# threads, since it would otherwise answer nobody while one client reads a part of a file.
 GOOGLE = """
 import sys
 from http.server import ThreadingHTTPServer
@@ -62,7 +69,9 @@ def gs_bucket() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-c", GOOGLE, str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [sys.executable, "-c", GOOGLE, str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert server.stdout is not None and server.stdout.readline() == b"ready\n"
     os.environ["STORAGE_EMULATOR_HOST"] = f"http://127.0.0.1:{port}"
     yield "gs://pictures"
@@ -73,7 +82,8 @@ def gs_bucket() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def ray_session(bucket: str, gs_bucket: str) -> Iterator[None]:
-    """One local Ray for all tests that need it; verbs called in this process join it. Its workers know the buckets."""
+    """One local Ray for all tests that need it; verbs called in this process join it. Its workers know the
+    buckets."""
     from pipeline.session import start_ray
 
     start_ray()
@@ -89,7 +99,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes")
     script = ROOT / "examples" / "scenes" / "render.py"
     counts = ["--train-per-class", "16", "--val-per-class", "8", "--workers", "1"]
-    subprocess.run([sys.executable, str(script), "--to", str(folder), *counts], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(script), "--to", str(folder), *counts], check=True, capture_output=True
+    )
     return folder
 
 
@@ -129,15 +141,24 @@ def jpeg(rng: np.random.Generator, width: int, height: int) -> bytes:
 
 @pytest.fixture(scope="session")
 def make_store() -> Callable[..., Path]:
-    """Builds a small complete store by hand, without Ray or models: images, captions and random embeddings."""
+    """Builds a small complete store by hand, without Ray or models: images, captions and random
+    embeddings."""
     return build_store
 
 
 def build_store(
-    folder: Path, *, classes: int = 3, train: int = 24, val: int = 9, dim: int = 8, shard_rows: int = 10, size: int = 40,
+    folder: Path,
+    *,
+    classes: int = 3,
+    train: int = 24,
+    val: int = 9,
+    dim: int = 8,
+    shard_rows: int = 10,
+    size: int = 40,
     missing_captions: int = 0,
-) -> Path:  # fmt: skip
-    """Pictures whose colour is their class; captions repeat, so that some are equal; the first training rows may lack one."""
+) -> Path:
+    """Pictures whose colour is their class; captions repeat, so that some are equal; the first training rows
+    may lack one."""
     import pyarrow as pa
 
     from pipeline.store import CAPTIONS, IMAGES, Dataset, Split, Store, embeddings_table
@@ -151,11 +172,15 @@ def build_store(
         first += len(sizes)
     names = [f"class {n}" for n in range(classes)]
     source = {"kind": "test", "max_pixels": 10**6}
-    dataset = Dataset(schema_version=1, classes=names, splits=splits, rows=train + val, shards=len(shards), source=source)
+    dataset = Dataset(
+        schema_version=1, classes=names, splits=splits, rows=train + val, shards=len(shards), source=source
+    )
     store = Store.create(str(folder), dataset)
     settings = {"engine": "imported", "versions": {}}
     store.write_variant("captions", "test", settings)
-    store.write_variant("embeddings", "test", {"captions": "test", "encoder": "none", "pooling": "mean", "versions": {}})
+    store.write_variant(
+        "embeddings", "test", {"captions": "test", "encoder": "none", "pooling": "mean", "versions": {}}
+    )
     vectors = rng.normal(size=(classes * 2, dim))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for shard, (split, rows) in enumerate(shards):
@@ -169,11 +194,22 @@ def build_store(
             key = f"{split}/{label}/{shard}-{row}.jpg"
             error = "no caption" if split == "train" and shard == 0 and row < missing_captions else None
             images.append(
-                {"id": key, "image": sink.getvalue(), "label": label, "split": split, "width": size + row, "height": size}
+                {
+                    "id": key,
+                    "image": sink.getvalue(),
+                    "label": label,
+                    "split": split,
+                    "width": size + row,
+                    "height": size,
+                }
             )
             captions.append({"id": key, "caption": None if error else f"caption {kind}", "error": error})
-            embeddings.append({"id": key, "error": error} | {"embedding": vectors[kind], "tokens": 3, "truncated": False})
+            embeddings.append(
+                {"id": key, "error": error} | {"embedding": vectors[kind], "tokens": 3, "truncated": False}
+            )
         store.write_shard("images", "", shard, pa.Table.from_pylist(images, schema=IMAGES), seconds=0)
-        store.write_shard("captions", "test", shard, pa.Table.from_pylist(captions, schema=CAPTIONS), seconds=0)
+        store.write_shard(
+            "captions", "test", shard, pa.Table.from_pylist(captions, schema=CAPTIONS), seconds=0
+        )
         store.write_shard("embeddings", "test", shard, embeddings_table(embeddings, dim), seconds=0)
     return folder

@@ -1,4 +1,5 @@
-"""A real cluster of two nodes on loopback, and drivers in processes of their own, for tests that kill parts of it."""
+"""A real cluster of two nodes on loopback, and drivers in processes of their own, for tests that kill parts
+of it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ NODE = {"num_cpus": 6, "object_store_memory": 300 * 2**20, "include_dashboard": 
 
 
 class TwoNodes:
-    """A head and a worker node; the worker's raylet can be killed and replaced. Everything killed was started here."""
+    """A head and a worker node; the worker's raylet can be killed and replaced. Everything killed was started
+    here."""
 
     def __init__(self, head: dict[str, Any] | None = None, worker: dict[str, Any] | None = None) -> None:
         """Takes changes to the settings of a node, such as its number of CPUs."""
@@ -35,11 +37,17 @@ class TwoNodes:
         return str(self._cluster.address)
 
     def run(self, arguments: list[str], **settings: str) -> subprocess.Popen[bytes]:
-        """`python ARGUMENTS` as a driver in a process group of its own; its output goes to the file NODES_LOG names, if any."""
+        """`python ARGUMENTS` as a driver in a process group of its own; its output goes to the file NODES_LOG
+        names, if any."""
         environment = {**os.environ, "RAY_ADDRESS": self.address, "HF_HUB_OFFLINE": "1", **settings}
         log = open(os.environ.get("NODES_LOG", os.devnull), "ab")  # noqa: SIM115
         driver = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, start_new_session=True, stderr=log, stdout=log
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+            stderr=log,
+            stdout=log,
         )
         self._drivers.append(driver)
         return driver
@@ -49,7 +57,8 @@ class TwoNodes:
         return [info.process.pid for node in nodes for info in node.all_processes.get("raylet", [])]
 
     def actors(self, name: str, *, worker_node: bool = False) -> list[psutil.Process]:
-        """Processes of actors of that name, below our own raylets; an engine in a process of its own is below its actor."""
+        """Processes of actors of that name, below our own raylets; an engine in a process of its own is below
+        its actor."""
         found = []
         for pid in self.raylets()[1 if worker_node else 0 :]:
             with contextlib.suppress(psutil.NoSuchProcess):

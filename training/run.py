@@ -1,8 +1,9 @@
-"""`train`: a Ray Train V2 run over the store, from settings to checkpoints; the one file here that builds Ray objects.
+"""`train`: a Ray Train V2 run over the store, from settings to checkpoints; the one file here that builds Ray
+objects.
 
-A run is a folder, on a disk or s3://: settings (config.json), MLflow id, Ray Train's checkpoints, metrics.jsonl, progress.json,
-and result.json at the end. The same command on the same folder goes on from the last checkpoint, inside an epoch too.
-`python -m training train --store STORE --preset scenes`.
+A run is a folder, on a disk or s3://: settings (config.json), MLflow id, Ray Train's checkpoints,
+metrics.jsonl, progress.json, and result.json at the end. The same command on the same folder goes on from the
+last checkpoint, inside an epoch too. `python -m training train --store STORE --preset scenes`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
         return _trained(config, variants, callbacks, progress)
 
 
-def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[Any], progress: bool) -> Result:
+def _trained(
+    config: TrainConfig, variants: dict[str, str], callbacks: Sequence[Any], progress: bool
+) -> Result:
     config = _tracked_as_begun(config)
     session.start_ray()
     config, cpus, gpus = _placed(config)
@@ -72,7 +75,8 @@ def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[
             filesystem.delete_file(f"{path}/{name}")
     run_id = _tracking_run(config, variants)
 
-    # A report waits until the one before has been fetched; Ray's two seconds are longer than an epoch of a small set.
+    # A report waits until the one before has been fetched; Ray's two seconds are longer than an epoch of a
+    # small set.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -95,14 +99,19 @@ def _trained(config: TrainConfig, variants: dict[str, str], callbacks: Sequence[
         train_worker,
         train_loop_config={"config": asdict(config), "run_id": run_id},
         scaling_config=ScalingConfig(
-            **size, use_gpu=gpus, resources_per_worker={"CPU": cpus, "GPU": int(gpus)},
+            **size,
+            use_gpu=gpus,
+            resources_per_worker={"CPU": cpus, "GPU": int(gpus)},
         ),
         run_config=RunConfig(
-            name=path.rpartition("/")[2], storage_path=path.rpartition("/")[0], storage_filesystem=filesystem,
-            callbacks=list(callbacks), failure_config=FailureConfig(max_failures=config.max_failures),
+            name=path.rpartition("/")[2],
+            storage_path=path.rpartition("/")[0],
+            storage_filesystem=filesystem,
+            callbacks=list(callbacks),
+            failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=kept,
         ),
-    )  # fmt: skip
+    )
     if progress:
         where = "a GPU each" if gpus else f"{cpus} CPU threads each (the cluster has no GPU now)"
         print(f"train: {config.run}: starting {config.workers} workers, {where}", file=sys.stderr, flush=True)
@@ -154,7 +163,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
             write_json(config.run, "failure.json", {"message": str(error)})
         reporter.finish("FAILED")
     except RunStoppedError as error:
-        # Of this worker alone: the others wait for it, so Ray must start the group again, which then finds the note and ends.
+        # Of this worker alone: the others wait for it, so Ray must start the group again, which then finds
+        # the note and ends.
         write_json(config.run, "stopped.json", {"message": str(error)})
         reporter.finish("FAILED")
         raise
@@ -163,11 +173,14 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
 
 class _Reporter:
-    """Carries what a worker's loop reports to Ray Train, the run's folder and MLflow; writing happens beside training."""
+    """Carries what a worker's loop reports to Ray Train, the run's folder and MLflow; writing happens beside
+    training."""
 
     def __init__(self, config: TrainConfig, run_id: str, rank: int) -> None:
         self._config, self._rank = config, rank
-        self._tracker = tracking.Tracker(config.tracking_uri, run_id if rank == 0 else "", spool=_spool(config))
+        self._tracker = tracking.Tracker(
+            config.tracking_uri, run_id if rank == 0 else "", spool=_spool(config)
+        )
         self._lines: list[str] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="report")
         self._shown = 0.0
@@ -199,7 +212,10 @@ class _Reporter:
 
         placeholder = ray.train.Checkpoint.from_directory(tempfile.mkdtemp(prefix="checkpoint-"))
         ray.train.report(
-            metrics or {}, checkpoint=placeholder, checkpoint_upload_mode=CheckpointUploadMode.ASYNC, checkpoint_upload_fn=upload
+            metrics or {},
+            checkpoint=placeholder,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
         )
         if metrics is not None:
             self._tracker.metrics(metrics, step=int(metrics["epoch"]), once=True)
@@ -238,13 +254,15 @@ class _DecodingActor:
 
 
 class _ActorDecoding:
-    """See `data.Decoding`. A decoder whose node is lost is started elsewhere and does its part again, with the same result."""
+    """See `data.Decoding`. A decoder whose node is lost is started elsewhere and does its part again, with
+    the same result."""
 
     def __init__(self, spec: decoder.DecoderSpec, count: int) -> None:
         import ray
 
         self.decoders = count
-        # Two threads, so that shards are read while others are decoded; SPREAD reaches nodes without GPUs, too.
+        # Two threads, so that shards are read while others are decoded; SPREAD reaches nodes without GPUs,
+        # too.
         actor = ray.remote(_DecodingActor).options(
             num_cpus=1, max_restarts=-1, max_task_retries=-1, max_concurrency=2, scheduling_strategy="SPREAD"
         )
@@ -269,18 +287,24 @@ def default_run(config: TrainConfig) -> str:
     """A new folder below runs/, named by what differs between runs, by the time and by chance."""
     kind = f"w{config.alignment_weight:g}-d{config.projection_dim}" if config.alignment_weight else "baseline"
     # Two runs begun in the same second, or on two machines, must not meet in one folder.
-    return f"runs/{short_name(config.backbone)}-{kind}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    when = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"runs/{short_name(config.backbone)}-{kind}-s{config.seed}-{when}"
 
 
 def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
-    """The settings as the run will have them, checked, and the variants trained on: addresses whole, embeddings named.
+    """The settings as the run will have them, checked, and the variants trained on: addresses whole,
+    embeddings named.
 
     A run that was begun before lends what was left open, see `record.resumed`.
 
     Raises:
         ValueError: settings that do not fit the store, or the run that is to be resumed.
     """
-    config = replace(config, run=run_folder.address(config.run or default_run(config)), store=run_folder.address(config.store))
+    config = replace(
+        config,
+        run=run_folder.address(config.run or default_run(config)),
+        store=run_folder.address(config.store),
+    )
     locations.check_writable("run", config.run)
     from training.models import backbones, weights
 
@@ -326,8 +350,9 @@ def check(config: TrainConfig) -> dict[str, str]:
     store.split_shards(config.eval_split)
     if not len(Rows(store, config.eval_split)):
         message = (
-            f"eval_split={config.eval_split}: none of its pictures can be used, and training is judged by it; "
-            f"`gpt4image status --store {config.store}` says why. Mend them, or pass another --eval-split."
+            f"eval_split={config.eval_split}: none of its pictures can be used, and training is judged by "
+            f"it; `gpt4image status --store {config.store}` says why. Mend them, or pass another "
+            "--eval-split."
         )
         raise SettingsError(message)
     rows = len(Rows(store, config.train_split))
@@ -348,21 +373,25 @@ def check(config: TrainConfig) -> dict[str, str]:
 
 
 def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
-    """(settings with the numbers filled in, CPUs of a worker, whether each gets a GPU), checked against the cluster."""
+    """(settings with the numbers filled in, CPUs of a worker, whether each gets a GPU), checked against the
+    cluster."""
     gpus, total = session.gpus(), session.cpus()
     workers = config.workers or gpus or 2
     if gpus and workers > gpus and not config.min_workers:
         message = f"workers={workers}: the cluster has {gpus} GPUs; pass --workers {gpus} or fewer."
         raise SettingsError(message)
     if config.sync_batch_norm and not gpus:
-        message = "sync_batch_norm: torch computes it on GPUs only, and the cluster has none; leave the flag out."
+        message = (
+            "sync_batch_norm: torch computes it on GPUs only, and the cluster has none; leave the flag out."
+        )
         raise SettingsError(message)
     # Ray gives a worker as many OpenMP threads as CPUs; decoding threads come on top.
     largest = session.largest_node()
     cpus = 2 if gpus else config.threads or max(1, session.cores() // workers)
     if cpus > largest:
         message = (
-            f"threads={cpus}: no node of the cluster has so many CPUs (the largest has {largest}); pass a smaller --threads."
+            f"threads={cpus}: no node of the cluster has so many CPUs (the largest has {largest}); pass a "
+            "smaller --threads."
         )
         raise SettingsError(message)
     loader = config.loader
@@ -371,8 +400,8 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
     wanted = workers * (cpus + config.loader_workers)
     if loader == "actors" and wanted > total:
         message = (
-            f"loader=actors: {workers} workers with {config.loader_workers} decoders each need {wanted} CPUs, the cluster "
-            f"has {total}; pass a smaller --loader-workers."
+            f"loader=actors: {workers} workers with {config.loader_workers} decoders each need {wanted} "
+            f"CPUs, the cluster has {total}; pass a smaller --loader-workers."
         )
         raise SettingsError(message)
     return replace(config, workers=workers, loader=loader), cpus, gpus > 0
@@ -392,8 +421,8 @@ def _tracked_as_begun(config: TrainConfig) -> TrainConfig:
         return config
     if "***" in before:
         message = (
-            f"tracking_uri={now}: the run is in {before}, and no other MLflow knows it; pass that address, or --tracking-uri "
-            f"{tracking.OFF}."
+            f"tracking_uri={now}: the run is in {before}, and no other MLflow knows it; pass that address, "
+            f"or --tracking-uri {tracking.OFF}."
         )
         raise SettingsError(message)
     print(f"train: metrics go on to {before}, where the run is, and not to {now}", file=sys.stderr)
@@ -407,9 +436,17 @@ def _tracking_run(config: TrainConfig, variants: dict[str, str]) -> str:
     params = {key: value for key, value in asdict(config).items() if key not in FREE}
     name = config.run.rpartition("/")[2]
     run_id = tracking.start_run(
-        config.tracking_uri, config.experiment, name, params, variants, config.parent_run, spool=_spool(config)
+        config.tracking_uri,
+        config.experiment,
+        name,
+        params,
+        variants,
+        config.parent_run,
+        spool=_spool(config),
     )
-    write_json(config.run, "mlflow.json", {"run_id": run_id, "tracking_uri": tracking.masked(config.tracking_uri)})
+    write_json(
+        config.run, "mlflow.json", {"run_id": run_id, "tracking_uri": tracking.masked(config.tracking_uri)}
+    )
     return run_id
 
 
@@ -446,6 +483,11 @@ def _result(config: TrainConfig, run_id: str) -> Result:
     metric = run_folder.judged_by(asdict(config))
     best = max(history, key=lambda epoch: run_folder.merit(epoch, metric))
     return {
-        "run": config.run, "run_id": run_id, "epochs": len(history), "last": history[-1],
-        "best_epoch": best["epoch"], "best_top1": run_folder.headline(best, metric.name), "history": history,
-    }  # fmt: skip
+        "run": config.run,
+        "run_id": run_id,
+        "epochs": len(history),
+        "last": history[-1],
+        "best_epoch": best["epoch"],
+        "best_top1": run_folder.headline(best, metric.name),
+        "history": history,
+    }

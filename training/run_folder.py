@@ -1,7 +1,9 @@
-"""A run's folder, on a disk or s3://: what it says of the run, how that is read again, and the lines on the screen made of it.
+"""A run's folder, on a disk or s3://: what it says of the run, how that is read again, and the lines on the
+screen made of it.
 
-config.json holds all settings and a version. A setting that an older release did not know has the value that stands for what that
-release did; one that this release does not know ends in an error, since nothing can be said of what it did.
+config.json holds all settings and a version. A setting that an older release did not know has the value that
+stands for what that release did; one that this release does not know ends in an error, since nothing can be
+said of what it did.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from training.objectives.protocol import Metric, metric_named
 
 Recorded = dict[str, Any]
 
-# Raised when a setting keeps its name and changes its meaning. Records without a version are older than versions.
+# Raised when a setting keeps its name and changes its meaning. Records without a version are older than
+# versions.
 VERSION = 1
 
 _NO_SETTINGS = ("version", "store_contents")
@@ -43,7 +46,8 @@ def check_store(run: str, recorded: Recorded, store: Store) -> None:
     """Whether the store is the one that a run was begun on; early releases did not record which.
 
     Raises:
-        OtherSettingsError: it was made anew since, at the same place, of other pictures, labels, splits or shards.
+        OtherSettingsError: it was made anew since, at the same place, of other pictures, labels, splits or
+            shards.
     """
     if recorded.get("store_contents", store.contents) != store.contents:
         message = (
@@ -63,12 +67,16 @@ def settings(run: str, recorded: Recorded) -> TrainConfig:
     Raises:
         ValueError: a newer release wrote it, or it holds settings that this one does not know.
     """
-    version, values = recorded.get("version", 0), {name: recorded[name] for name in recorded if name not in _NO_SETTINGS}
+    version, values = (
+        recorded.get("version", 0),
+        {name: recorded[name] for name in recorded if name not in _NO_SETTINGS},
+    )
     unknown = sorted(values.keys() - {field.name for field in fields(TrainConfig)})
     if version > VERSION or unknown:
         message = (
-            f"run={run}: was begun by another release: its config.json has version {version}, this one reads up to {VERSION}; "
-            f"settings unknown here: {', '.join(unknown) or 'none'}. Use the release that began it, or pass another --run."
+            f"run={run}: was begun by another release: its config.json has version {version}, this one reads "
+            f"up to {VERSION}; settings unknown here: {', '.join(unknown) or 'none'}. Use the release that "
+            "began it, or pass another --run."
         )
         raise SettingsError(message)
     found = TrainConfig(**{**_BEFORE, **values})
@@ -78,7 +86,8 @@ def settings(run: str, recorded: Recorded) -> TrainConfig:
 
 
 def read(run: str) -> TrainConfig:
-    """The settings that a run was made with; its store, if it is still there, must be the one that it was made on.
+    """The settings that a run was made with; its store, if it is still there, must be the one that it was
+    made on.
 
     Raises:
         FileNotFoundError: `run` is no folder of a run.
@@ -120,12 +129,14 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
     ]
     if "version" not in recorded and then.loss == "bce":
         message = (
-            f"run={config.run}: was begun when --loss bce was a mean over classes; it is a sum now, which weighs as much as "
-            "cross entropy. Go on with the release that began it, or pass another --run."
+            f"run={config.run}: was begun when --loss bce was a mean over classes; it is a sum now, which "
+            "weighs as much as cross entropy. Go on with the release that began it, or pass another --run."
         )
         raise SettingsError(message)
     if changed:
-        message = f"run={config.run}: was begun with other settings; pass another --run.\n  " + "\n  ".join(changed)
+        message = f"run={config.run}: was begun with other settings; pass another --run.\n  " + "\n  ".join(
+            changed
+        )
         raise OtherSettingsError(message)
     return now
 
@@ -136,7 +147,8 @@ def address(place: str) -> str:
 
 
 def headline(metrics: Mapping[str, float], name: str = "top1") -> float:
-    """A metric of an epoch, of the weights that an export takes: those of the moving average, where there is one."""
+    """A metric of an epoch, of the weights that an export takes: those of the moving average, where there is
+    one."""
     return metrics.get(f"ema_{name}", metrics[name])
 
 
@@ -157,7 +169,8 @@ def headline_name(config: TrainConfig) -> str:
 
 
 def _tracked_embeddings(run: str) -> str:
-    """The embeddings that MLflow was told of, for releases that recorded an empty name; empty where nothing is known."""
+    """The embeddings that MLflow was told of, for releases that recorded an empty name; empty where nothing
+    is known."""
     if not locations.is_local(run):
         return ""
     try:  # the first record is the run's creation
@@ -186,7 +199,9 @@ def write_text(run: str, name: str, text: str) -> None:
     filesystem, root = locations.resolve(run)
     local = isinstance(filesystem, fs.LocalFileSystem)
     path = f"{root}/{name}"
-    with filesystem.open_output_stream(f"{path}.tmp" if local else path) as stream:  # an object store puts whole objects
+    with filesystem.open_output_stream(
+        f"{path}.tmp" if local else path
+    ) as stream:  # an object store puts whole objects
         stream.write(text.encode())
     if local:
         filesystem.move(f"{path}.tmp", path)
@@ -219,7 +234,11 @@ class Follower:
         if self._show:
             self._shown = len(self._lines())  # what an earlier start of this run has printed
             if self._shown:
-                print(f"train: {self._run} goes on after epoch {self._shown} of {self._epochs}", file=sys.stderr, flush=True)
+                print(
+                    f"train: {self._run} goes on after epoch {self._shown} of {self._epochs}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._thread.start()
         return self
 
@@ -259,12 +278,15 @@ class Follower:
     def _epoch_line(self, m: dict[str, float]) -> str:
         left = (self._epochs - m["epoch"]) * m["seconds"]
         name, title, digits = self._metric.name, self._metric.title, self._metric.digits
-        losses = "  ".join(f"{short} {m[full]:.3f}" for full, short in _LOSSES.items() if full in m) or f"loss {m['loss']:.3f}"
+        losses = (
+            "  ".join(f"{short} {m[full]:.3f}" for full, short in _LOSSES.items() if full in m)
+            or f"loss {m['loss']:.3f}"
+        )
         raw = f" (without averaging {m[name]:.{digits}f})" if f"ema_{name}" in m else ""
         top5 = f"top-5 {headline(m, 'top5'):.1f}  " if "top5" in m else ""
         return (
-            f"epoch {m['epoch']:>3.0f}/{self._epochs}  {losses}  {title} {headline(m, name):.{digits}f}{raw}  "
-            f"{top5}{m['images_per_s']:.0f} img/s  {_clock(left)} left"
+            f"epoch {m['epoch']:>3.0f}/{self._epochs}  {losses}  {title} {headline(m, name):.{digits}f}{raw} "
+            f" {top5}{m['images_per_s']:.0f} img/s  {_clock(left)} left"
         )
 
     def _step_line(self, now: dict[str, float]) -> str:

@@ -36,7 +36,9 @@ def parse_tune(arguments: list[str]) -> config.TuneConfig:
             raise SettingsError(message.replace("?.", "?"))
     train = config.SharedConfig(**{**preset(preset_name(arguments)), "store": "?"})
     object.__setattr__(train, "store", tyro.MISSING)  # the one flag without a default
-    return tyro.cli(config.TuneConfig, args=arguments, prog="gpt4image tune", default=config.TuneConfig(train=train))
+    return tyro.cli(
+        config.TuneConfig, args=arguments, prog="gpt4image tune", default=config.TuneConfig(train=train)
+    )
 
 
 def _tune(settings: config.TuneConfig) -> int:
@@ -51,7 +53,10 @@ def _tune(settings: config.TuneConfig) -> int:
     if content["exported"]:
         load = "copy it here, then " if "://" in content["exported"] else ""
         source = content["exported_from"]["trial"]
-        print(f"\nbest model, of {source}: {content['exported']} ({load}timm.create_model('local-dir:...', pretrained=True))")
+        print(
+            f"\nbest model, of {source}: {content['exported']} ({load}timm.create_model('local-dir:...', "
+            "pretrained=True))"
+        )
     run.require_results(content)
     return 0
 

@@ -13,7 +13,8 @@ from training.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SharedConfig(TrainConfig):
-    """The settings that all trials share. Those below are no flags of `tune`: the sweep gives each trial its own."""
+    """The settings that all trials share. Those below are no flags of `tune`: the sweep gives each trial its
+    own."""
 
     run: tyro.conf.Suppress[str] = ""
     backbone: tyro.conf.Suppress[str] = "resnet18"
@@ -42,10 +43,11 @@ class TuneConfig:
     train: tyro.conf.OmitArgPrefixes[SharedConfig]
     """What all trials share."""
     sweep: str = ""
-    """Folder or s3:// address of the sweep, a run folder a trial in it. The same again resumes, with more values, too. Empty: a
-    new one below runs/."""
+    """Folder or s3:// address of the sweep, a run folder a trial in it. The same again resumes, with more
+    values, too. Empty: a new one below runs/."""
     alignment_weights: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
-    """Weights to try; 0 is the baseline and is trained once for each backbone and seed, whatever the dimensions."""
+    """Weights to try; 0 is the baseline and is trained once for each backbone and seed, whatever the
+    dimensions."""
     projection_dims: tuple[int, ...] = (128, 0)
     """Widths of the shared space to try; 0 is the embedding's own."""
     backbones: tuple[str, ...] = ()
@@ -71,8 +73,9 @@ class TuneConfig:
             raise SettingsError("\n".join(faults))
 
 
-# What the same folder may be given again. A test holds that every setting is one of the three: what decides the results of trials
-# that are there already; axes of the grid, which may have other values; and the rest, which changes no result.
+# What the same folder may be given again. A test holds that every setting is one of the three: what decides
+# the results of trials that are there already; axes of the grid, which may have other values; and the rest,
+# which changes no result.
 DECIDING = ("train",)
 GROWING = ("alignment_weights", "projection_dims", "backbones", "seeds")
 FREE = ("sweep", "concurrent", "export")

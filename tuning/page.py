@@ -1,7 +1,8 @@
-"""The page: one self-contained HTML file of pictures with captions, curves, the sweep, and the comparison over seeds.
+"""The page: one self-contained HTML file of pictures with captions, curves, the sweep, and the comparison
+over seeds.
 
-Nothing is fetched when it is opened: plots are inline SVG, pictures are data URIs. Captions and names come from models and
-users, so the template escapes all of it.
+Nothing is fetched when it is opened: plots are inline SVG, pictures are data URIs. Captions and names come
+from models and users, so the template escapes all of it.
 """
 
 from __future__ import annotations
@@ -48,21 +49,34 @@ def write(path: str, sweeps: list[dict[str, Any]], *, pictures: int) -> None:
 def _sweep(content: dict[str, Any]) -> dict[str, Any]:
     trials = report.finished(content)
     return {
-        "name": os.path.basename(content["sweep"]), "rows": report.rows(content), "exported": content["exported"],
-        "unfinished": report.unfinished(content), "curves": _safe(curves_plot(trials)),
-        "heat": [_safe(plot) for plot in heat_maps(trials)], "tracking": _tracking(content), "parent": content["parent_run"],
-    }  # fmt: skip
+        "name": os.path.basename(content["sweep"]),
+        "rows": report.rows(content),
+        "exported": content["exported"],
+        "unfinished": report.unfinished(content),
+        "curves": _safe(curves_plot(trials)),
+        "heat": [_safe(plot) for plot in heat_maps(trials)],
+        "tracking": _tracking(content),
+        "parent": content["parent_run"],
+    }
 
 
 def _comparison(result: Paired) -> dict[str, Any]:
     pairs = list(zip(result.seeds, result.baseline, result.aligned, strict=True))
-    return {"sentence": report.sentence(result), "pairs": pairs, "verdict": result.verdict, "plot": _safe(paired_plot(result))}
+    return {
+        "sentence": report.sentence(result),
+        "pairs": pairs,
+        "verdict": result.verdict,
+        "plot": _safe(paired_plot(result)),
+    }
 
 
 def _tracking(content: dict[str, Any]) -> dict[str, str]:
     uri, run = content["tracking_uri"], content["parent_run"]
     if uri.startswith("http"):
-        return {"link": f"{uri.rstrip('/')}/#/search?searchFilter=tags.mlflow.parentRunId%3D'{run}'", "command": ""}
+        return {
+            "link": f"{uri.rstrip('/')}/#/search?searchFilter=tags.mlflow.parentRunId%3D'{run}'",
+            "command": "",
+        }
     return {"link": "", "command": f"mlflow ui --backend-store-uri {uri} --host 127.0.0.1"}
 
 
@@ -85,7 +99,8 @@ def _caption_variant(store: Store, sweeps: list[dict[str, Any]]) -> str:
 
 
 def _gallery(store: Store, captions: str, count: int) -> list[dict[str, str]]:
-    """Pictures of as many classes as there is room for; rows are in hashed order, so the first are a random sample."""
+    """Pictures of as many classes as there is room for; rows are in hashed order, so the first are a random
+    sample."""
     shown: list[dict[str, str]] = []
     seen: dict[int, int] = {}
     for shard in range(store.dataset.shards):

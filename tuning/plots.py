@@ -37,9 +37,13 @@ def curves_plot(trials: list[dict[str, Any]]) -> str:
             colour = BASELINE if not weight else {0.3: "#58a6ff"}.get(weight, ALIGNED)
             history, metric = trial["result"]["history"], judged_by(trial["config"])
             panel.plot(
-                [m["epoch"] for m in history], [headline(m, metric.name) for m in history], color=colour, linewidth=1.4,
-                linestyle="-" if weight else "--", label=None if label in labels else label,
-            )  # fmt: skip
+                [m["epoch"] for m in history],
+                [headline(m, metric.name) for m in history],
+                color=colour,
+                linewidth=1.4,
+                linestyle="-" if weight else "--",
+                label=None if label in labels else label,
+            )
             labels.add(label)
         panel.set_title(backbone, fontsize=10)
         panel.set_xlabel("epoch")
@@ -79,7 +83,14 @@ def _heat_map(backbone: str, cells: dict[tuple[float, int], list[float]], base: 
     middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if value > middle else "black")
+            axes.text(
+                column,
+                row,
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                color="white" if value > middle else "black",
+            )
     axes.set_xticks(range(len(dims)), [str(dim or "D") for dim in dims])
     axes.set_yticks(range(len(weights)), [f"{weight:g}" for weight in weights])
     axes.set_xlabel("projection dimension")

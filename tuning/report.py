@@ -46,26 +46,32 @@ def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
         metric = judged_by(config)
         found.append(
             {
-                "backbone": config["backbone"], "weight": config["alignment_weight"],
-                "dim": (config["projection_dim"] or "D") if config["alignment_weight"] else "-", "seed": config["seed"],
+                "backbone": config["backbone"],
+                "weight": config["alignment_weight"],
+                "dim": (config["projection_dim"] or "D") if config["alignment_weight"] else "-",
+                "seed": config["seed"],
                 "top1": headline(result["last"], metric.name),
                 "top5": headline(result["last"], "top5") if "top5" in result["last"] else math.nan,
                 "best_top1": result["best_top1"],
-                "best_epoch": result["best_epoch"], "images_per_s": result["last"]["images_per_s"], "run_id": result["run_id"],
+                "best_epoch": result["best_epoch"],
+                "images_per_s": result["last"]["images_per_s"],
+                "run_id": result["run_id"],
             }
-        )  # fmt: skip
+        )
     return sorted(found, key=lambda row: -row["top1"] if metric.higher_is_better else row["top1"])
 
 
 def table(content: dict[str, Any]) -> str:
-    """The trials as a table; last epoch beside the best one, which was chosen on the same images and so flatters."""
+    """The trials as a table; last epoch beside the best one, which was chosen on the same images and so
+    flatters."""
     title = metric_of(content).title
     lines = [
-        f"{'backbone':24} {'weight':>6} {'dim':>5} {'seed':>4} {title:>7} {'top-5':>7} {'best':>7} {'epoch':>5} {'img/s':>7}"
+        f"{'backbone':24} {'weight':>6} {'dim':>5} {'seed':>4} {title:>7} {'top-5':>7} {'best':>7} "
+        f"{'epoch':>5} {'img/s':>7}"
     ]
     lines += [
-        f"{r['backbone']:24} {r['weight']:>6g} {r['dim']!s:>5} {r['seed']:>4} {r['top1']:>7.2f} {r['top5']:>7.2f} "
-        f"{r['best_top1']:>7.2f} {r['best_epoch']:>5} {r['images_per_s']:>7.0f}"
+        f"{r['backbone']:24} {r['weight']:>6g} {r['dim']!s:>5} {r['seed']:>4} {r['top1']:>7.2f} "
+        f"{r['top5']:>7.2f} {r['best_top1']:>7.2f} {r['best_epoch']:>5} {r['images_per_s']:>7.0f}"
         for r in rows(content)
     ]
     return "\n".join(lines + unfinished(content))
@@ -80,10 +86,13 @@ def sentence(result: Paired) -> str:
     """One comparison in words."""
     setting = f"{result.backbone}, weight {result.weight:g}, dim {result.dim or 'D'}"
     if len(result.seeds) < 2:
-        return f"{setting}: {result.mean:+.2f} points of top-1 over the baseline on one seed; too few for an interval"
+        return (
+            f"{setting}: {result.mean:+.2f} points of top-1 over the baseline on one seed; too few for an "
+            "interval"
+        )
     return (
-        f"{setting}: {result.mean:+.2f} points of top-1 over the baseline, 95 % [{result.low:+.2f}, {result.high:+.2f}], "
-        f"{len(result.seeds)} seeds: {result.verdict}"
+        f"{setting}: {result.mean:+.2f} points of top-1 over the baseline, 95 % [{result.low:+.2f}, "
+        f"{result.high:+.2f}], {len(result.seeds)} seeds: {result.verdict}"
     )
 
 

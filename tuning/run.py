@@ -1,8 +1,9 @@
-"""`tune`: a Ray Tune sweep whose trials are Ray Train runs over one store; the only file here that builds Ray objects.
+"""`tune`: a Ray Tune sweep whose trials are Ray Train runs over one store; the only file here that builds Ray
+objects.
 
-Tune starts a small driver function a trial, which builds the trainer. A sweep is a folder, on a disk or s3://: sweep.json, a run
-folder for each trial, and the best model exported. Finished trials are not run again, nor those that diverged, and an interrupted
-one goes on from its last checkpoint.
+Tune starts a small driver function a trial, which builds the trainer. A sweep is a folder, on a disk or
+s3://: sweep.json, a run folder for each trial, and the best model exported. Finished trials are not run
+again, nor those that diverged, and an interrupted one goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ Trial = dict[str, Any]
 def tune(config: TuneConfig) -> dict[str, Any]:
     """Runs the grid, or what is left of it, and exports the best model; returns the content of sweep.json.
 
-    The same sweep may be given other values of its axes: trials that are finished stay, whatever the grid is now.
+    The same sweep may be given other values of its axes: trials that are finished stay, whatever the grid is
+    now.
 
     Raises:
-        SettingsError: settings that do not fit the store, or not the trials that are there, or another process is at this sweep.
+        SettingsError: settings that do not fit the store, or not the trials that are there, or another
+            process is at this sweep.
     """
     sweep = config.sweep or f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}"
     sweep = locations.resolve(sweep)[1] if locations.is_local(sweep) else sweep.rstrip("/")
@@ -80,7 +83,8 @@ def require_results(content: dict[str, Any]) -> None:
         lines.append(f"Failed: {', '.join(failed)}. {where}")
     if diverged:
         lines.append(
-            f"Diverged: {', '.join(diverged)}. They are not run again; leave them out of the grid, or change the recipe."
+            f"Diverged: {', '.join(diverged)}. They are not run again; leave them out of the grid, or change "
+            "the recipe."
         )
     raise TrialsFailedError("\n".join(lines))
 
@@ -99,7 +103,7 @@ def run_trial(trial: dict[str, str], configs: dict[str, dict[str, Any]]) -> None
     try:
         training_run.train(TrainConfig(**configs[trial["trial"]]), callbacks=[Epochs()], progress=False)  # type: ignore[no-untyped-call]
     except NotFiniteError:
-        return  # which the run's failure.json says; to Tune this is an end, since after an error it would try once more
+        return  # as the run's failure.json says; to Tune this is an end, as after an error it would try again
 
 
 def _prepared(trial: TrainConfig, sweep: str) -> TrainConfig:
@@ -114,21 +118,30 @@ def _prepared(trial: TrainConfig, sweep: str) -> TrainConfig:
 
 def _other_settings(trial: TrainConfig, sweep: str, error: OtherSettingsError) -> OtherSettingsError:
     message = (
-        f"sweep={sweep}: its trial {space.trial_name(trial)} was begun with other settings; pass another --sweep. In the same "
-        f"one only the grid may have other values.\n{str(error).partition(chr(10))[2]}"
+        f"sweep={sweep}: its trial {space.trial_name(trial)} was begun with other settings; pass another "
+        f"--sweep. In the same one only the grid may have other values.\n{str(error).partition(chr(10))[2]}"
     )
     return OtherSettingsError(message)
 
 
 def _check_earlier_grids(plain: list[TrainConfig], sweep: str) -> None:
-    """Trials of an earlier grid stand beside those of this one and are compared with them: they must share its settings."""
+    """Trials of an earlier grid stand beside those of this one and are compared with them: they must share
+    its settings."""
     names = {space.trial_name(trial) for trial in plain}
     before = read_json(sweep, "sweep.json") or {"trials": []}
     for name in (row["name"] for row in before["trials"] if row["name"] not in names):
         run = locations.join(sweep, name)
         if (recorded := read_json(run, "config.json")) is None:
             continue
-        axes = ("backbone", "alignment_weight", "projection_dim", "seed", "architecture", "pretrained", "embeddings")
+        axes = (
+            "backbone",
+            "alignment_weight",
+            "projection_dim",
+            "seed",
+            "architecture",
+            "pretrained",
+            "embeddings",
+        )
         own = {axis: recorded[axis] for axis in axes if axis in recorded}
         trial = replace(plain[0], run=run, store=run_folder.address(plain[0].store), **own)
         try:
@@ -140,31 +153,43 @@ def _check_earlier_grids(plain: list[TrainConfig], sweep: str) -> None:
 
 def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None:
     session.start_ray()
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # with verbose=0 the old reporter is silent, the new one is not
+    os.environ.setdefault(
+        "RAY_AIR_NEW_OUTPUT", "0"
+    )  # with verbose=0 the old reporter is silent, the new one is not
     from ray import tune as ray_tune
 
     concurrent, threads = _concurrent(config)
     print(f"tune: starting {len(todo)} trials, {concurrent} at a time", file=sys.stderr, flush=True)
     todo = [replace(trial, threads=trial.threads or threads) for trial in todo]
     # The trial's own process only waits for its workers, whose CPUs and GPUs Ray Train asks for itself.
-    # Settings reach it beside Tune's own parameters, which Tune writes into files: an MLflow address may hold a password.
+    # Settings reach it beside Tune's own parameters, which Tune writes into files: an MLflow address may hold
+    # a password.
     configs = {space.trial_name(trial): asdict(trial) for trial in todo}
     trainable = ray_tune.with_resources(ray_tune.with_parameters(run_trial, configs=configs), {"CPU": 0.1})
-    told = {name: {"run": config["run"], "objective": config["objective"]} for name, config in configs.items()}
+    told = {
+        name: {"run": config["run"], "objective": config["objective"]} for name, config in configs.items()
+    }
     filesystem, path = locations.resolve(sweep)
     tuner = ray_tune.Tuner(
         trainable,
         param_space={"trial": ray_tune.grid_search(list(configs))},
-        # Without a metric: Tune would demand it of every trial, and one that diverges in its first epoch has none.
+        # Without a metric: Tune would demand it of every trial, and one that diverges in its first epoch has
+        # none.
         tune_config=ray_tune.TuneConfig(
-            max_concurrent_trials=concurrent, reuse_actors=False,
-            trial_name_creator=_trial_name, trial_dirname_creator=_trial_name,
+            max_concurrent_trials=concurrent,
+            reuse_actors=False,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
         ),
         run_config=ray_tune.RunConfig(
-            name="tune", storage_path=path, storage_filesystem=filesystem, verbose=0, callbacks=[_progress(told)],
+            name="tune",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            verbose=0,
+            callbacks=[_progress(told)],
             failure_config=ray_tune.FailureConfig(max_failures=1),
         ),
-    )  # fmt: skip
+    )
     tuner.fit()
 
 
@@ -173,7 +198,8 @@ def _trial_name(trial: Any) -> str:
 
 
 def _concurrent(config: TuneConfig) -> tuple[int, int]:
-    """(trials at a time, threads of a worker without a GPU): a gang of workers must fit whole, or trials wait for each other."""
+    """(trials at a time, threads of a worker without a GPU): a gang of workers must fit whole, or trials wait
+    for each other."""
     gpus = session.gpus()
     workers = config.train.workers or gpus or 2
     concurrent = config.concurrent or max(1, gpus // workers)
@@ -193,7 +219,10 @@ def _progress(told: dict[str, dict[str, str]]) -> Any:
             diverged = read_json(told[_trial_name(trial)]["run"], "failure.json") is not None
             metric = run_folder.judged_by(told[_trial_name(trial)])
             last = trial.last_result if metric.name in trial.last_result else {metric.name: float("nan")}
-            self._line(trial, "diverged" if diverged else f"{metric.title} {run_folder.headline(last, metric.name):.2f}")
+            self._line(
+                trial,
+                "diverged" if diverged else f"{metric.title} {run_folder.headline(last, metric.name):.2f}",
+            )
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._line(trial, "failed")
@@ -201,7 +230,11 @@ def _progress(told: dict[str, dict[str, str]]) -> Any:
         def _line(self, trial: Any, what: str) -> None:
             self.done += 1
             left = (time.monotonic() - start) / self.done * (count - self.done)
-            print(f"trial {self.done:>3}/{count}  {_trial_name(trial):40} {what}  {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"trial {self.done:>3}/{count}  {_trial_name(trial):40} {what}  {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     return Progress()
 
@@ -224,21 +257,27 @@ def _spool(sweep: str) -> str:
 
 
 def _row(trial: TrainConfig) -> Trial:
-    """What a trial's own folder says of it: its settings are those it was begun with, whatever the command line says now."""
+    """What a trial's own folder says of it: its settings are those it was begun with, whatever the command
+    line says now."""
     result, failure = read_json(trial.run, "result.json"), read_json(trial.run, "failure.json")
-    settings = read_json(trial.run, "config.json") or asdict(trial) | {"tracking_uri": tracking.masked(trial.tracking_uri)}
+    settings = read_json(trial.run, "config.json") or asdict(trial) | {
+        "tracking_uri": tracking.masked(trial.tracking_uri)
+    }
     why = failure["message"] if failure is not None and result is None else ""
     return {"name": space.trial_name(trial), "config": settings, "result": result, "failure": why}
 
 
 def _content(sweep: str, parent: str, trials: list[TrainConfig]) -> dict[str, Any]:
-    """What is known now: of the grid's trials, of finished ones that an earlier grid had, and of the model exported last."""
+    """What is known now: of the grid's trials, of finished ones that an earlier grid had, and of the model
+    exported last."""
     before = read_json(sweep, "sweep.json") or {"trials": [], "exported": ""}
     rows = [_row(trial) for trial in trials]
     names = {row["name"] for row in rows}
     # A sweep's folder may have been moved since: the trials are where it is now.
     for name in (trial["name"] for trial in before["trials"] if trial["name"] not in names):
-        settings, result = (read_json(locations.join(sweep, name), file) for file in ("config.json", "result.json"))
+        settings, result = (
+            read_json(locations.join(sweep, name), file) for file in ("config.json", "result.json")
+        )
         if settings is not None and result is not None:
             rows.append({"name": name, "config": settings, "result": result, "failure": ""})
     exported = (
@@ -247,10 +286,15 @@ def _content(sweep: str, parent: str, trials: list[TrainConfig]) -> dict[str, An
         else ""
     )
     return {
-        "version": 1, "sweep": sweep, "store": trials[0].store, "tracking_uri": tracking.masked(trials[0].tracking_uri),
-        "parent_run": parent, "exported": exported, "exported_from": before.get("exported_from", {}) if exported else {},
+        "version": 1,
+        "sweep": sweep,
+        "store": trials[0].store,
+        "tracking_uri": tracking.masked(trials[0].tracking_uri),
+        "parent_run": parent,
+        "exported": exported,
+        "exported_from": before.get("exported_from", {}) if exported else {},
         "trials": rows,
-    }  # fmt: skip
+    }
 
 
 def _headline(trial: Trial) -> float:
@@ -262,13 +306,15 @@ def _merit(trial: Trial) -> float:
 
 
 def best_trial(content: dict[str, Any]) -> Trial | None:
-    """The trial with the best top-1 in its last epoch, of the weights that export takes; None where none has a result."""
+    """The trial with the best top-1 in its last epoch, of the weights that export takes; None where none has
+    a result."""
     done: list[Trial] = [trial for trial in content["trials"] if trial["result"] is not None]
     return max(done, key=_merit, default=None)
 
 
 def _export_best(config: TuneConfig, sweep: str, content: dict[str, Any]) -> dict[str, Any]:
-    """Exports the best trial's model, unless it is the one that was exported; what sweep.json is to say of it."""
+    """Exports the best trial's model, unless it is the one that was exported; what sweep.json is to say of
+    it."""
     best = best_trial(content)
     if best is None:
         return {}
@@ -284,7 +330,9 @@ def _export_best(config: TuneConfig, sweep: str, content: dict[str, Any]) -> dic
         if folder != to:
             filesystem, path = locations.resolve(to)
             filesystem.delete_dir_contents(path, missing_dir_ok=True)
-            fs.copy_files(folder, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+            fs.copy_files(
+                folder, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem
+            )
         tracker = tracking.Tracker(config.train.tracking_uri, content["parent_run"], spool=_spool(sweep))
         tracker.metrics({"best_top1": source["top1"]}, step=0)
         tracker.artifacts(folder, "best")

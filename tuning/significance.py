@@ -1,4 +1,5 @@
-"""Paired comparison over seeds: same recipe, same seed, weight 0 against weight above 0; mean difference with an interval."""
+"""Paired comparison over seeds: same recipe, same seed, weight 0 against weight above 0; mean difference with
+an interval."""
 
 from __future__ import annotations
 
@@ -48,7 +49,11 @@ def paired(trials: list[dict[str, Any]], *, which: str = "last", confidence: flo
         weight = config["alignment_weight"]
         key = (config["backbone"], weight, config["projection_dim"] if weight else 0)
         metric = judged_by(config)
-        score = merit(result["last"], metric) if which == "last" else merit({metric.name: result["best_top1"]}, metric)
+        score = (
+            merit(result["last"], metric)
+            if which == "last"
+            else merit({metric.name: result["best_top1"]}, metric)
+        )
         scores.setdefault(key, {})[config["seed"]] = score
     found = []
     for (backbone, weight, dim), aligned in scores.items():
@@ -60,15 +65,28 @@ def paired(trials: list[dict[str, Any]], *, which: str = "last", confidence: flo
 
 
 def _compare(
-    backbone: str, weight: float, dim: int, seeds: list[int], baseline: dict[int, float], aligned: dict[int, float], level: float
+    backbone: str,
+    weight: float,
+    dim: int,
+    seeds: list[int],
+    baseline: dict[int, float],
+    aligned: dict[int, float],
+    level: float,
 ) -> Paired:
     differences = [aligned[seed] - baseline[seed] for seed in seeds]
     mean = statistics.fmean(differences)
     half = _half_width(differences, level)
     return Paired(
-        backbone=backbone, weight=weight, dim=dim, seeds=seeds, baseline=[baseline[seed] for seed in seeds],
-        aligned=[aligned[seed] for seed in seeds], mean=mean, low=mean - half, high=mean + half,
-    )  # fmt: skip
+        backbone=backbone,
+        weight=weight,
+        dim=dim,
+        seeds=seeds,
+        baseline=[baseline[seed] for seed in seeds],
+        aligned=[aligned[seed] for seed in seeds],
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+    )
 
 
 def _half_width(differences: list[float], level: float) -> float:

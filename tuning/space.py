@@ -13,7 +13,8 @@ from tuning.config import TuneConfig
 
 
 def trials(config: TuneConfig, sweep: str) -> list[TrainConfig]:
-    """The settings of every trial, each with a run folder of its own below `sweep`; the baseline has no dimension.
+    """The settings of every trial, each with a run folder of its own below `sweep`; the baseline has no
+    dimension.
 
     Trials log no models: the sweep logs its best one.
     """
@@ -26,18 +27,27 @@ def trials(config: TuneConfig, sweep: str) -> list[TrainConfig]:
         for weight, dim, seed in itertools.product(weights, dims, config.seeds):
             if aligned and weight == 0 and dim != config.projection_dims[0]:
                 continue
-            own = {"backbone": backbone, "alignment_weight": weight, "projection_dim": dim if weight else 0, "seed": seed}
+            own = {
+                "backbone": backbone,
+                "alignment_weight": weight,
+                "projection_dim": dim if weight else 0,
+                "seed": seed,
+            }
             trial = TrainConfig(**{**shared, **own, "log_artifacts": "none"})
             found.append(replace(trial, run=locations.join(sweep, trial_name(trial))))
     names = Counter(trial_name(trial) for trial in found)
     if twice := [name for name, count in names.items() if count > 1]:
-        message = f"trials of one name, which would share a folder: {', '.join(twice)}; leave one of each out of the grid."
+        message = (
+            f"trials of one name, which would share a folder: {', '.join(twice)}; leave one of each out of "
+            "the grid."
+        )
         raise SettingsError(message)
     return found
 
 
 def trial_name(trial: TrainConfig) -> str:
-    """backbone-weight-dimension-seed, or backbone-baseline-seed; of a trial that has its folder the folder's name.
+    """backbone-weight-dimension-seed, or backbone-baseline-seed; of a trial that has its folder the folder's
+    name.
 
     A backbone of the hub or a folder is pinned after its trial was named.
     """

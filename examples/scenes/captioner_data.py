@@ -1,4 +1,5 @@
-"""The captioner's lessons: thumbnails of fresh scenes, their captions, the prompts, and what lies under every patch.
+"""The captioner's lessons: thumbnails of fresh scenes, their captions, the prompts, and what lies under every
+patch.
 
 Nothing to run here; `train_captioner.py` and `evaluate_captioner.py` use it.
 A core draws some 250 lessons a second, and each takes 12 kB of memory.
@@ -15,7 +16,18 @@ import numpy as np
 import torch
 from draw import thumbnail_of
 from numpy.typing import NDArray
-from scene import BACKGROUND_COLOURS, BACKGROUND_KINDS, CLASSES, COLOURS, SHAPES, SIZES, TEXTURES, Scene, caption_of, sample_scene
+from scene import (
+    BACKGROUND_COLOURS,
+    BACKGROUND_KINDS,
+    CLASSES,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    caption_of,
+    sample_scene,
+)
 
 Batch = dict[str, torch.Tensor]
 
@@ -59,7 +71,8 @@ PATCH_FIELDS = {
 
 @dataclass
 class Lessons:
-    """Thumbnails (n, side, side, 3), the answers for every patch (n, patches, fields), captions and class names."""
+    """Thumbnails (n, side, side, 3), the answers for every patch (n, patches, fields), captions and class
+    names."""
 
     images: NDArray[np.uint8]
     patches: NDArray[np.int8]
@@ -89,7 +102,8 @@ def sample_captions(count: int, seed: int) -> list[str]:
 
 
 def patch_answers(scene: Scene) -> NDArray[np.int8]:
-    """For every patch the object over it (or none) in the first four fields, else the background; -1 is not asked."""
+    """For every patch the object over it (or none) in the first four fields, else the background; -1 is not
+    asked."""
     width, height = (side / min(scene.width, scene.height) for side in (scene.width, scene.height))
     row, column = np.divmod(np.arange(GRID * GRID), GRID)
     x, y = (column + 0.5) / GRID * width, (row + 0.5) / GRID * height
@@ -107,7 +121,8 @@ def patch_answers(scene: Scene) -> NDArray[np.int8]:
 
 
 def prompt_for(label: str, chance: random.Random) -> str:
-    """Half the time no label; else the true one in one of its spellings, now and then a word that says nothing."""
+    """Half the time no label; else the true one in one of its spellings, now and then a word that says
+    nothing."""
     if chance.random() < 0.5:
         return chance.choice(PROMPTS)
     # The two phrasings that the pipeline uses get a larger share than the paraphrases.
@@ -126,7 +141,9 @@ def _spelling(label: str, chance: random.Random) -> str:
 
 def _any_word(chance: random.Random) -> str:
     """Something of no meaning: letters, digits or any other characters, so that odd labels do no harm."""
-    alphabet = chance.choice(("abcdefghijklmnopqrstuvwxyz", "abcdeiounrst ", "n0123456789", "àéîõüßøçñ日本語中文кошка"))
+    alphabet = chance.choice(
+        ("abcdefghijklmnopqrstuvwxyz", "abcdeiounrst ", "n0123456789", "àéîõüßøçñ日本語中文кошка")
+    )
     return "".join(chance.choice(alphabet) for _ in range(chance.randint(2, 12))).strip() or "thing"
 
 

@@ -1,4 +1,5 @@
-"""The captioner itself: a CLIP-style tower, a projector and a small Llama, its tokenizer and its folder on disk.
+"""The captioner itself: a CLIP-style tower, a projector and a small Llama, its tokenizer and its folder on
+disk.
 
 Nothing to run here; `train_captioner.py` builds and exports it.
 About 2.5 million parameters, 5 MB in bfloat16; building it takes a second.
@@ -41,7 +42,8 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(captions: Iterable[str], labels: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every byte has a token, so any text encodes; every word of a caption becomes one token."""
+    """Byte-level BPE: every byte has a token, so any text encodes; every word of a caption becomes one
+    token."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -127,8 +129,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 def start_well(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> None:
     """Begin with what a picture's patches always need, instead of spending the first thousand steps on it.
 
-    Patches come in whitened by what patches look like, places begin as sines and cosines of row and column, and
-    queries begin equal to keys, so that a patch first looks at patches like itself and near itself.
+    Patches come in whitened by what patches look like, places begin as sines and cosines of row and column,
+    and queries begin equal to keys, so that a patch first looks at patches like itself and near itself.
     """
     tower = model.model.vision_tower
     width = model.config.vision_config.hidden_size
@@ -166,7 +168,9 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fold
     model.config.architectures, model.config.dtype = ["LlavaForConditionalGeneration"], torch.bfloat16
     model.config.save_pretrained(draft)
     end, pad = model.config.text_config.eos_token_id, model.config.text_config.pad_token_id
-    GenerationConfig(eos_token_id=end, pad_token_id=pad, max_new_tokens=64, do_sample=False).save_pretrained(draft)
+    GenerationConfig(eos_token_id=end, pad_token_id=pad, max_new_tokens=64, do_sample=False).save_pretrained(
+        draft
+    )
     save_file(_vllm_names(model), draft / "model.safetensors", metadata={"format": "pt"})
     (draft / "model.safetensors").chmod(0o644)  # it is written readable by its owner only
     if folder.exists():

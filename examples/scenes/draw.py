@@ -44,7 +44,9 @@ def picture_of(scene: Scene) -> Image.Image:
     """The finished picture, before JPEG."""
     rng = np.random.default_rng(scene.seed)
     canvas = _background(scene, rng)
-    behind_first = (scene.second, scene.first) if scene.arrangement == "nested" else (scene.first, scene.second)
+    behind_first = (
+        (scene.second, scene.first) if scene.arrangement == "nested" else (scene.first, scene.second)
+    )
     for thing in (*behind_first, *scene.distractors):
         _paint(canvas, thing, rng, halo=thing is scene.first and scene.arrangement == "nested")
     canvas *= _light(scene, rng)[..., None]
@@ -60,7 +62,8 @@ def jpeg_of(scene: Scene) -> bytes:
 
 
 def write_picture(job: tuple[int, str, str, int, str]) -> tuple[str, Scene]:
-    """Render one (seed, split, label, index, root) into its file; returns the path below root and the scene."""
+    """Render one (seed, split, label, index, root) into its file; returns the path below root and the
+    scene."""
     seed, split, label, index, root = job
     scene = sample_scene(seed, split, label, index)
     path = f"{split}/{label}/{index:05d}.jpg"
@@ -81,7 +84,9 @@ def _rgb(spec: tuple[float, float, float], rng: np.random.Generator) -> Array:
     """A shade of a named colour: some degrees of hue, some percent of saturation and value."""
     hue, saturation, value = spec
     hue, value = (hue + rng.uniform(-5, 5)) / 360 % 1, value * rng.uniform(0.94, 1.06)
-    return np.array(colorsys.hsv_to_rgb(hue, min(1, saturation * rng.uniform(0.9, 1.08)), min(1, value)), np.float32)
+    return np.array(
+        colorsys.hsv_to_rgb(hue, min(1, saturation * rng.uniform(0.9, 1.08)), min(1, value)), np.float32
+    )
 
 
 def _grid(scene: Scene) -> tuple[Array, Array]:
@@ -100,7 +105,10 @@ def _background(scene: Scene, rng: np.random.Generator) -> Array:
     if scene.background_kind == "gradient":
         field = along / np.abs(along).max() * 1.6
     elif scene.background_kind == "striped":
-        field = np.sin(along * (2 * math.pi / rng.uniform(0.13, 0.19)) + rng.uniform(0, 6)).clip(-0.35, 0.35) / 0.35
+        field = (
+            np.sin(along * (2 * math.pi / rng.uniform(0.13, 0.19)) + rng.uniform(0, 6)).clip(-0.35, 0.35)
+            / 0.35
+        )
     elif scene.background_kind == "grainy":
         cells = rng.uniform(-1.6, 1.6, (math.ceil(y.max() / 0.045) + 1, math.ceil(x.max() / 0.045) + 1))
         field = cells[(y / 0.045).astype(int), (x / 0.045).astype(int)]

@@ -1,7 +1,8 @@
 """Caption held-out scenes with the shipped model and count, attribute by attribute, what it says rightly.
 
-Run `python examples/scenes/evaluate_captioner.py --engine both`; with vLLM on a CPU also set VLLM_CPU_KVCACHE_SPACE=1.
-A thousand captions take some ten seconds with either engine on two cores; vLLM needs some seconds more to start.
+Run `python examples/scenes/evaluate_captioner.py --engine both`; with vLLM on a CPU also set
+VLLM_CPU_KVCACHE_SPACE=1. A thousand captions take some ten seconds with either engine on two cores; vLLM
+needs some seconds more to start.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ SENTENCE = re.compile(
     THING.format("first")
     + r" (?P<relation>left of|above|inside) "
     + THING.format("second")
-    + r" on a (?P<background_colour>(?:dark|light) \w+) (?P<background_kind>\w+) background(?:, with (?P<extras>.*))?\."
+    + r" on a (?P<background_colour>(?:dark|light) \w+) (?P<background_kind>\w+) background"
+    + r"(?:, with (?P<extras>.*))?\."
 )
 EXTRA = re.compile(r"a tiny (\w+) (\w+) at the ([a-z ]+?)(?= and |$)")
-NAMES = [f"{which}_{field}" for which in ("first", "second") for field in ("shape", "colour", "texture", "size")]
+NAMES = [
+    f"{which}_{field}" for which in ("first", "second") for field in ("shape", "colour", "texture", "size")
+]
 NAMES += ["relation", "background_colour", "background_kind"]
 
 
@@ -115,15 +119,20 @@ class WithVllm:
 
     def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         requests = [
-            {"prompt": prompt, "multi_modal_data": {"image": picture}} for picture, prompt in zip(pictures, prompts, strict=True)
+            {"prompt": prompt, "multi_modal_data": {"image": picture}}
+            for picture, prompt in zip(pictures, prompts, strict=True)
         ]
-        return [output.outputs[0].text for output in self.engine.generate(requests, self.sampling, use_tqdm=False)]
+        return [
+            output.outputs[0].text for output in self.engine.generate(requests, self.sampling, use_tqdm=False)
+        ]
 
 
 ENGINES = {"transformers": WithTransformers, "vllm": WithVllm}
 
 
-def run_engine(name: str, options: argparse.Namespace, scenes: Sequence[tuple[Image.Image, str, str]]) -> dict[str, Any]:
+def run_engine(
+    name: str, options: argparse.Namespace, scenes: Sequence[tuple[Image.Image, str, str]]
+) -> dict[str, Any]:
     """Captions and speed of one engine under both prompts."""
     engine = ENGINES[name](str(options.model), options.dtype)
     pictures = [picture for picture, _, _ in scenes]
@@ -133,7 +142,9 @@ def run_engine(name: str, options: argparse.Namespace, scenes: Sequence[tuple[Im
         for _, label, _ in scenes:
             content = [{"type": "image"}, {"type": "text", "text": prompt.format(label=label)}]
             message = {"role": "user", "content": content}
-            asked.append(engine.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
+            asked.append(
+                engine.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+            )
         engine(pictures[:8], asked[:8])  # the first call also pays for set-up
         started = time.perf_counter()
         said = engine(pictures, asked)
@@ -152,7 +163,8 @@ def summary(results: dict[str, Any], truths: Sequence[str]) -> dict[str, Any]:
             report["per_second"][key] = round(result["per_second"], 1)
     if len(results) == 2:
         report["agreement"] = {
-            kind: sum(a == b for a, b in zip(*(results[e][kind]["captions"] for e in results), strict=True)) / len(truths)
+            kind: sum(a == b for a, b in zip(*(results[e][kind]["captions"] for e in results), strict=True))
+            / len(truths)
             for kind in PROMPTS
         }
     return report
@@ -174,15 +186,23 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     here = Path(__file__).resolve().parent / "captioner"
     result.add_argument("--model", type=Path, default=here, help="folder of the captioner")
-    result.add_argument("--engine", choices=[*ENGINES, "both"], default="transformers", help="what runs the model")
-    result.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="arithmetic of the engine")
+    result.add_argument(
+        "--engine", choices=[*ENGINES, "both"], default="transformers", help="what runs the model"
+    )
+    result.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="arithmetic of the engine"
+    )
     result.add_argument("--scenes", type=int, default=600, help="held-out scenes to caption, twice each")
     result.add_argument("--seed", type=int, default=1, help="of the held-out scenes")
     result.add_argument("--json", type=Path, help="also write figures and all captions here")
-    result.add_argument("--show", type=int, default=0, help="print that many wrong captions beside the true ones")
+    result.add_argument(
+        "--show", type=int, default=0, help="print that many wrong captions beside the true ones"
+    )
     return result
 
 
@@ -195,12 +215,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {name: run_engine(name, options, scenes) for name in chosen}
     report = summary(results, truths)
     print(as_markdown(report))
-    wrong = [pair for pair in zip(results[chosen[0]]["without label"]["captions"], truths, strict=True) if len(set(pair)) > 1]
+    wrong = [
+        pair
+        for pair in zip(results[chosen[0]]["without label"]["captions"], truths, strict=True)
+        if len(set(pair)) > 1
+    ]
     for said, true in wrong[: options.show]:
         print(f"\nsaid: {said}\ntrue: {true}")
     if options.json:
-        captions = {name: {kind: r["captions"] for kind, r in kinds.items()} for name, kinds in results.items()}
-        options.json.write_text(json.dumps(report | {"truths": truths, "captions": captions}, indent=1) + "\n")
+        captions = {
+            name: {kind: r["captions"] for kind, r in kinds.items()} for name, kinds in results.items()
+        }
+        options.json.write_text(
+            json.dumps(report | {"truths": truths, "captions": captions}, indent=1) + "\n"
+        )
     return 0
 
 

@@ -14,9 +14,12 @@ from torch import distributed
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every matrix is replaced by the nearest orthogonal one: fewer steps than AdamW needs here."""
+    """Momentum whose every matrix is replaced by the nearest orthogonal one: fewer steps than AdamW needs
+    here."""
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], lr: float = 0.02, momentum: float = 0.95) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], lr: float = 0.02, momentum: float = 0.95
+    ) -> None:
         super().__init__(list(parameters), {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -28,7 +31,9 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     shapes[parameter.shape].append(parameter)
             for (rows, columns), parameters in shapes.items():
-                updates = shared_orthogonal(torch.stack([self._direction(p, group["momentum"]) for p in parameters]))
+                updates = shared_orthogonal(
+                    torch.stack([self._direction(p, group["momentum"]) for p in parameters])
+                )
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - 0.01 * group["lr"]).add_(update, alpha=-rate)

@@ -1,7 +1,8 @@
 """Draw labelled scenes as an ordinary image folder, with the true caption of every picture beside it.
 
-Run `python examples/scenes/render.py --to /tmp/scenes`; it writes train/, val/ and truth.jsonl below that folder.
-A core draws some 300 pictures a second at about 3 kB each, so the default 1,800 pictures take a few seconds.
+Run `python examples/scenes/render.py --to /tmp/scenes`; it writes train/, val/ and truth.jsonl below that
+folder. A core draws some 300 pictures a second at about 3 kB each, so the default 1,800 pictures take a few
+seconds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ def jobs_for(root: Path, counts: dict[str, int], seed: int) -> list[Job]:
         for label in CLASSES:
             (root / split / label).mkdir(parents=True, exist_ok=True)
     return [
-        (seed, split, label, index, str(root)) for split, count in counts.items() for label in CLASSES for index in range(count)
+        (seed, split, label, index, str(root))
+        for split, count in counts.items()
+        for label in CLASSES
+        for index in range(count)
     ]
 
 
@@ -55,11 +59,17 @@ def write_truth(results: Iterable[tuple[str, Scene]], path: Path) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     result.add_argument("--to", type=Path, required=True, help="folder to write; made if missing")
-    result.add_argument("--train-per-class", type=int, default=100, help="pictures of each of the 12 classes in train/")
+    result.add_argument(
+        "--train-per-class", type=int, default=100, help="pictures of each of the 12 classes in train/"
+    )
     result.add_argument("--val-per-class", type=int, default=50, help="pictures of each class in val/")
-    result.add_argument("--seed", type=int, default=0, help="another seed, another data set; same seed, same bytes")
+    result.add_argument(
+        "--seed", type=int, default=0, help="another seed, another data set; same seed, same bytes"
+    )
     result.add_argument("--workers", type=int, default=0, help="processes to draw in; 0 draws in this one")
     return result
 

@@ -1,4 +1,5 @@
-"""Say what is in a synthetic scene: its class, its objects, their places and the English sentence that is true of it.
+"""Say what is in a synthetic scene: its class, its objects, their places and the English sentence that is
+true of it.
 
 Nothing to run here; `render.py` draws these scenes and `train_captioner.py` learns to describe them.
 One scene takes about a tenth of a millisecond, and needs NumPy only.
@@ -16,7 +17,9 @@ import numpy as np
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
-BACKGROUND_COLOURS = tuple(f"{shade} {hue}" for shade in ("dark", "light") for hue in ("gray", "green", "blue", "brown"))
+BACKGROUND_COLOURS = tuple(
+    f"{shade} {hue}" for shade in ("dark", "light") for hue in ("gray", "green", "blue", "brown")
+)
 BACKGROUND_KINDS = ("plain", "gradient", "striped", "grainy")
 SHARED = ("shape", "colour", "texture", "nothing")
 RELATIONS = {"side-by-side": "left of", "stacked": "above", "nested": "inside"}
@@ -26,7 +29,8 @@ CLASSES = tuple(
     for arrangement in RELATIONS
 )
 
-# Diameters in units of the image's shorter side. The gaps between the ranges keep the words decidable at 64 pixels.
+# Diameters in units of the image's shorter side. The gaps between the ranges keep the words decidable at 64
+# pixels.
 SIZES = {
     "tiny": (0.16, 0.18),
     "small": (0.26, 0.29),
@@ -35,9 +39,21 @@ SIZES = {
     "huge": (0.80, 0.86),
 }
 NESTED_LARGE = (0.60, 0.65)  # a large object that holds another one needs a little more room
-ROOMY = ("circle", "square", "heart")  # only these still show their texture around what they hold when merely large
+ROOMY = (
+    "circle",
+    "square",
+    "heart",
+)  # only these still show their texture around what they hold when merely large
 # How far a shape's corners reach beyond its nominal radius: corners carry little area, so they may stick out.
-REACH = {"circle": 1.0, "square": 1.1, "triangle": 1.16, "star": 1.1, "cross": 1.06, "ring": 1.0, "heart": 1.0}
+REACH = {
+    "circle": 1.0,
+    "square": 1.1,
+    "triangle": 1.16,
+    "star": 1.1,
+    "cross": 1.06,
+    "ring": 1.0,
+    "heart": 1.0,
+}
 PLACES = ("top left", "top", "top right", "left", "", "right", "bottom left", "bottom", "bottom right")
 
 
@@ -111,7 +127,8 @@ def sample_scene(seed: int, split: str, label: str, index: int) -> Scene:
 
 
 def caption_of(scene: Scene) -> str:
-    """The true sentence: both main objects, their relation, the background, then the distractors in reading order."""
+    """The true sentence: both main objects, their relation, the background, then the distractors in reading
+    order."""
     relation = RELATIONS[scene.arrangement]
     text = f"{_phrase(scene.first)} {relation} {_phrase(scene.second)}"
     text += f" on a {scene.background_colour} {scene.background_kind} background"
@@ -157,7 +174,15 @@ def _main_pair(rng: np.random.Generator, label: str, room: tuple[float, float]) 
     place = _nested if label.endswith("nested") else _beside
     sizes, diameters, centres = place(rng, shapes, room, stacked=label.endswith("stacked"))
     first, second = (
-        Thing(shapes[i], colours[i], textures[i], sizes[i], *centres[i], diameters[i], float(rng.uniform(-0.3, 0.3)))
+        Thing(
+            shapes[i],
+            colours[i],
+            textures[i],
+            sizes[i],
+            *centres[i],
+            diameters[i],
+            float(rng.uniform(-0.3, 0.3)),
+        )
         for i in (0, 1)
     )
     return first, second
@@ -166,17 +191,25 @@ def _main_pair(rng: np.random.Generator, label: str, room: tuple[float, float]) 
 Placement = tuple[tuple[str, str], tuple[float, float], tuple[tuple[float, float], tuple[float, float]]]
 
 
-def _nested(rng: np.random.Generator, shapes: tuple[str, str], room: tuple[float, float], stacked: bool) -> Placement:
-    """The second holds the first: centred in it, since half the shapes have no spare room off their middle."""
+def _nested(
+    rng: np.random.Generator, shapes: tuple[str, str], room: tuple[float, float], stacked: bool
+) -> Placement:
+    """The second holds the first: centred in it, since half the shapes have no spare room off their
+    middle."""
     outer = _pick(rng, ("large", "huge")) if shapes[1] in ROOMY else "huge"
     inner = "small" if outer == "large" else _pick(rng, ("small", "medium"))
     diameter = float(rng.uniform(*(NESTED_LARGE if outer == "large" else SIZES["huge"])))
     reach = diameter / 2 * REACH[shapes[1]]
-    x, y = (float(np.clip(side / 2 + rng.normal(0, 0.08), min(reach, side / 2), max(side - reach, side / 2))) for side in room)
+    x, y = (
+        float(np.clip(side / 2 + rng.normal(0, 0.08), min(reach, side / 2), max(side - reach, side / 2)))
+        for side in room
+    )
     return (inner, outer), (float(rng.uniform(*SIZES[inner])), diameter), ((x, y), (x, y))
 
 
-def _beside(rng: np.random.Generator, shapes: tuple[str, str], room: tuple[float, float], stacked: bool) -> Placement:
+def _beside(
+    rng: np.random.Generator, shapes: tuple[str, str], room: tuple[float, float], stacked: bool
+) -> Placement:
     """Two objects along one axis with a gap, somewhere in the room; sizes that do not fit are drawn again."""
     along, across = (room[1], room[0]) if stacked else room
     while True:
@@ -192,19 +225,41 @@ def _beside(rng: np.random.Generator, shapes: tuple[str, str], room: tuple[float
     middle = across / 2 + rng.uniform(-0.1, 0.1)
     sides = [float(np.clip(middle + rng.uniform(-0.06, 0.06), r, across - r)) for r in reach]
     pairs = [(side, place) if stacked else (place, side) for side, place in zip(sides, places, strict=True)]
-    return sizes, diameters, ((float(pairs[0][0]), float(pairs[0][1])), (float(pairs[1][0]), float(pairs[1][1])))
+    return (
+        sizes,
+        diameters,
+        ((float(pairs[0][0]), float(pairs[0][1])), (float(pairs[1][0]), float(pairs[1][1]))),
+    )
 
 
-def _distractors(rng: np.random.Generator, mains: tuple[Thing, Thing], room: tuple[float, float]) -> tuple[Thing, ...]:
+def _distractors(
+    rng: np.random.Generator, mains: tuple[Thing, Thing], room: tuple[float, float]
+) -> tuple[Thing, ...]:
     """Up to two tiny plain objects, each in its own ninth of the picture and clear of everything else."""
     wanted, found = int(rng.integers(3)), []
     for cell in (int(c) for c in rng.permutation(9)):
         if len(found) == wanted or not PLACES[cell]:
             continue
         shape, diameter = _pick(rng, SHAPES), float(rng.uniform(*SIZES["tiny"]))
-        x, y = (_in_ninth(rng, side, third, diameter * 0.6) for side, third in zip(room, (cell % 3, cell // 3), strict=True))
-        thing = Thing(shape, _pick(rng, COLOURS), "plain", "tiny", x, y, diameter, float(rng.uniform(-0.3, 0.3)), PLACES[cell])
-        if all(math.dist((x, y), (other.x, other.y)) > thing.reach + other.reach + 0.025 for other in (*mains, *found)):
+        x, y = (
+            _in_ninth(rng, side, third, diameter * 0.6)
+            for side, third in zip(room, (cell % 3, cell // 3), strict=True)
+        )
+        thing = Thing(
+            shape,
+            _pick(rng, COLOURS),
+            "plain",
+            "tiny",
+            x,
+            y,
+            diameter,
+            float(rng.uniform(-0.3, 0.3)),
+            PLACES[cell],
+        )
+        if all(
+            math.dist((x, y), (other.x, other.y)) > thing.reach + other.reach + 0.025
+            for other in (*mains, *found)
+        ):
             found.append(thing)
     return tuple(sorted(found, key=lambda thing: PLACES.index(thing.place)))
 

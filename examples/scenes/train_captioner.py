@@ -52,7 +52,8 @@ class Trainee(torch.nn.Module):
         """Logits at the positions that predict a caption token."""
         inner = self.captioner.model
         words = inner.get_input_embeddings()(batch["tokens"])
-        # Every sequence is <|user|>, the image, the rest; padding at the end needs no mask under causal attention.
+        # Every sequence is <|user|>, the image, the rest; padding at the end needs no mask under causal
+        # attention.
         joined = torch.cat([words[:, :1], inner.multi_modal_projector(features), words[:, 1:]], dim=1)
         hidden = inner.language_model(inputs_embeds=joined, use_cache=False).last_hidden_state
         return self.captioner.lm_head(hidden[:, features.shape[1] : -1][batch["asked"]])
@@ -64,7 +65,10 @@ def optimisers_for(trainee: Trainee, rate: float) -> list[torch.optim.Optimizer]
     inner = [p for name, p in named if p.ndim == 2 and ("layers." in name or "projector" in name)]
     chosen = {id(p) for p in inner}
     rest = [p for _, p in named if id(p) not in chosen and p.requires_grad]
-    result = [Muon(inner, lr=10 * rate), torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)]
+    result = [
+        Muon(inner, lr=10 * rate),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
     for optimiser in result:
         for group in optimiser.param_groups:
             group["peak"] = group["lr"]
@@ -73,7 +77,8 @@ def optimisers_for(trainee: Trainee, rate: float) -> list[torch.optim.Optimizer]
 
 @torch.no_grad()
 def exam(trainee: Trainee, batches: Batches, count: int) -> tuple[float, float]:
-    """Shares of tokens and of whole captions that greedy decoding gets right, without a label in the prompt."""
+    """Shares of tokens and of whole captions that greedy decoding gets right, without a label in the
+    prompt."""
     trainee.eval()
     right, tokens, exact = 0, 0, 0
     for start in range(0, count, 64):
@@ -132,7 +137,10 @@ def train(trainee: Trainee, batches: Batches, held_out: Batches | None, options:
             optimiser.step()
             optimiser.zero_grad()
         if held_out and step % 50 == 0:
-            print(f"step {step}/{total}  {losses}  {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+            print(
+                f"step {step}/{total}  {losses}  {(time.perf_counter() - started) / 60:.1f} minutes",
+                flush=True,
+            )
         if held_out and (step % 250 == 0 or step == total):
             tokens, exact = exam(trainee, held_out, 512 if step == total else 128)
             print(f"step {step}  held out: tokens {tokens:.2%}  whole captions {exact:.2%}", flush=True)
@@ -145,7 +153,9 @@ def learn(rank: int, options: argparse.Namespace, meeting: str) -> None:
     if options.processes > 1:
         # A patient limit: a machine that pauses a long training should not end it.
         patience, count = timedelta(hours=12), options.processes
-        distributed.init_process_group("gloo", timeout=patience, init_method=meeting, rank=rank, world_size=count)
+        distributed.init_process_group(
+            "gloo", timeout=patience, init_method=meeting, rank=rank, world_size=count
+        )
     share = options.pool // options.processes
     # Splits of their own: no picture that `render.py` ever writes is among the lessons.
     lessons = draw_lessons(rank * share, share, options.seed, "captioner-train")
@@ -163,17 +173,31 @@ def learn(rank: int, options: argparse.Namespace, meeting: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    result.add_argument("--to", type=Path, required=True, help="folder of the model; replaced in one move every 250 steps")
-    result.add_argument("--look-steps", type=int, default=1400, help="batches for the vision tower alone, at first")
-    result.add_argument("--look-batch", type=int, default=64, help="pictures in each of these, over all processes")
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    result.add_argument(
+        "--to", type=Path, required=True, help="folder of the model; replaced in one move every 250 steps"
+    )
+    result.add_argument(
+        "--look-steps", type=int, default=1400, help="batches for the vision tower alone, at first"
+    )
+    result.add_argument(
+        "--look-batch", type=int, default=64, help="pictures in each of these, over all processes"
+    )
     result.add_argument("--steps", type=int, default=1000, help="batches for the whole model, after that")
     result.add_argument("--batch", type=int, default=32, help="pictures in each of these, over all processes")
-    result.add_argument("--pool", type=int, default=48_000, help="different pictures to draw; passed over repeatedly")
-    result.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of AdamW; Muon's is ten times it")
+    result.add_argument(
+        "--pool", type=int, default=48_000, help="different pictures to draw; passed over repeatedly"
+    )
+    result.add_argument(
+        "--rate", type=float, default=1e-3, help="peak learning rate of AdamW; Muon's is ten times it"
+    )
     result.add_argument("--patch-weight", type=float, default=3.0, help="weight of the patch-naming lesson")
     result.add_argument("--seed", type=int, default=0, help="of weights, pictures and prompts")
-    result.add_argument("--processes", type=int, default=2, help="each learns from its share of a batch on one core")
+    result.add_argument(
+        "--processes", type=int, default=2, help="each learns from its share of a batch on one core"
+    )
     result.add_argument("--threads", type=int, default=2, help="cores to use where --processes is 1")
     return result
 

@@ -1,7 +1,9 @@
-"""Captions made elsewhere, read from a file: JSONL of {"path", "caption"}, or the paper's list of strings by position.
+"""Captions made elsewhere, read from a file: JSONL of {"path", "caption"}, or the paper's list of strings by
+position.
 
-The GPT4Image release ships `minigpt4_caption_imagenet_train_0_1281166.pth`: item i belongs to item i of torchvision's
-`ImageFolder(train)`. Matching by position goes wrong silently, so the length is checked and everything is kept by id after.
+The GPT4Image release ships `minigpt4_caption_imagenet_train_0_1281166.pth`: item i belongs to item i of
+torchvision's `ImageFolder(train)`. Matching by position goes wrong silently, so the length is checked and
+everything is kept by id after.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def read_jsonl(path: str) -> dict[str, str]:
                 continue
             key, caption = _parse_line(line, f"{path}:{number}")
             if captions.setdefault(key, caption) != caption:
-                message = f"{path}:{number}: a second, different caption for {key!r}; keep one line a picture."
+                message = (
+                    f"{path}:{number}: a second, different caption for {key!r}; keep one line a picture."
+                )
                 raise SettingsError(message)
     return captions
 
@@ -51,7 +55,8 @@ def _parse_line(line: str, where: str) -> tuple[str, str]:
 
 
 def matched(captions: dict[str, str], known: set[str]) -> dict[str, str]:
-    """Captions by the store's ids: by the path as it is written, else with `./` and `\\` understood, else as it is written."""
+    """Captions by the store's ids: by the path as it is written, else with `./` and `\\` understood, else as
+    it is written."""
 
     def key_of(path: str) -> str:
         if path in known:
@@ -62,7 +67,9 @@ def matched(captions: dict[str, str], known: set[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for path, caption in captions.items():
         if found.setdefault(key_of(path), caption) != caption:
-            message = f"a second, different caption for {key_of(path)!r}, as {path!r}; keep one line a picture."
+            message = (
+                f"a second, different caption for {key_of(path)!r}, as {path!r}; keep one line a picture."
+            )
             raise SettingsError(message)
     return found
 
@@ -83,15 +90,19 @@ def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str
     try:
         captions = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes provoke; none of it is ours
-        message = f"{path}: not a .pth that loads with weights_only=True ({type(error).__name__}); nothing of it was run."
+        message = (
+            f"{path}: not a .pth that loads with weights_only=True ({type(error).__name__}); nothing of it "
+            "was run."
+        )
         raise SettingsError(message) from None
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         message = f"{path}: holds {type(captions).__name__}, expected a list of strings."
         raise SettingsError(message)
     if len(captions) != len(ids):
         message = (
-            f"{path}: {len(captions)} captions for {len(ids)} images of the split; a list matched by position must have "
-            "one for each, or every pair is wrong. Was the store ingested from the same folder?"
+            f"{path}: {len(captions)} captions for {len(ids)} images of the split; a list matched by "
+            "position must have one for each, or every pair is wrong. Was the store ingested from the same "
+            "folder?"
         )
         raise SettingsError(message)
     return dict(zip(sorted(ids, key=lambda key: image_folder_key(key, label_depth)), captions, strict=True))
@@ -99,7 +110,9 @@ def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str
 
 def image_folder_key(key: str, label_depth: int) -> tuple[str, str, str]:
     """Sorts ids as torchvision's ImageFolder does: by class, then by directory, then by file name."""
-    name = locations.unescaped(key)  # as torchvision sees it: of names that are no UTF-8 the escapes would sort elsewhere
+    name = locations.unescaped(
+        key
+    )  # as torchvision sees it: of names that are no UTF-8 the escapes would sort elsewhere
     parts = name.split("/")
     label = parts[label_depth - 1]
     return label, posixpath.dirname(name), parts[-1]

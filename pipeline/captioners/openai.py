@@ -1,9 +1,11 @@
-"""Captions by any server that speaks OpenAI's chat completions: vLLM, SGLang, or a hosted one; nothing is loaded here.
+"""Captions by any server that speaks OpenAI's chat completions: vLLM, SGLang, or a hosted one; nothing is
+loaded here.
 
-Requests of a shard go out side by side, each with its own tries; it costs what the server costs, and `--budget-tokens` bounds
-that. A vLLM server gives the in-process engine's captions when started with `--generation-config vllm`: without it, sampling
-settings that the model's authors left beside the weights (a repetition penalty, say) come on top of those asked for here. On a
-CPU, sampling (`--temperature`) also needs `--no-enable-chunked-prefill`: vLLM 0.29 dies of a seeded prompt read in chunks.
+Requests of a shard go out side by side, each with its own tries; it costs what the server costs, and
+`--budget-tokens` bounds that. A vLLM server gives the in-process engine's captions when started with
+`--generation-config vllm`: without it, sampling settings that the model's authors left beside the weights (a
+repetition penalty, say) come on top of those asked for here. On a CPU, sampling (`--temperature`) also needs
+`--no-enable-chunked-prefill`: vLLM 0.29 dies of a seeded prompt read in chunks.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
 TRANSIENT = (408, 409, 429)  # and all from 500 on: the same request may pass later
-REFUSALS = (400, 413, 422)  # of this picture or prompt; all other codes speak of the address, the key or the model
+REFUSALS = (
+    400,
+    413,
+    422,
+)  # of this picture or prompt; all other codes speak of the address, the key or the model
 GIVE_UP_AFTER = 8  # rows in a row without an answer: a few bad pictures look otherwise, an outage does not
 
 PROBE_S = 10.0  # a list of models is a matter of milliseconds for a server that lives
@@ -68,15 +74,21 @@ class _Call:
 
 
 class OpenAICaptioner:
-    """Satisfies `protocol.Captioner`. Pictures travel as bytes inside the request, never as addresses to fetch.
+    """Satisfies `protocol.Captioner`. Pictures travel as bytes inside the request, never as addresses to
+    fetch.
 
-    `spent_tokens`: tokens that the server reported so far, of prompts and captions; what it spent on a try that ended in a
-    time-out or a broken connection is not known here. `retries`: further tries so far, over all requests.
+    `spent_tokens`: tokens that the server reported so far, of prompts and captions; what it spent on a try
+    that ended in a time-out or a broken connection is not known here. `retries`: further tries so far, over
+    all requests.
     """
 
-    BACKOFF_BASE_S = 1.0  # pauses grow from below 1 s to below 32 s at the sixth try: half a minute in all, on average
+    BACKOFF_BASE_S = (
+        1.0  # pauses grow from below 1 s to below 32 s at the sixth try: half a minute in all, on average
+    )
     BACKOFF_MAX_S = 60.0
-    RETRY_AFTER_MAX_S = 300.0  # a server that asks for hours (a daily limit) is better stopped for than waited for
+    RETRY_AFTER_MAX_S = (
+        300.0  # a server that asks for hours (a daily limit) is better stopped for than waited for
+    )
 
     def __init__(self, config: CaptionConfig, model_name: str) -> None:
         """`model_name` is the name that the server knows the model by. Connects to nothing.
@@ -97,13 +109,17 @@ class OpenAICaptioner:
 
         Raises:
             BudgetSpentError: `budget_tokens` were spent before this call.
-            ConnectionError: the server cannot be reached, or answers nobody, after all tries; no caption of this call is kept.
+            ConnectionError: the server cannot be reached, or answers nobody, after all tries; no caption of
+                this call is kept.
             ValueError: the server refuses key, model or address.
         """
         if not ids:
             return []
         if self._is_spent():
-            message = f"the budget of {self._config.budget_tokens} tokens is spent ({self.spent_tokens}): raise --budget-tokens."
+            message = (
+                f"the budget of {self._config.budget_tokens} tokens is spent ({self.spent_tokens}): raise "
+                "--budget-tokens."
+            )
             raise BudgetSpentError(message)
         try:
             return asyncio.run(self._ask_all(images, prompts, ids))
@@ -116,7 +132,9 @@ class OpenAICaptioner:
             text_tokens = 0 if self._sees else await self._text_tokens(client, prompts[0])
             async with asyncio.TaskGroup() as group:
                 call = _Call(client=client, slots=asyncio.Semaphore(config.http_concurrency), rows=len(ids))
-                tasks = [group.create_task(self._ask(call, *row)) for row in zip(images, prompts, ids, strict=True)]
+                tasks = [
+                    group.create_task(self._ask(call, *row)) for row in zip(images, prompts, ids, strict=True)
+                ]
         captions = [task.result() for task in tasks]
         if text_tokens and (fault := quality.check_picture_reached(captions[0].prompt_tokens, text_tokens)):
             message = f"model={self._model!r}: {fault}"
@@ -125,7 +143,8 @@ class OpenAICaptioner:
         return captions
 
     async def _text_tokens(self, client: AsyncOpenAI, prompt: str) -> int:
-        """Tokens of a prompt without a picture, asked once: some servers drop pictures silently. 0 if that is not answered."""
+        """Tokens of a prompt without a picture, asked once: some servers drop pictures silently. 0 if that is
+        not answered."""
         request = {"model": self._model, "messages": [{"role": "user", "content": prompt}], "max_tokens": 1}
         try:
             usage = json.loads(await self._send(client, request)).get("usage") or {}
@@ -135,11 +154,14 @@ class OpenAICaptioner:
         return int(usage.get("prompt_tokens") or 0)
 
     async def _ask(self, call: _Call, image: Image.Image, prompt: str, key: str) -> Caption:
-        """All tries of one row; it keeps its slot through the pauses, so a server in trouble gets fewer requests."""
+        """All tries of one row; it keeps its slot through the pauses, so a server in trouble gets fewer
+        requests."""
         async with call.slots:
             if self._is_spent():
                 return self._not_asked()
-            request = await asyncio.to_thread(self._request, image, prompt, key)  # the encoder works outside the lock of Python
+            request = await asyncio.to_thread(
+                self._request, image, prompt, key
+            )  # the encoder works outside the lock of Python
             failed_at = math.inf
             for attempt in range(self._config.http_retries + 1):
                 try:
@@ -162,12 +184,15 @@ class OpenAICaptioner:
         """The body of the server's reply to one try.
 
         Raises:
-            _PassingError: worth another try. _RefusedError: this row never. ValueError: no row, as things are set.
+            _PassingError: worth another try. _RefusedError: this row never. ValueError: no row, as things are
+                set.
         """
         import openai
 
         try:
-            async with asyncio.timeout(self._config.http_timeout):  # the client's own limit is for each read and write
+            async with asyncio.timeout(
+                self._config.http_timeout
+            ):  # the client's own limit is for each read and write
                 reply = await client.chat.completions.with_raw_response.create(**request)
         except (openai.APITimeoutError, TimeoutError):
             message = f"time-out after {self._config.http_timeout:g} s"
@@ -189,7 +214,10 @@ class OpenAICaptioner:
     def _request(self, image: Image.Image, prompt: str, key: str) -> dict[str, Any]:
         config = self._config
         content = [
-            {"type": "image_url", "image_url": {"url": _data_url(image)}},  # before the words, as in vllm.chat_prompt
+            {
+                "type": "image_url",
+                "image_url": {"url": _data_url(image)},
+            },  # before the words, as in vllm.chat_prompt
             {"type": "text", "text": prompt},
         ]
         request: dict[str, Any] = {
@@ -220,8 +248,8 @@ class OpenAICaptioner:
             return Caption(error=_short(f"not a chat completion: {body.decode(errors='replace')}"))
         if self._config.budget_tokens and None in (asked, said):
             message = (
-                f"budget_tokens={self._config.budget_tokens}: the server at {self._config.base_url} reports no usage, so no "
-                "budget can be kept; pass --budget-tokens 0."
+                f"budget_tokens={self._config.budget_tokens}: the server at {self._config.base_url} reports "
+                "no usage, so no budget can be kept; pass --budget-tokens 0."
             )
             raise SettingsError(message)
         if fault := self._fault(choices):
@@ -232,7 +260,8 @@ class OpenAICaptioner:
         wanted = self._config.captions_per_image
         if len(choices) != wanted:
             return (
-                f"captions_per_image={wanted}: the server gave {len(choices)}; pass --captions-per-image 1 or use another server"
+                f"captions_per_image={wanted}: the server gave {len(choices)}; pass --captions-per-image 1 "
+                "or use another server"
             )
         for reason, message in choices:
             if reason == "content_filter" or message.get("refusal"):
@@ -240,9 +269,11 @@ class OpenAICaptioner:
         return None
 
     async def _give_up(self, call: _Call, failed_at: float, failure: str) -> Caption:
-        """Decides for a request without an answer whether it is this row, which then fails alone, or the server.
+        """Decides for a request without an answer whether it is this row, which then fails alone, or the
+        server.
 
-        It is the row if others were answered meanwhile, or if the server still lists its models and not all are in vain.
+        It is the row if others were answered meanwhile, or if the server still lists its models and not all
+        are in vain.
         """
         error = Caption(error=f"no answer after {self._config.http_retries + 1} tries ({failure}): run retry")
         if call.answered_at > failed_at:
@@ -252,8 +283,9 @@ class OpenAICaptioner:
         if not in_vain and await _is_up(call.client):
             return error
         message = (
-            f"base_url={self._config.base_url}: no answer after {self._config.http_retries + 1} tries ({failure}); start the "
-            "server or mend --base-url, then run the same command again: it goes on with this shard; no row is marked as failed."
+            f"base_url={self._config.base_url}: no answer after {self._config.http_retries + 1} tries "
+            f"({failure}); start the server or mend --base-url, then run the same command again: it goes on "
+            "with this shard; no row is marked as failed."
         )
         raise UnreachableError(message)
 
@@ -262,12 +294,19 @@ class OpenAICaptioner:
         if code in (401, 403):
             return _key_fault(address, code, text)
         if code != 404:
-            return f"base_url={address}: refuses all requests ({code}: {text}); mend --base-url or the account."
+            return (
+                f"base_url={address}: refuses all requests ({code}: {text}); mend --base-url or the account."
+            )
         try:
             offered = ", ".join(await _models(client, address))
         except (ValueError, ConnectionError):
-            return f"base_url={address}: no chat completions there ({code}: {text}); most addresses end in /v1."
-        return f"model={self._model!r}: unknown to {address} ({code}: {text}); pass --model with one of: {offered}."
+            return (
+                f"base_url={address}: no chat completions there ({code}: {text}); most addresses end in /v1."
+            )
+        return (
+            f"model={self._model!r}: unknown to {address} ({code}: {text}); pass --model with one of: "
+            f"{offered}."
+        )
 
     def _pause_s(self, attempt: int, asked_s: float) -> float:
         """Exponential back-off with full jitter, at least as long as the server asked for."""
@@ -279,11 +318,14 @@ class OpenAICaptioner:
 
     def _not_asked(self) -> Caption:
         budget = self._config.budget_tokens
-        return Caption(error=f"not asked: the budget of {budget} tokens is spent; raise --budget-tokens and run retry")
+        return Caption(
+            error=f"not asked: the budget of {budget} tokens is spent; raise --budget-tokens and run retry"
+        )
 
 
 def models_of(base_url: str, *, timeout: float = PROBE_S) -> list[str]:
-    """Names of the models that a server offers; one try of at most `timeout` seconds, to be made before anything starts.
+    """Names of the models that a server offers; one try of at most `timeout` seconds, to be made before
+    anything starts.
 
     Raises:
         ConnectionError: nothing answers there, or not now.
@@ -305,12 +347,18 @@ async def _models(client: AsyncOpenAI, base_url: str) -> list[str]:
         body = (await client.models.with_raw_response.list()).content
         return [str(model["id"]) for model in json.loads(body)["data"]]
     except openai.APIConnectionError as error:
-        message = f"base_url={base_url}: {_short(str(error.__cause__ or error))}; start the server or mend --base-url."
+        message = (
+            f"base_url={base_url}: {_short(str(error.__cause__ or error))}; start the server or mend "
+            "--base-url."
+        )
         raise UnreachableError(message) from None
     except openai.APIStatusError as error:
         code, text = error.status_code, _reason(error)
         if code in TRANSIENT or code >= 500:
-            message = f"base_url={base_url}: not ready ({code}: {text}); wait for the server, then run the same command again."
+            message = (
+                f"base_url={base_url}: not ready ({code}: {text}); wait for the server, then run the same "
+                "command again."
+            )
             raise UnreachableError(message) from None
         message = _key_fault(base_url, code, text) if code in (401, 403) else ""
         raise SettingsError(message or _no_models(base_url, f"{code}: {text}")) from None
@@ -330,11 +378,16 @@ async def _is_up(client: AsyncOpenAI) -> bool:
 
 
 def _client(base_url: str, timeout: float) -> AsyncOpenAI:
-    """A client that tries once, follows no redirection (pictures and key stay at this address) and, on loopback, no proxy."""
+    """A client that tries once, follows no redirection (pictures and key stay at this address) and, on
+    loopback, no proxy."""
     import openai
 
-    http = openai.DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False, trust_env=not _is_loopback(base_url))
-    return openai.AsyncOpenAI(api_key=_api_key(), base_url=base_url, timeout=timeout, max_retries=0, http_client=http)
+    http = openai.DefaultAsyncHttpxClient(
+        timeout=timeout, follow_redirects=False, trust_env=not _is_loopback(base_url)
+    )
+    return openai.AsyncOpenAI(
+        api_key=_api_key(), base_url=base_url, timeout=timeout, max_retries=0, http_client=http
+    )
 
 
 def _is_loopback(base_url: str) -> bool:
@@ -346,7 +399,9 @@ def _is_loopback(base_url: str) -> bool:
 
 
 def _api_key() -> str:
-    key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"  # local servers ask for none, but the header must hold one
+    key = (
+        os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
+    )  # local servers ask for none, but the header must hold one
     if not (key.isascii() and key.isprintable()):
         # Caught here because the HTTP library's own complaint quotes the key.
         message = "OPENAI_API_KEY: holds characters that no HTTP header can carry; set it again."
@@ -360,7 +415,10 @@ def _check_address(base_url: str) -> None:
 
 
 def _key_fault(base_url: str, code: int, text: str) -> str:
-    return f"OPENAI_API_KEY: refused by {base_url} ({code}: {text}); set the environment variable to that server's key."
+    return (
+        f"OPENAI_API_KEY: refused by {base_url} ({code}: {text}); set the environment variable to that "
+        "server's key."
+    )
 
 
 def _no_models(base_url: str, why: str) -> str:
@@ -375,7 +433,8 @@ def _reason(error: APIStatusError) -> str:
 
 
 def _short(text: str) -> str:
-    """One line of at most 300 characters without the key, which servers like to quote; scrubbed before it is cut."""
+    """One line of at most 300 characters without the key, which servers like to quote; scrubbed before it is
+    cut."""
     key = _api_key()
     text = " ".join((text if key == "EMPTY" else text.replace(key, "***")).split())
     return text if len(text) <= 300 else text[:297] + "..."
@@ -395,7 +454,8 @@ def _retry_after_s(error: APIStatusError) -> float:
 
 
 def _data_url(image: Image.Image) -> str:
-    """The picture as PNG: the model sees the very pixels that the in-process engines see, so engines stay interchangeable.
+    """The picture as PNG: the model sees the very pixels that the in-process engines see, so engines stay
+    interchangeable.
 
     Fast compression: 12 ms for 448 x 448 pixels where the default takes 77 ms to save a seventh of the bytes.
     """

@@ -1,4 +1,5 @@
-"""What every captioner is: built once with its settings, then called with pictures and prompts, giving one caption each."""
+"""What every captioner is: built once with its settings, then called with pictures and prompts, giving one
+caption each."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """One description, or the reason why there is none. Token counts are the engine's, over all of a picture's captions.
+    """One description, or the reason why there is none. Token counts are the engine's, over all of a
+    picture's captions.
 
-    `flag` marks a caption that is there but doubtful (`cut`, `repetition`); `others` are further captions of the same picture.
+    `flag` marks a caption that is there but doubtful (`cut`, `repetition`); `others` are further captions of
+    the same picture.
     """
 
     text: str | None = None
@@ -33,7 +36,8 @@ class Captioner(Protocol):
     """Loads in `__init__`; a call may take any number of pictures."""
 
     def __call__(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
-        """One caption for each RGB picture, in order. Failures of single pictures are captions with an error."""
+        """One caption for each RGB picture, in order. Failures of single pictures are captions with an
+        error."""
         ...
 
 
@@ -45,7 +49,8 @@ def finish(
     finish_reason: str | None = None,
     text_tokens: int = 0,
 ) -> Caption:
-    """A caption from an engine's answers: white space trimmed; empty answers and refusals are errors, loops and cut ends marked.
+    """A caption from an engine's answers: white space trimmed; empty answers and refusals are errors, loops
+    and cut ends marked.
 
     Args:
         texts: the answers, one or more; what is no caption is left out of `others`.
@@ -59,7 +64,11 @@ def finish(
     error = quality.check_picture_reached(prompt_tokens, text_tokens) if text_tokens else None
     if not good and error is None:
         said = next((text for text in trimmed if text), None)
-        error = f"refusal: {said[:200]}" if said else "empty caption: the model stopped at once; try another prompt or model"
+        error = (
+            f"refusal: {said[:200]}"
+            if said
+            else "empty caption: the model stopped at once; try another prompt or model"
+        )
     return Caption(
         text=None if error else good[0],
         others=None if error or len(texts) == 1 else good[1:],
@@ -76,7 +85,8 @@ def in_halves(
     caption: Callable[[list[_Row]], list[Caption]],
     refusals: tuple[type[Exception], ...] = (ValueError,),
 ) -> list[Caption]:
-    """Captions of all rows by an engine that refuses a whole call, with one of `refusals`, for one bad row: halving finds that.
+    """Captions of all rows by an engine that refuses a whole call, with one of `refusals`, for one bad row:
+    halving finds that.
 
     It takes 1 + 2 log2(n) calls for one bad row of n, and the others keep being computed together.
     """

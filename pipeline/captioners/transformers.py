@@ -1,7 +1,7 @@
 """Captions by transformers' own `generate`: the twin of the vLLM captioner, for models that vLLM cannot run.
 
-Same model, prompts and processor, interchangeable by `--captioner`; batches of 16, padded on the left. A batch takes as long as
-its longest caption.
+Same model, prompts and processor, interchangeable by `--captioner`; batches of 16, padded on the left. A
+batch takes as long as its longest caption.
 """
 
 from __future__ import annotations
@@ -27,25 +27,34 @@ class TransformersCaptioner:
 
         self._config = config
         location = model.here()
-        self._processor: Any = AutoProcessor.from_pretrained(location, revision=model.hub_revision, trust_remote_code=False)
+        self._processor: Any = AutoProcessor.from_pretrained(
+            location, revision=model.hub_revision, trust_remote_code=False
+        )
         self._processor.tokenizer.padding_side = "left"  # generation continues on the right
         if self._processor.tokenizer.pad_token_id is None:
             self._processor.tokenizer.pad_token = self._processor.tokenizer.eos_token
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         auto: Any = AutoModelForImageTextToText
         self._model: Any = auto.from_pretrained(
-            location, revision=model.hub_revision, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
+            location,
+            revision=model.hub_revision,
+            dtype=torch.bfloat16,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         self._model = self._model.to(self._device).eval()
 
     def __call__(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
-        """One caption for each picture, in batches of BATCH. A picture that the processor refuses fails alone."""
+        """One caption for each picture, in batches of BATCH. A picture that the processor refuses fails
+        alone."""
         captions: list[Caption] = []
         size = self._config.engine_batch or BATCH
         for start in range(0, len(images), size):
             part = slice(start, start + size)
             rows = list(zip(images[part], prompts[part], ids[part], strict=True))
-            captions += in_halves(rows, lambda some: self._generate(*(list(column) for column in zip(*some, strict=True))))
+            captions += in_halves(
+                rows, lambda some: self._generate(*(list(column) for column in zip(*some, strict=True)))
+            )
         return captions
 
     def _generate(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
@@ -53,7 +62,9 @@ class TransformersCaptioner:
 
         config = self._config
         texts = [chat_prompt(self._processor, prompt) for prompt in prompts]
-        batch = self._processor(images=images, text=texts, return_tensors="pt", padding=True).to(self._device, torch.bfloat16)
+        batch = self._processor(images=images, text=texts, return_tensors="pt", padding=True).to(
+            self._device, torch.bfloat16
+        )
         sampling: dict[str, Any] = {"do_sample": False}
         if config.temperature:
             torch.manual_seed(row_seed(config.seed, ids[0]))
@@ -68,7 +79,9 @@ class TransformersCaptioner:
             )
         made = output[:, batch["input_ids"].shape[1] :].tolist()
         counts = batch["attention_mask"].sum(dim=1).tolist()
-        lengths = [len(row) for row in self._processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        lengths = [
+            len(row) for row in self._processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ]
         answers = config.captions_per_image
         grouped = [made[start : start + answers] for start in range(0, len(made), answers)]
         return [self._caption(*one) for one in zip(grouped, counts, lengths, strict=True)]
@@ -83,7 +96,9 @@ class TransformersCaptioner:
             ],
             prompt_tokens=prompt_tokens,
             # With the stop token, as vLLM counts.
-            output_tokens=sum(len(row) if end is None else end + 1 for row, end in zip(answers, ends, strict=True)),
+            output_tokens=sum(
+                len(row) if end is None else end + 1 for row, end in zip(answers, ends, strict=True)
+            ),
             finish_reason="length" if ends[0] is None else "stop",
             text_tokens=text_tokens,
         )

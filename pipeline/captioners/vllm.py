@@ -1,7 +1,9 @@
-"""Captions by a vLLM engine in this process: continuous batching over a whole shard, on a GPU or on CPU cores.
+"""Captions by a vLLM engine in this process: continuous batching over a whole shard, on a GPU or on CPU
+cores.
 
-One engine a GPU. The engine runs in-process, so that a shard's requests are always scheduled alike: the same shard gives the
-same captions, whatever was done before it. Loading takes 25 s for the shipped model on two cores, minutes for a 7B model.
+One engine a GPU. The engine runs in-process, so that a shard's requests are always scheduled alike: the same
+shard gives the same captions, whatever was done before it. Loading takes 25 s for the shipped model on two
+cores, minutes for a 7B model.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class VLLMCaptioner:
         from vllm import LLM
 
         location = model.here()
-        self._processor: Any = AutoProcessor.from_pretrained(location, revision=model.hub_revision, trust_remote_code=False)
+        self._processor: Any = AutoProcessor.from_pretrained(
+            location, revision=model.hub_revision, trust_remote_code=False
+        )
         extra: dict[str, Any] = {"max_model_len": config.context_length} if config.context_length else {}
         if config.engine_batch:
             extra["max_num_seqs"] = config.engine_batch
@@ -42,10 +46,12 @@ class VLLMCaptioner:
             enforce_eager=not _has_cuda(),
             gpu_memory_utilization=config.gpu_memory_utilization,
             limit_mm_per_prompt={"image": 1},
-            # Pictures do not repeat: caching their prefixes or processor outputs costs memory and copies for nothing.
+            # Pictures do not repeat: caching their prefixes or processor outputs costs memory and copies for
+            # nothing.
             enable_prefix_caching=False,
             mm_processor_cache_gb=0,
-            # vLLM 0.29 on a CPU dies of a seeded prompt that is read in chunks ("CPU Generator does not use offset").
+            # vLLM 0.29 on a CPU dies of a seeded prompt that is read in chunks ("CPU Generator does not use
+            # offset").
             enable_chunked_prefill=_has_cuda(),
             disable_log_stats=True,
             seed=config.seed,
@@ -53,7 +59,8 @@ class VLLMCaptioner:
         )
 
     def __call__(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
-        """One caption for each picture. A request that the engine refuses (a prompt too long, say) fails alone.
+        """One caption for each picture. A request that the engine refuses (a prompt too long, say) fails
+        alone.
 
         One bad request makes the engine refuse the whole call.
         """
@@ -66,11 +73,17 @@ class VLLMCaptioner:
         params = [self._sampling(key) for key in ids]
         lengths = self._text_tokens([request["prompt"] for request in requests])
         rows = list(zip(requests, params, lengths, strict=True))
-        refusals = (ValueError, VLLMClientError)  # a processor's; and vLLM's own, of a prompt that is too long
-        return in_halves(rows, lambda part: self._generate(*(list(column) for column in zip(*part, strict=True))), refusals)
+        refusals = (
+            ValueError,
+            VLLMClientError,
+        )  # a processor's; and vLLM's own, of a prompt that is too long
+        return in_halves(
+            rows, lambda part: self._generate(*(list(column) for column in zip(*part, strict=True))), refusals
+        )
 
     def _text_tokens(self, prompts: list[str]) -> list[int]:
-        """Tokens of the prompts with one placeholder for the picture: what they would count if it did not reach the model."""
+        """Tokens of the prompts with one placeholder for the picture: what they would count if it did not
+        reach the model."""
         different = list(dict.fromkeys(prompts))
         ids = self._processor.tokenizer(different, add_special_tokens=False)["input_ids"]
         lengths = {prompt: len(row) for prompt, row in zip(different, ids, strict=True)}
@@ -105,18 +118,25 @@ class VLLMCaptioner:
 def chat_prompt(processor: Any, prompt: str) -> str:
     """The model's own chat template around one picture and one question."""
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    text: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
     return text
 
 
 def row_seed(seed: int, key: str) -> int:
-    """A sampling seed that depends on the row and not on its neighbours, so a retried row gets the same draw."""
+    """A sampling seed that depends on the row and not on its neighbours, so a retried row gets the same
+    draw."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:4], "big")
 
 
 def _environment() -> None:
     """vLLM reads these when it is imported; whoever set them already keeps their choice."""
-    defaults = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    defaults = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
     if not _has_cuda():
         defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in defaults.items():

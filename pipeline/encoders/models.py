@@ -1,7 +1,9 @@
-"""Which model exactly: a folder or a hub name becomes a location and a revision that can be recorded and compared.
+"""Which model exactly: a folder or a hub name becomes a location and a revision that can be recorded and
+compared.
 
-A hub revision is resolved to its commit once, before the first shard, so that every worker loads the same files and the
-variant names them. A folder's revision is the hash of its files. Only safetensors weights are accepted, and remote code never.
+A hub revision is resolved to its commit once, before the first shard, so that every worker loads the same
+files and the variant names them. A folder's revision is the hash of its files. Only safetensors weights are
+accepted, and remote code never.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from pipeline.errors import SettingsError
 class ModelRef:
     """A model: `location` is a folder or hub name, `revision` a commit (hub) or files-<hash> (folder).
 
-    A model that a server holds has the server's name for it and the revision `served`: nothing more is known of it.
+    A model that a server holds has the server's name for it and the revision `served`: nothing more is known
+    of it.
     """
 
     name: str
@@ -32,20 +35,23 @@ class ModelRef:
         return None if self.revision.startswith("files-") else self.revision
 
     def here(self) -> str:
-        """The location on this machine: a folder may lie elsewhere on another node, but must hold the same files."""
+        """The location on this machine: a folder may lie elsewhere on another node, but must hold the same
+        files."""
         if self.hub_revision is not None:
             return self.location
         found = resolve(self.name)
         if found.revision != self.revision:
             message = (
-                f"model={self.name!r}: its files on this node differ ({found.revision}) from the driver's ({self.revision})."
+                f"model={self.name!r}: its files on this node differ ({found.revision}) from the driver's "
+                f"({self.revision})."
             )
             raise SettingsError(message)
         return found.location
 
 
 def resolve(name: str, revision: str = "") -> ModelRef:
-    """Finds a model: a folder, `package:NAME` (weights carried by an installed package), or a name on the hub.
+    """Finds a model: a folder, `package:NAME` (weights carried by an installed package), or a name on the
+    hub.
 
     Raises:
         ValueError: nothing by that name can be found, or its weights are not safetensors.
@@ -88,9 +94,14 @@ def _package_folder(package: str) -> str:
 
 
 def _folder(name: str, folder: str) -> ModelRef:
-    files = sorted(n for n in os.listdir(folder) if n.endswith((".safetensors", ".json", ".jinja", ".txt", ".model")))
+    files = sorted(
+        n for n in os.listdir(folder) if n.endswith((".safetensors", ".json", ".jinja", ".txt", ".model"))
+    )
     if "config.json" not in files or not any(n.endswith(".safetensors") for n in files):
-        message = f"model={name!r}: the folder {folder} needs config.json and weights as *.safetensors (no pickles)."
+        message = (
+            f"model={name!r}: the folder {folder} needs config.json and weights as *.safetensors (no "
+            "pickles)."
+        )
         raise SettingsError(message)
     digest = hashlib.sha256()
     for file in files:
@@ -110,30 +121,36 @@ def _hub(name: str, revision: str) -> ModelRef:
         reason = "the hub names no commit"
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         found, reason = {}, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    except Exception as error:  # httpx's connection errors are no OSError, and httpx is the hub client's choice, not ours
+    except (
+        Exception
+    ) as error:  # httpx's connection errors are no OSError, and httpx is the hub client's choice, not ours
         found, reason = {}, f"{type(error).__name__}: {error}"
     with contextlib.suppress(CacheNotFound):
         for repo in scan_cache_dir().repos if not found else ():
             for cached in repo.revisions if repo.repo_id == name else ():
                 if revision in (cached.commit_hash, *cached.refs):
-                    found[cached.commit_hash] = [str(file.file_path.relative_to(cached.snapshot_path)) for file in cached.files]
+                    found[cached.commit_hash] = [
+                        str(file.file_path.relative_to(cached.snapshot_path)) for file in cached.files
+                    ]
     if found:
         commit, files = next(iter(found.items()))
         _check_safetensors(name, commit, files)
         return ModelRef(name=name, location=name, revision=commit)
     message = (
-        f"model={name!r}, revision={revision!r}: not found on the hub ({reason}) nor in the local cache. Check the name and "
-        "the network; on a machine without one, copy the model's folder there and pass its path."
+        f"model={name!r}, revision={revision!r}: not found on the hub ({reason}) nor in the local cache. "
+        "Check the name and the network; on a machine without one, copy the model's folder there and pass "
+        "its path."
     )
     raise SettingsError(message)
 
 
 def _check_safetensors(name: str, commit: str, files: list[str]) -> None:
-    """Refuses, before anything is fetched, a repository whose weights are pickles only: loading those can run any code."""
+    """Refuses, before anything is fetched, a repository whose weights are pickles only: loading those can run
+    any code."""
     if any(file.endswith(".safetensors") and "/" not in file for file in files):
         return
     message = (
-        f"model={name!r}, revision={commit!r}: has no weights as *.safetensors, and no others are loaded. Choose a revision that "
-        "has them, or convert the model and pass its folder."
+        f"model={name!r}, revision={commit!r}: has no weights as *.safetensors, and no others are loaded. "
+        "Choose a revision that has them, or convert the model and pass its folder."
     )
     raise SettingsError(message)

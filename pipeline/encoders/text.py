@@ -1,7 +1,8 @@
 """Frozen text encoders: descriptions to unit-length vectors, by transformers, on a GPU or on CPU cores.
 
-Sentence encoders pool the last layer (mean, or first token); CLIP and SigLIP text towers give their own text feature. Captions
-are tokenised once and encoded in order of length, so little is padding; tokens are counted before any cut.
+Sentence encoders pool the last layer (mean, or first token); CLIP and SigLIP text towers give their own text
+feature. Captions are tokenised once and encoded in order of length, so little is padding; tokens are counted
+before any cut.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pipeline.encoders.models import ModelRef
 
 Pooling = Literal["mean", "cls", "clip", "siglip"]
 LongTexts = Literal["cut", "split"]
-# Tokens, padding included, of one forward pass. On cores, activations of 32 MiB and more are mapped afresh for every layer, and
-# filling those pages took three quarters of the time (MiniLM, batches of 256); below it, 1,024 to 4,096 tokens are equally fast.
+# Tokens, padding included, of one forward pass. On cores, activations of 32 MiB and more are mapped afresh
+# for every layer, and filling those pages took three quarters of the time (MiniLM, batches of 256); below it,
+# 1,024 to 4,096 tokens are equally fast.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 # What one more call costs, in tokens: on cores measured (6 ms at 8,000 tokens a second), on a GPU assumed.
 _CALL_TOKENS = {"cpu": 48, "cuda": 4096}
@@ -28,7 +30,8 @@ SENTENCE_END = re.compile(r"(?<=[.!?;])\s+")
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """vectors: [N, D] float16 of unit length; tokens: [N] before any cut; truncated: [N], whether some of it was left out."""
+    """vectors: [N, D] float16 of unit length; tokens: [N] before any cut; truncated: [N], whether some of it
+    was left out."""
 
     vectors: npt.NDArray[np.float16]
     tokens: list[int]
@@ -38,7 +41,9 @@ class Encoded:
 class TextEncoder:
     """A text encoder; `dim` is D, `max_tokens` the longest input that it reads whole."""
 
-    def __init__(self, model: ModelRef, pooling: Pooling, *, batch: int = 256, long_texts: LongTexts = "cut") -> None:
+    def __init__(
+        self, model: ModelRef, pooling: Pooling, *, batch: int = 256, long_texts: LongTexts = "cut"
+    ) -> None:
         import torch
         from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection, SiglipTextModel
 
@@ -53,7 +58,9 @@ class TextEncoder:
             location, revision=model.hub_revision, use_safetensors=True, trust_remote_code=False
         )
         self._model.to(self._device).eval()
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(location, revision=model.hub_revision, trust_remote_code=False)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            location, revision=model.hub_revision, trust_remote_code=False
+        )
         config = self._model.config
         width = {"clip": "projection_dim", "siglip": "projection_size"}.get(pooling, "hidden_size")
         self.dim = int(getattr(config, width))
@@ -64,9 +71,11 @@ class TextEncoder:
         return self.averaged([[text] for text in texts])
 
     def averaged(self, groups: list[list[str]]) -> Encoded:
-        """One vector for each group of texts, the normalised mean of the texts' unit vectors; tokens are the group's sum.
+        """One vector for each group of texts, the normalised mean of the texts' unit vectors; tokens are the
+        group's sum.
 
-        With `long_texts="split"` a text beyond the limit becomes several: sentences, packed into parts that fit.
+        With `long_texts="split"` a text beyond the limit becomes several: sentences, packed into parts that
+        fit.
         """
         parts: list[list[int]] = []
         owners: list[int] = []
@@ -93,11 +102,14 @@ class TextEncoder:
         if not texts:
             return []
         limit = {"truncation": True, "max_length": self.max_tokens} if cut else {"truncation": False}
-        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=True, verbose=False, **limit)["input_ids"]
+        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=True, verbose=False, **limit)[
+            "input_ids"
+        ]
         return found
 
     def _pieces(self, text: str) -> list[str]:
-        """Sentences, packed in order into as few parts as fit; a sentence that is too long by itself stays one part."""
+        """Sentences, packed in order into as few parts as fit; a sentence that is too long by itself stays
+        one part."""
         pieces: list[str] = []
         for sentence in SENTENCE_END.split(text.strip()):
             joined = f"{pieces[-1]} {sentence}" if pieces else sentence
@@ -122,7 +134,8 @@ class TextEncoder:
     def _encode(self, ids: list[list[int]]) -> npt.NDArray[np.float32]:
         import torch
 
-        # SigLIP was trained on texts padded to its full length, without a mask: its feature is that of the last position.
+        # SigLIP was trained on texts padded to its full length, without a mask: its feature is that of the
+        # last position.
         inputs = self._padded(ids, self.max_tokens if self._pooling == "siglip" else max(map(len, ids)))
         mask = inputs["attention_mask"].unsqueeze(-1)
         if self._pooling == "siglip":
@@ -157,9 +170,11 @@ class TextEncoder:
 
 
 def _batches(lengths: list[int], most: int, device: str) -> list[tuple[int, int]]:
-    """Cuts descending lengths where the tokens computed, padding and the cost of each call included, are fewest.
+    """Cuts descending lengths where the tokens computed, padding and the cost of each call included, are
+    fewest.
 
-    By dynamic programming: the cheapest way to cut the first j texts ends with a batch i..j after the cheapest way to cut i.
+    By dynamic programming: the cheapest way to cut the first j texts ends with a batch i..j after the
+    cheapest way to cut i.
     """
     longest = np.asarray(lengths)
     cost, start = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=int)

@@ -1,4 +1,5 @@
-"""What a store holds, counted over all of its rows in one pass over the small columns: what `gallery` shows around its sample."""
+"""What a store holds, counted over all of its rows in one pass over the small columns: what `gallery` shows
+around its sample."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ REMEMBERED = 20_000
 
 @dataclass
 class Tally:
-    """What one pass over the small columns of all finished shards finds. Row arrays are in store order, a row a picture."""
+    """What one pass over the small columns of all finished shards finds. Row arrays are in store order, a row
+    a picture."""
 
     captions: str
     embeddings: str

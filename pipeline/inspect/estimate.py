@@ -1,7 +1,9 @@
-"""Before paying: describes a sample for real and says what the whole will take, in hours, GPU hours, money and storage.
+"""Before paying: describes a sample for real and says what the whole will take, in hours, GPU hours, money
+and storage.
 
-Each stage has a start (Ray, loading a model) that is paid once, and a steady time an image that is paid for all; the sample
-tells both apart by when its shards were finished. More GPUs divide the steady time of captions and embeddings, nothing else.
+Each stage has a start (Ray, loading a model) that is paid once, and a steady time an image that is paid for
+all; the sample tells both apart by when its shards were finished. More GPUs divide the steady time of
+captions and embeddings, nothing else.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class StageCost:
 class Estimate:
     """What `estimate --json` prints. `hours` is the wall clock on `gpus` GPUs (0: this machine as it is).
 
-    `engines`: captioning engines that the sample was described by; each further one is taken to add as much again.
+    `engines`: captioning engines that the sample was described by; each further one is taken to add as much
+    again.
     """
 
     images: int
@@ -64,7 +67,8 @@ def estimate(config: EstimateConfig) -> Estimate:
     """Describes a sample in a store that is deleted again, and scales up.
 
     Raises:
-        ValueError: wrong settings, there is nothing to describe, or no place for the sample that all nodes see.
+        ValueError: wrong settings, there is nothing to describe, or no place for the sample that all nodes
+            see.
     """
     captions, embeddings = config.part(CaptionConfig), config.part(EmbedConfig)
     captioner, encoder = run.captioner_model(captions), run.encoder_model(embeddings)
@@ -74,8 +78,9 @@ def estimate(config: EstimateConfig) -> Estimate:
     ray_s = time.monotonic() - begun
     if session.several_nodes() and not config.work_dir:
         message = (
-            "work_dir: the cluster has several nodes, and this machine's temporary folder is seen by one; pass --work-dir with a "
-            "folder or address that every node can write to, such as the one that --store will have."
+            "work_dir: the cluster has several nodes, and this machine's temporary folder is seen by one; "
+            "pass --work-dir with a folder or address that every node can write to, such as the one that "
+            "--store will have."
         )
         raise SettingsError(message)
     actors: dict[Stage, int] = {
@@ -83,7 +88,9 @@ def estimate(config: EstimateConfig) -> Estimate:
         "captions": placement.captioners(captions, captioner, whole.rows).actors,
         "embeddings": placement.encoders(embeddings, encoder, whole.rows).actors,
     }
-    sample = plan_sample(config, whole.rows, max(actors["captions"], actors["embeddings"]), alike=session.gpus() > 0)
+    sample = plan_sample(
+        config, whole.rows, max(actors["captions"], actors["embeddings"]), alike=session.gpus() > 0
+    )
     used = actors | {stage: min(actors[stage], sample.engines) for stage in ON_GPUS}
     with _place(config.work_dir) as folder:
         part = replace(
@@ -102,7 +109,10 @@ def estimate(config: EstimateConfig) -> Estimate:
         store = Store(part.store)
         # No more actors have work at a time than there are shards.
         working = {stage: min(actors[stage], whole.shards) for stage in STAGES}
-        stages = [_cost(store, stage, seconds[stage], min(used[stage], store.dataset.shards), working[stage]) for stage in STAGES]
+        stages = [
+            _cost(store, stage, seconds[stage], min(used[stage], store.dataset.shards), working[stage])
+            for stage in STAGES
+        ]
         counts = _counts(store)
     return _scaled(config, whole.rows, ray_s, stages, actors, counts | {"engines": used["captions"]})
 
@@ -117,17 +127,21 @@ class Sample:
 
 
 def plan_sample(config: EstimateConfig, rows: int, engines: int, *, alike: bool) -> Sample:
-    """The least that tells the steady rate: three shards for each engine, since an engine's first one waits for its start.
+    """The least that tells the steady rate: three shards for each engine, since an engine's first one waits
+    for its start.
 
-    It is kept to SHARE of all rows: first by fewer engines, where those are `alike` (each on a GPU of its own, and n of them are
-    taken to be n times as fast), then by smaller shards. Engines that share cores slow each other down, so all of them are tried.
+    It is kept to SHARE of all rows: first by fewer engines, where those are `alike` (each on a GPU of its
+    own, and n of them are taken to be n times as fast), then by smaller shards. Engines that share cores slow
+    each other down, so all of them are tried.
     """
     share = config.sample or round(SHARE * rows)
     if alike and not config.sample:
         engines = max(1, min(engines, share // (SHARDS_EACH * config.shard_rows)))
     each = min(config.shard_rows, max(SMALLEST_SHARD, share // (SHARDS_EACH * engines)))
     wanted = config.sample or SHARDS_EACH * each * engines
-    return Sample(rows=min(wanted, rows), shard_rows=config.shard_rows if config.sample else each, engines=engines)
+    return Sample(
+        rows=min(wanted, rows), shard_rows=config.shard_rows if config.sample else each, engines=engines
+    )
 
 
 @contextlib.contextmanager
@@ -161,7 +175,7 @@ def _cost(store: Store, stage: Stage, seconds: float, actors: int, whole: int) -
     rows = sum(receipt.rows for receipt in receipts.values())
     if len(finished) >= actors + 2:
         steady = seconds_per_row([(at, receipts[shard].rows) for at, shard in finished], actors)
-    else:  # too few to tell a start from what follows: the workers' own time, which leaves out what runs beside it
+    else:  # too few to tell a start from what follows: the workers' own time, without what runs beside it
         steady = sum(receipt.seconds for receipt in receipts.values()) / rows / actors
     size = sum(receipt.bytes for receipt in receipts.values()) / rows
     return StageCost(
@@ -174,16 +188,24 @@ def _cost(store: Store, stage: Stage, seconds: float, actors: int, whole: int) -
 
 def _finished_at(store: Store, stage: Stage, variant: str) -> list[tuple[float, int]]:
     """(time, shard) of a stage's receipts, in order; of an object store to the second."""
-    filesystem, path = locations.resolve(locations.join(store.uri, f"{store.folder(stage, variant)}/receipts"))
-    infos = [info for info in filesystem.get_file_info(fs.FileSelector(path)) if info.base_name.startswith("part-")]
-    return sorted((info.mtime_ns / 1e9, int(info.base_name.removeprefix("part-").removesuffix(".json"))) for info in infos)
+    filesystem, path = locations.resolve(
+        locations.join(store.uri, f"{store.folder(stage, variant)}/receipts")
+    )
+    infos = [
+        info for info in filesystem.get_file_info(fs.FileSelector(path)) if info.base_name.startswith("part-")
+    ]
+    return sorted(
+        (info.mtime_ns / 1e9, int(info.base_name.removeprefix("part-").removesuffix(".json")))
+        for info in infos
+    )
 
 
 def seconds_per_row(finished: list[tuple[float, int]], actors: int) -> float:
-    """Steady wall-clock seconds a row from when shards were finished (time, rows; in order) by so many actors.
+    """Steady wall-clock seconds a row from when shards were finished (time, rows; in order) by so many
+    actors.
 
-    Each actor's first shard waited for its start and does not count, nor does the time for which an actor has nothing left to do:
-    an actor works from its first shard's end to its last's.
+    Each actor's first shard waited for its start and does not count, nor does the time for which an actor has
+    nothing left to do: an actor works from its first shard's end to its last's.
     """
     times = [at for at, _ in finished]
     worked = sum(times[-actors:]) - sum(times[:actors])
@@ -203,7 +225,12 @@ def _counts(store: Store) -> dict[str, int]:
 
 
 def _scaled(
-    config: EstimateConfig, images: int, ray_s: float, stages: list[StageCost], actors: dict[Stage, int], counts: dict[str, int]
+    config: EstimateConfig,
+    images: int,
+    ray_s: float,
+    stages: list[StageCost],
+    actors: dict[Stage, int],
+    counts: dict[str, int],
 ) -> Estimate:
     on_gpus = {"embeddings"} if config.captioner == "openai" else {"captions", "embeddings"}
     wall = ray_s
@@ -246,13 +273,15 @@ def as_text(found: Estimate) -> str:
     for cost in found.stages:
         rate = 1 / cost.seconds_per_image if cost.seconds_per_image else float("inf")
         lines.append(f"{cost.stage:12}{cost.start_s:>10.1f}{rate:>10.1f}{cost.bytes_per_image / 1000:>10.2f}")
-    where = f"on {found.gpus} GPUs, {found.gpu_hours:.2f} GPU hours" if found.gpus else "on this machine as it is"
+    where = (
+        f"on {found.gpus} GPUs, {found.gpu_hours:.2f} GPU hours" if found.gpus else "on this machine as it is"
+    )
     lines += [
         "",
         f"{found.images} images: {found.hours:.2f} hours {where}; {found.tokens} tokens of captions, "
         f"{found.prompt_tokens} of prompts; {found.storage_bytes / 1e9:.2f} GB of storage"
         + (f"; cost {found.cost:.2f}" if found.cost else ""),
-        f"from {found.sampled} images by {found.engines} engines, {found.failed} failed; steady rates as measured, scaled by the "
-        "number of engines, nothing added for breakdowns",
+        f"from {found.sampled} images by {found.engines} engines, {found.failed} failed; steady rates as "
+        "measured, scaled by the number of engines, nothing added for breakdowns",
     ]
     return "\n".join(lines)

@@ -1,7 +1,9 @@
-"""A page to look at a store with: pictures with captions, failures, repeated rows, nearest captions, distributions.
+"""A page to look at a store with: pictures with captions, failures, repeated rows, nearest captions,
+distributions.
 
-`gpt4image inspect STORE --to inspect.html` writes one self-contained file that fetches nothing. Counts are over all rows, taken
-shard by shard from small columns; pictures are a sample. What models and file names wrote reaches the page as escaped data only.
+`gpt4image inspect STORE --to inspect.html` writes one self-contained file that fetches nothing. Counts are
+over all rows, taken shard by shard from small columns; pictures are a sample. What models and file names
+wrote reaches the page as escaped data only.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from pipeline.store import STAGES, Stage, Store, locations
 
 THUMBNAIL_EDGE = 128
 NEAREST = 5
-# A picture is read with its whole shard (64 MiB or so), so a sample spread over all shards would read the whole store.
+# A picture is read with its whole shard (64 MiB or so), so a sample spread over all shards would read the
+# whole store.
 SAMPLE_SHARDS = 32
 # Pictures stored by reference are fetched one by one, perhaps from afar.
 FETCHERS = 8
@@ -45,7 +48,8 @@ def write(config: InspectConfig) -> str:
 
     Raises:
         FileNotFoundError: there is no store, or no variant of the name given.
-        ValueError: several variants of a stage exist and none was named, or the two named do not belong together.
+        ValueError: several variants of a stage exist and none was named, or the two named do not belong
+            together.
     """
     store = Store(config.store)
     captions, embeddings = _variants(store, config)
@@ -55,10 +59,18 @@ def write(config: InspectConfig) -> str:
     template = resources.files("pipeline.inspect").joinpath("gallery.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(template).render(
-        store=config.store, dataset=store.dataset, tally=tally, drawn=drawn, data=_json(data),
-        stages=_stages(store, tally), variants=_settings(store, tally), repeats=_repeats(store, tally),
-        charts=_charts(tally), lists=_lists(store, tally), script_hash=_script_hash(template),
-    )  # fmt: skip
+        store=config.store,
+        dataset=store.dataset,
+        tally=tally,
+        drawn=drawn,
+        data=_json(data),
+        stages=_stages(store, tally),
+        variants=_settings(store, tally),
+        repeats=_repeats(store, tally),
+        charts=_charts(tally),
+        lists=_lists(store, tally),
+        script_hash=_script_hash(template),
+    )
     folder = os.path.dirname(os.path.abspath(config.to))
     locations.check_writable("to", folder)
     os.makedirs(folder, exist_ok=True)
@@ -71,18 +83,28 @@ def _variants(store: Store, config: InspectConfig) -> tuple[str, str]:
     """The caption and the embedding variant to show; "" where the store has none."""
     captions = config.captions
     if config.embeddings:
-        made_of = str(store.variant("embeddings", store.only_variant("embeddings", config.embeddings))["captions"])
+        made_of = str(
+            store.variant("embeddings", store.only_variant("embeddings", config.embeddings))["captions"]
+        )
         if captions and captions != made_of:
             message = (
-                f"embeddings={config.embeddings}: made of captions {made_of}, not {captions}; leave one of the two flags out."
+                f"embeddings={config.embeddings}: made of captions {made_of}, not {captions}; leave one of "
+                "the two flags out."
             )
             raise SettingsError(message)
         return store.only_variant("captions", made_of), config.embeddings
     if captions or store.variants("captions"):
         captions = store.only_variant("captions", captions)
-    names = [name for name in store.variants("embeddings") if store.variant("embeddings", name)["captions"] == captions]
+    names = [
+        name
+        for name in store.variants("embeddings")
+        if store.variant("embeddings", name)["captions"] == captions
+    ]
     if len(names) > 1:
-        message = f"store={store.uri}: several embeddings of {captions} and none named; pass --embeddings with one of: "
+        message = (
+            f"store={store.uri}: several embeddings of {captions} and none named; pass --embeddings with one "
+            "of: "
+        )
         raise SettingsError(message + ", ".join(names) + ".")
     return captions, "".join(names)
 
@@ -115,7 +137,9 @@ def _cards(store: Store, tally: Tally, config: InspectConfig) -> tuple[list[dict
     for shard, row in sorted(chosen):
         rows_of.setdefault(shard, []).append(row)
     for shard, rows in rows_of.items():
-        for row, card, vector in _shard_cards(store, tally, shard, rows, with_pictures=shard in pictures or not packed):
+        for row, card, vector in _shard_cards(
+            store, tally, shard, rows, with_pictures=shard in pictures or not packed
+        ):
             found[shard, row] = card
             if vector is not None:
                 vectors[shard, row] = vector
@@ -123,7 +147,9 @@ def _cards(store: Store, tally: Tally, config: InspectConfig) -> tuple[list[dict
         _add_groups(tally, tally.row(*place), card)
     cards = [found[place] for place in chosen]
     _add_nearest(cards, [vectors.get(place) for place in chosen])
-    told = _Drawn(cards=len(cards), rows=tally.rows, failed=len(failed), shards=len(used), of_shards=len(tally.shards))
+    told = _Drawn(
+        cards=len(cards), rows=tally.rows, failed=len(failed), shards=len(used), of_shards=len(tally.shards)
+    )
     return cards, told
 
 
@@ -138,7 +164,9 @@ def _shard_order(store: Store, tally: Tally, rng: np.random.Generator) -> list[i
 def _draw_failed(tally: Tally, order: list[int], most: int) -> list[tuple[int, int]]:
     """Failed rows, one of each reason in turn, so that a rare reason is not lost among a common one."""
     rank = {shard: place for place, shard in enumerate(order)}
-    piles = [sorted(places, key=lambda place: (rank[place[0]], place[1])) for places in tally.failures.values()]
+    piles = [
+        sorted(places, key=lambda place: (rank[place[0]], place[1])) for places in tally.failures.values()
+    ]
     drawn: list[tuple[int, int]] = []
     for turn in range(max(map(len, piles), default=0)):
         drawn += [pile[turn] for pile in piles if turn < len(pile)]
@@ -147,7 +175,9 @@ def _draw_failed(tally: Tally, order: list[int], most: int) -> list[tuple[int, i
     return drawn[:most]
 
 
-def _draw_good(tally: Tally, order: list[int], count: int, rng: np.random.Generator) -> tuple[list[tuple[int, int]], set[int]]:
+def _draw_good(
+    tally: Tally, order: list[int], count: int, rng: np.random.Generator
+) -> tuple[list[tuple[int, int]], set[int]]:
     """Random rows without an error from few shards, and those shards."""
     sizes = dict(zip(tally.shards, np.diff([*tally.starts, tally.rows]).tolist(), strict=True))
     pool: list[tuple[int, int]] = []
@@ -164,8 +194,12 @@ def _draw_good(tally: Tally, order: list[int], count: int, rng: np.random.Genera
 def _shard_cards(
     store: Store, tally: Tally, shard: int, rows: list[int], *, with_pictures: bool
 ) -> list[tuple[int, dict[str, Any], np.ndarray | None]]:
-    names = ["id", "content_hash", "uri", "label", "split", "width", "height", "error"] + (["image"] if with_pictures else [])
-    columns: dict[Stage, list[dict[str, Any]]] = {"images": _take(store.read_shard("images", "", shard, names), rows)}
+    names = ["id", "content_hash", "uri", "label", "split", "width", "height", "error"] + (
+        ["image"] if with_pictures else []
+    )
+    columns: dict[Stage, list[dict[str, Any]]] = {
+        "images": _take(store.read_shard("images", "", shard, names), rows)
+    }
     vectors = np.zeros((len(rows), 1), np.float32)
     if shard in tally.captioned:
         names = ["caption", "others", "output_tokens", "finish_reason", "flag", "error"]
@@ -175,12 +209,16 @@ def _shard_cards(
         table = store.read_shard("embeddings", tally.embeddings, shard, names)
         columns["embeddings"] = _take(table.drop_columns("embedding"), rows)
         nested = table["embedding"].combine_chunks()
-        vectors = nested.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)[rows].astype(np.float32)
+        vectors = (
+            nested.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)[rows].astype(np.float32)
+        )
     with ThreadPoolExecutor(FETCHERS) as pool:
         thumbnails = list(pool.map(lambda record: _thumbnail(store, record), columns["images"]))
     cards = []
     for place, row in enumerate(rows):
-        card = _card(shard, {stage: of_stage[place] for stage, of_stage in columns.items()}) | thumbnails[place]
+        card = (
+            _card(shard, {stage: of_stage[place] for stage, of_stage in columns.items()}) | thumbnails[place]
+        )
         cards.append((row, card, vectors[place] if vectors[place].any() else None))
     return cards
 
@@ -193,23 +231,39 @@ def _take(table: pa.Table, rows: list[int]) -> list[dict[str, Any]]:
 def _card(shard: int, row: dict[Stage, dict[str, Any]]) -> dict[str, Any]:
     """One row as the page's script reads it; what a row does not have is left out."""
     picture, text, vector = row["images"], row.get("captions", {}), row.get("embeddings", {})
-    errors = [(stage, row[stage]["error"]) for stage in STAGES if stage in row and row[stage]["error"] is not None]
+    errors = [
+        (stage, row[stage]["error"]) for stage in STAGES if stage in row and row[stage]["error"] is not None
+    ]
     caption = text.get("caption") or ""
     card = {
-        "id": picture["id"], "uri": picture["uri"] if picture["uri"] != picture["id"] else None,
+        "id": picture["id"],
+        "uri": picture["uri"] if picture["uri"] != picture["id"] else None,
         "label": picture["label"] if picture["label"] >= 0 else None,  # -1: a row that failed for want of one
-        "split": picture["split"], "width": picture["width"], "height": picture["height"], "shard": shard,
-        "caption": _short(caption), "others": [_short(other) for other in text.get("others") or [] if other],
-        "words": len(caption.split()) if caption else None, "outputTokens": text.get("output_tokens"),
-        "finish": text.get("finish_reason"), "flag": text.get("flag"), "encoderTokens": vector.get("tokens"),
-        "truncated": bool(vector.get("truncated")), "error": _short(f"{errors[0][0]}: {errors[0][1]}") if errors else None,
+        "split": picture["split"],
+        "width": picture["width"],
+        "height": picture["height"],
+        "shard": shard,
+        "caption": _short(caption),
+        "others": [_short(other) for other in text.get("others") or [] if other],
+        "words": len(caption.split()) if caption else None,
+        "outputTokens": text.get("output_tokens"),
+        "finish": text.get("finish_reason"),
+        "flag": text.get("flag"),
+        "encoderTokens": vector.get("tokens"),
+        "truncated": bool(vector.get("truncated")),
+        "error": _short(f"{errors[0][0]}: {errors[0][1]}") if errors else None,
         "reason": reason_of(*errors[0]) if errors else None,
-    }  # fmt: skip
-    return {name: value for name, value in card.items() if value is not None and value != "" and value is not False}
+    }
+    return {
+        name: value
+        for name, value in card.items()
+        if value is not None and value != "" and value is not False
+    }
 
 
 def _add_groups(tally: Tally, row: int, card: dict[str, Any]) -> None:
-    """Notes how many rows share the card's picture and its caption, where there are several, and the group's number."""
+    """Notes how many rows share the card's picture and its caption, where there are several, and the group's
+    number."""
     for kind, groups in tally.groups.items():
         number = groups.number(row)
         if number is not None:
@@ -240,7 +294,8 @@ def _picture_bytes(store: Store, row: dict[str, Any]) -> bytes | None:
     """The encoded picture of a row; None for a failed one, and where pictures were not read with the shard.
 
     Raises:
-        OSError: the picture is stored by reference and its place cannot be read, or holds another picture now.
+        OSError: the picture is stored by reference and its place cannot be read, or holds another picture
+            now.
     """
     if row["error"] is not None or "image" not in row:
         return None
@@ -248,7 +303,8 @@ def _picture_bytes(store: Store, row: dict[str, Any]) -> bytes | None:
 
 
 def _add_nearest(cards: list[dict[str, Any]], vectors: list[np.ndarray | None]) -> None:
-    """Gives each card with a vector `near`: [card, cosine] of the nearest cards with another caption, nearest first."""
+    """Gives each card with a vector `near`: [card, cosine] of the nearest cards with another caption, nearest
+    first."""
     first: dict[str, int] = {}
     for place, card in enumerate(cards):
         if vectors[place] is not None and "caption" in card:
@@ -300,22 +356,36 @@ def _group(store: Store, tally: Tally, kind: str, number: int) -> dict[str, Any]
     members = groups.members(number)
     if kind == "captions":
         shard, row = tally.place(int(members[0]))
-        example = _short(store.read_shard("captions", tally.captions, shard, ["caption"])["caption"][row].as_py())
+        example = _short(
+            store.read_shard("captions", tally.captions, shard, ["caption"])["caption"][row].as_py()
+        )
     else:
         places = [tally.place(int(member)) for member in members[:3]]
-        example = ", ".join(store.read_shard("images", "", shard, ["id"])["id"][row].as_py() for shard, row in places)
+        example = ", ".join(
+            store.read_shard("images", "", shard, ["id"])["id"][row].as_py() for shard, row in places
+        )
         example += ", …" if len(members) > 3 else ""
-    splits = [name for code, name in enumerate(store.dataset.splits) if code in set(tally.splits[members].tolist())]
+    splits = [
+        name for code, name in enumerate(store.dataset.splits) if code in set(tally.splits[members].tolist())
+    ]
     return {
-        "number": number, "count": len(members), "example": example, "splits": ", ".join(splits),
+        "number": number,
+        "count": len(members),
+        "example": example,
+        "splits": ", ".join(splits),
         "classes": len(np.unique(tally.labels[members])),
-    }  # fmt: skip
+    }
 
 
 def _stages(store: Store, tally: Tally) -> list[dict[str, Any]]:
-    """Every stage and variant; rows are counted for those shown, of the others only the finished shards are listed."""
+    """Every stage and variant; rows are counted for those shown, of the others only the finished shards are
+    listed."""
     shown = {"images": "", "captions": tally.captions, "embeddings": tally.embeddings}
-    finished = {"images": len(tally.shards), "captions": len(tally.captioned), "embeddings": len(tally.embedded)}
+    finished = {
+        "images": len(tally.shards),
+        "captions": len(tally.captioned),
+        "embeddings": len(tally.embedded),
+    }
     stages: list[dict[str, Any]] = []
     for stage in STAGES:
         for variant in store.variants(stage):
@@ -328,7 +398,11 @@ def _stages(store: Store, tally: Tally) -> list[dict[str, Any]]:
 
 def _settings(store: Store, tally: Tally) -> list[dict[str, Any]]:
     pairs: list[tuple[Stage, str]] = [("captions", tally.captions), ("embeddings", tally.embeddings)]
-    found = [{"stage": stage, "name": name, "settings": store.variant(stage, name)} for stage, name in pairs if name]
+    found = [
+        {"stage": stage, "name": name, "settings": store.variant(stage, name)}
+        for stage, name in pairs
+        if name
+    ]
     return [entry | {"text": json.dumps(entry["settings"], indent=2, ensure_ascii=False)} for entry in found]
 
 
@@ -336,14 +410,17 @@ def _charts(tally: Tally) -> list[dict[str, Any]]:
     sizes = np.bincount(tally.labels[tally.labels >= 0])
     of_classes = Counter(sizes.tolist() if len(sizes) > 2 * GROUPS else [])  # fewer are listed by name
     charts = [
-        ("Words in a caption", "captions", tally.words), ("Tokens written for a picture", "pictures", tally.tokens),
-        ("Longer edge of a picture, in pixels", "pictures", tally.edges), ("Pictures in a class", "classes", of_classes),
-    ]  # fmt: skip
+        ("Words in a caption", "captions", tally.words),
+        ("Tokens written for a picture", "pictures", tally.tokens),
+        ("Longer edge of a picture, in pixels", "pictures", tally.edges),
+        ("Pictures in a class", "classes", of_classes),
+    ]
     return [_histogram(title, what, counts) for title, what, counts in charts if counts]
 
 
 def _histogram(title: str, what: str, counts: Counter[int]) -> dict[str, Any]:
-    """Columns of equal width for whole numbers; the last holds what lies beyond 99.5 % too, so that one giant hides nothing."""
+    """Columns of equal width for whole numbers; the last holds what lies beyond 99.5 % too, so that one giant
+    hides nothing."""
     values = np.array(sorted(counts))
     weights = np.array([counts[int(value)] for value in values])
     reached = np.cumsum(weights) / weights.sum()
@@ -370,7 +447,10 @@ def _lists(store: Store, tally: Tally) -> list[dict[str, Any]]:
     splits = np.bincount(tally.splits[tally.splits >= 0], minlength=len(store.dataset.splits)).tolist()
     parts = [("Classes", "class", classes)]
     if len(classes) > 2 * GROUPS:
-        parts = [("Largest classes", "class", classes[:GROUPS]), ("Smallest classes", "class", classes[-GROUPS:])]
+        parts = [
+            ("Largest classes", "class", classes[:GROUPS]),
+            ("Smallest classes", "class", classes[-GROUPS:]),
+        ]
     parts.append(("Splits", "split", list(zip(store.dataset.splits, splits, strict=True))))
     parts.append(("Why rows failed", "errors", tally.reasons.most_common(GROUPS)))
     parts.append(("Flags", "flag", tally.flags.most_common(GROUPS)))
@@ -380,7 +460,12 @@ def _lists(store: Store, tally: Tally) -> list[dict[str, Any]]:
 def _bars(title: str, key: str, pairs: list[tuple[str, int]]) -> dict[str, Any]:
     most = max(1, *(count for _, count in pairs))
     bars = [
-        {"name": name, "count": count, "share": round(100 * count / most, 2), "link": f"#{key}={quote(name, safe='')}"}
+        {
+            "name": name,
+            "count": count,
+            "share": round(100 * count / most, 2),
+            "link": f"#{key}={quote(name, safe='')}",
+        }
         for name, count in pairs
     ]
     return {"title": title, "bars": bars, "wide": key == "errors"}

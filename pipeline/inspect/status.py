@@ -16,11 +16,14 @@ def summary(store: Store) -> dict[str, Any]:
             receipts = store.receipts(stage, variant).values()
             stages.append(
                 {
-                    "stage": stage, "variant": variant, "done_shards": len(receipts),
-                    "rows": sum(r.rows for r in receipts), "failed": sum(r.failed for r in receipts),
+                    "stage": stage,
+                    "variant": variant,
+                    "done_shards": len(receipts),
+                    "rows": sum(r.rows for r in receipts),
+                    "failed": sum(r.failed for r in receipts),
                     "remaining_shards": store.dataset.shards - len(receipts),
                 }
-            )  # fmt: skip
+            )
     return {"rows": store.dataset.rows, "shards": store.dataset.shards, "stages": stages}
 
 

@@ -1,13 +1,16 @@
-"""One `Entry` for each picture of a source: its key, its label, its split, its place, or what is wrong with it.
+"""One `Entry` for each picture of a source: its key, its label, its split, its place, or what is wrong with
+it.
 
-Every picture has an entry or is counted in a note. What one line, row or member lacks or gets wrong is its entry's `error`, and
-never ends the listing:
+Every picture has an entry or is counted in a note. What one line, row or member lacks or gets wrong is its
+entry's `error`, and never ends the listing:
 
-- No label (null, an empty text, NaN, or -1 among whole numbers): an error. Where no row of a split has one, as in test sets
-  whose labels are kept secret, the split is left out, with a note.
-- A split of another name than train, val, test and their synonyms, or a path that leads out of a list's folder: an error.
+- No label (null, an empty text, NaN, or -1 among whole numbers): an error. Where no row of a split has one,
+  as in test sets whose labels are kept secret, the split is left out, with a note.
+- A split of another name than train, val, test and their synonyms, or a path that leads out of a list's
+  folder: an error.
 
-This is where names come in: those that are not UTF-8 are written as `locations.escaped` does, here and nowhere else.
+This is where names come in: those that are not UTF-8 are written as `locations.escaped` does, here and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -22,7 +25,14 @@ from pipeline.config import SourceConfig
 from pipeline.errors import SettingsError
 from pipeline.store.locations import escaped
 
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
 # Understood where something is said to be a split; a folder of this name alone may as well be a class.
 SYNONYMS = {"dev": "val", "development": "val", "eval": "val", "evaluation": "val"}
 ALL_SPLIT_NAMES = SPLIT_NAMES | SYNONYMS
@@ -35,9 +45,10 @@ MOST_CLASSES = 100_000  # a single row's label must not make a classifier larger
 class Entry:
     """One picture of the source, before classes are numbered.
 
-    `id` is its key within the source, `place` where its bytes are (see `locations`; for Parquet FILE#g<row group>-<row>),
-    `group` what keeps rows together in the order (the row's own id where nothing has to). `split` is empty where the source
-    tells none, `label` where it has none, `place` where `error` says what is wrong.
+    `id` is its key within the source, `place` where its bytes are (see `locations`; for Parquet FILE#g<row
+    group>-<row>), `group` what keeps rows together in the order (the row's own id where nothing has to).
+    `split` is empty where the source tells none, `label` where it has none, `place` where `error` says what
+    is wrong.
     """
 
     id: str
@@ -51,7 +62,8 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What a source holds; `keys` are the classes, in order, also those without a picture; `notes` tell what is left out."""
+    """What a source holds; `keys` are the classes, in order, also those without a picture; `notes` tell what
+    is left out."""
 
     entries: list[Entry]
     keys: list[str]
@@ -60,17 +72,32 @@ class Listing:
     notes: tuple[str, ...] = ()
 
 
-def make_entry(*, id: str, place: str, size: int, label: object, split: object = "", group: str = "", error: str = "") -> Entry:
+def make_entry(
+    *, id: str, place: str, size: int, label: object, split: object = "", group: str = "", error: str = ""
+) -> Entry:
     """An entry in valid UTF-8, whatever the source holds; what cannot be understood is its error."""
     named, text = _split(split), _label(label)
     if named is None:
-        error = error or f"split {str(split)[:80]!r} is none of train, val and test: mend it, and ingest into a new store"
+        error = (
+            error
+            or f"split {str(split)[:80]!r} is none of train, val and test: mend it, and ingest into a new "
+            "store"
+        )
     if text is None:
-        error = error or f"a label must be a text or a number, not {type(label).__name__}: mend it, and ingest into a new store"
+        error = (
+            error
+            or f"a label must be a text or a number, not {type(label).__name__}: mend it, and ingest into a "
+            "new store"
+        )
     return Entry(
-        id=escaped(id), label="" if error else escaped(text or ""), split=named or "", size=size, place="" if error else place,
-        group=group, error=escaped(error),
-    )  # fmt: skip
+        id=escaped(id),
+        label="" if error else escaped(text or ""),
+        split=named or "",
+        size=size,
+        place="" if error else place,
+        group=group,
+        error=escaped(error),
+    )
 
 
 def _split(value: object) -> str | None:
@@ -98,7 +125,9 @@ def some_of(names: Iterable[str]) -> str:
     return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
-def with_labels(config: SourceConfig, entries: list[Entry], skipped: int, notes: Iterable[str] = ()) -> Listing:
+def with_labels(
+    config: SourceConfig, entries: list[Entry], skipped: int, notes: Iterable[str] = ()
+) -> Listing:
     """Classes from the labels themselves: whole numbers in their order, from 0; names in theirs."""
     if not entries:
         message = f"images={config.images}: no pictures found."
@@ -107,20 +136,27 @@ def with_labels(config: SourceConfig, entries: list[Entry], skipped: int, notes:
     counts = Counter(entry.label for entry in entries if entry.label)
     numbers = {label: int(label) for label in counts if re.fullmatch("[0-9]{1,18}", label)}
     odd = counts.total() - sum(counts[label] for label in numbers)
-    # Where nearly all labels are numbers, classes are numbered, and a stray other label is its row's error: by name, all rows
-    # would be numbered anew (0, 1, 10, 2), and none the wiser.
+    # Where nearly all labels are numbers, classes are numbered, and a stray other label is its row's error:
+    # by name, all rows would be numbered anew (0, 1, 10, 2), and none the wiser.
     if numbers and odd <= STRAY * counts.total():
         most = max(MOST_CLASSES, 10 * len(numbers))
         entries = [_numbered(entry, numbers, most) if entry.label else entry for entry in entries]
         labels = {entry.label for entry in entries} - {""}
         keys = [str(number) for number in range(max(map(int, labels), default=-1) + 1)]
         if len(keys) > 2 * len(labels) + 1:
-            notes = [*notes, f"labels up to {len(keys) - 1} make {len(keys)} classes, of which {len(labels)} have a picture"]
+            notes = [
+                *notes,
+                f"labels up to {len(keys) - 1} make {len(keys)} classes, of which {len(labels)} have a "
+                "picture",
+            ]
     else:
         labels = set(counts)
         keys = sorted(labels)
     if not labels:
-        first = next((f"{entry.id}: {entry.error}" for entry in entries if entry.error), f"no label, such as {entries[0].id}")
+        first = next(
+            (f"{entry.id}: {entry.error}" for entry in entries if entry.error),
+            f"no label, such as {entries[0].id}",
+        )
         message = f"images={config.images}: none of {len(entries)} pictures can be used: {first}."
         raise SettingsError(message)
     labelled = {entry.split for entry in entries if entry.label}
@@ -132,7 +168,10 @@ def with_labels(config: SourceConfig, entries: list[Entry], skipped: int, notes:
             kept.append(replace(entry, place="", error="no label: give it one, and ingest into a new store"))
         else:
             left[entry.split] += 1
-    told = [f"{count} pictures of split {split or 'train'} are left out: none has a label" for split, count in left.items()]
+    told = [
+        f"{count} pictures of split {split or 'train'} are left out: none has a label"
+        for split, count in left.items()
+    ]
     return Listing(entries=kept, keys=keys, skipped=skipped, notes=(*notes, *told))
 
 
@@ -140,6 +179,10 @@ def _numbered(entry: Entry, numbers: dict[str, int], most: int) -> Entry:
     number = numbers.get(entry.label)
     if number is not None and number < most:
         return replace(entry, label=str(number))
-    flaw = "is no class number, as those of the other rows are" if number is None else f"would make more than {most} classes"
+    flaw = (
+        "is no class number, as those of the other rows are"
+        if number is None
+        else f"would make more than {most} classes"
+    )
     error = f"label {entry.label[:80]!r} {flaw}: mend it, and ingest into a new store"
     return replace(entry, label="", place="", error=error)

@@ -1,4 +1,5 @@
-"""Names and sizes of the files of a source, on a disk or at an object store, and the splits that names tell."""
+"""Names and sizes of the files of a source, on a disk or at an object store, and the splits that names
+tell."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from pipeline.errors import SettingsError
 from pipeline.sources.entries import ALL_SPLIT_NAMES, some_of
 from pipeline.store import locations
 
-IN_A_NAME = re.compile(rf"(?:^|[^a-z])({'|'.join(sorted(ALL_SPLIT_NAMES, key=len, reverse=True))})(?:[^a-z]|$)")
+IN_A_NAME = re.compile(
+    rf"(?:^|[^a-z])({'|'.join(sorted(ALL_SPLIT_NAMES, key=len, reverse=True))})(?:[^a-z]|$)"
+)
 READERS = 16  # listing waits for answers and not for a processor
 
 
@@ -23,7 +26,8 @@ READERS = 16  # listing waits for answers and not for a processor
 
 
 def named_files(uri: str, ending: str) -> tuple[str, list[str]]:
-    """A folder and its files of an ending, relative to it; for the address of one file, the folder that it lies in."""
+    """A folder and its files of an ending, relative to it; for the address of one file, the folder that it
+    lies in."""
     if locations.split_options(uri)[0].lower().endswith(ending):
         filesystem, path = locations.resolve(uri)
         if filesystem.get_file_info(path).type != fs.FileType.File:
@@ -38,12 +42,15 @@ def named_files(uri: str, ending: str) -> tuple[str, list[str]]:
 
 
 def parent(uri: str) -> str:
-    base, options = locations.split_options(uri) if "://" in uri else (os.path.abspath(os.path.expanduser(uri)), "")
+    base, options = (
+        locations.split_options(uri) if "://" in uri else (os.path.abspath(os.path.expanduser(uri)), "")
+    )
     return base.rpartition("/")[0] + options
 
 
 def list_files(uri: str, depth: int = 0) -> list[tuple[str, int]]:
-    """(path below the source, bytes) of its files, hidden ones left out; `depth` limits the folder levels (0: all)."""
+    """(path below the source, bytes) of its files, hidden ones left out; `depth` limits the folder levels (0:
+    all)."""
     filesystem, root = locations.resolve(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         return list(_local_files(root, depth))
@@ -51,13 +58,18 @@ def list_files(uri: str, depth: int = 0) -> list[tuple[str, int]]:
         message = f"images={uri}: no such folder."
         raise SettingsError(message)
     found = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    listed = [(info.path[len(root) + 1 :], int(info.size or 0)) for info in found if info.type == fs.FileType.File]
-    visible = [(name, size) for name, size in listed if not any(part.startswith(".") for part in name.split("/"))]
+    listed = [
+        (info.path[len(root) + 1 :], int(info.size or 0)) for info in found if info.type == fs.FileType.File
+    ]
+    visible = [
+        (name, size) for name, size in listed if not any(part.startswith(".") for part in name.split("/"))
+    ]
     return sorted((name, size) for name, size in visible if not depth or name.count("/") < depth)
 
 
 def _local_files(root: str, depth: int, below: str = "") -> Iterable[tuple[str, int]]:
-    """Links to folders are followed on the first two levels, where splits and classes often are links, and not deeper."""
+    """Links to folders are followed on the first two levels, where splits and classes often are links, and
+    not deeper."""
     level = below.count("/") + 1 if below else 0
     for entry in sorted(os.scandir(os.path.join(root, below)), key=lambda entry: entry.name):
         name = f"{below}/{entry.name}" if below else entry.name
@@ -71,16 +83,23 @@ def _local_files(root: str, depth: int, below: str = "") -> Iterable[tuple[str, 
         if is_folder:
             if not depth or level + 1 < depth:
                 yield from _local_files(root, depth, name)
-        elif stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):  # and no pipe, whose reader would wait for ever
+        elif stat.S_ISREG(found.st_mode) or stat.S_ISDIR(
+            found.st_mode
+        ):  # and no pipe, whose reader would wait for ever
             yield name, found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def list_folders(path: str) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(path) if os.path.isdir(entry.path) and not entry.name.startswith("."))
+    return sorted(
+        entry.name
+        for entry in os.scandir(path)
+        if os.path.isdir(entry.path) and not entry.name.startswith(".")
+    )
 
 
 def opened(root: str, file: str) -> Any:
-    """A file of the source, open for reading anywhere in it. As bytes on a disk, since its name may not be UTF-8."""
+    """A file of the source, open for reading anywhere in it. As bytes on a disk, since its name may not be
+    UTF-8."""
     filesystem, path = locations.locate(root, file)
     if isinstance(filesystem, fs.LocalFileSystem):
         return pa.OSFile(os.fsencode(path))
@@ -97,8 +116,8 @@ def splits_of(files: list[str]) -> dict[str, str]:
     silent = [file for file, split in told.items() if not split]
     if silent and len(silent) < len(files):
         message = (
-            f"{some_of(silent)}: the name tells no split, as those of the other files do; put train, val or test into it "
-            "(dev and eval are val), move it elsewhere, or name one file with --images."
+            f"{some_of(silent)}: the name tells no split, as those of the other files do; put train, val or "
+            "test into it (dev and eval are val), move it elsewhere, or name one file with --images."
         )
         raise SettingsError(message)
     return told

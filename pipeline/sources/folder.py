@@ -17,12 +17,14 @@ from pipeline.store.locations import escaped, place_of
 def list_folder(config: SourceConfig) -> Listing:
     files = list_files(config.images)
     folders = _class_folders(config.images, files)
-    # Where the first level holds splits, only they count; otherwise the first level is the classes. A folder called `train` whose
-    # pictures lie in itself is a class beside others.
+    # Where the first level holds splits, only they count; otherwise the first level is the classes. A folder
+    # called `train` whose pictures lie in itself is a class beside others.
     named = {top for top, _ in folders if top.lower() in SPLIT_NAMES}
     pictures = [key.split("/") for key, _ in files if key.lower().endswith(EXTENSIONS)]
     deep, flat = ({parts[0] for parts in pictures if (len(parts) > 2) == below} for below in (True, False))
-    has_splits = bool(named) and (bool(named & deep) or not named & flat or {top for top, _ in folders} <= named)
+    has_splits = bool(named) and (
+        bool(named & deep) or not named & flat or {top for top, _ in folders} <= named
+    )
     splits = ALL_SPLIT_NAMES if has_splits else {}
     entries: list[Entry] = []
     skipped = loose = 0
@@ -41,23 +43,31 @@ def list_folder(config: SourceConfig) -> Listing:
             entries.append(make_entry(id=key, label=label, split=split, size=size, place=place_of(key)))
     if not entries:
         message = (
-            f"images={config.images}: no pictures found; expected DIR/<class>/*.jpg or DIR/<split>/<class>/*.jpg "
-            f"with splits train, val or test and endings {' '.join(EXTENSIONS)}; or tars, Parquet files or a .jsonl."
+            f"images={config.images}: no pictures found; expected DIR/<class>/*.jpg or "
+            f"DIR/<split>/<class>/*.jpg with splits train, val or test and endings {' '.join(EXTENSIONS)}; "
+            "or tars, Parquet files or a .jsonl."
         )
         raise SettingsError(message)
     keys = {below if has_splits else top for top, below in folders if not has_splits or top.lower() in splits}
     notes = []
     if lost := sum(beside.values()):
         where = some_of(name for name, count in beside.items() if count)
-        notes.append(f"{lost} pictures are left out: they lie beside the splits, in {where} (splits are train, val and test)")
+        notes.append(
+            f"{lost} pictures are left out: they lie beside the splits, in {where} (splits are train, val "
+            "and test)"
+        )
     if loose:
         notes.append(f"{loose} pictures are left out: they lie in no class folder")
-    return Listing(entries=entries, keys=sorted(map(escaped, keys - {""})), skipped=skipped, notes=tuple(notes))
+    return Listing(
+        entries=entries, keys=sorted(map(escaped, keys - {""})), skipped=skipped, notes=tuple(notes)
+    )
 
 
 def _class_folders(uri: str, files: list[tuple[str, int]]) -> set[tuple[str, str]]:
     """The first two folder levels; on a disk also those without a file, since an empty class is a class."""
-    found = {(parts[0], parts[1] if len(parts) > 2 else "") for key, _ in files if len(parts := key.split("/")) > 1}
+    found = {
+        (parts[0], parts[1] if len(parts) > 2 else "") for key, _ in files if len(parts := key.split("/")) > 1
+    }
     if locations.is_local(uri):
         _, root = locations.resolve(uri)
         for top in list_folders(root):

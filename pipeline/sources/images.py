@@ -1,8 +1,10 @@
-"""One untrusted picture: decode it to RGB within limits, shrink it. Used by ingest, by captioning and by training.
+"""One untrusted picture: decode it to RGB within limits, shrink it. Used by ingest, by captioning and by
+training.
 
-Every oddity that people's folders hold has a rule here: EXIF rotation is applied, transparency lies on white, 16-bit greys
-are scaled (not clipped), CMYK and palettes are converted, of an animation the first frame counts. What cannot be read
-raises `ImageError`, whose text says what, why and the mend, and becomes the `error` of the row.
+Every oddity that people's folders hold has a rule here: EXIF rotation is applied, transparency lies on white,
+16-bit greys are scaled (not clipped), CMYK and palettes are converted, of an animation the first frame
+counts. What cannot be read raises `ImageError`, whose text says what, why and the mend, and becomes the
+`error` of the row.
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 DEFAULT_MAX_PIXELS = 178_956_970
 _TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(ValueError):
@@ -32,7 +39,8 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, shrink_to: int 
     Args:
         data: an encoded file in one of FORMATS.
         max_pixels: limit on width x height, checked on the header, before any pixel is decoded.
-        shrink_to: edge length in pixels that the caller needs at least; lets JPEG decode at 1/2, 1/4 or 1/8 size.
+        shrink_to: edge length in pixels that the caller needs at least; lets JPEG decode at 1/2, 1/4 or 1/8
+            size.
 
     Raises:
         ImageError: empty, of no known format, too large, or damaged.
@@ -41,14 +49,18 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, shrink_to: int 
         message = "empty file (0 bytes): replace it, then run retry, or go on without it (--max-failure-rate)"
         raise ImageError(message)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd EXIF; the limit below is ours
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow warns of large pictures and odd EXIF; the limit below is ours
         image = _open(data)
         width, height = image.size
         if width < 1 or height < 1:
             message = f"damaged header ({width} x {height} pixels): replace it, then run retry"
             raise ImageError(message)
         if width * height > max_pixels:
-            message = f"too large: {width} x {height} pixels, limit {max_pixels}: shrink it or raise --max-pixels"
+            message = (
+                f"too large: {width} x {height} pixels, limit {max_pixels}: shrink it or raise --max-pixels"
+            )
             raise ImageError(message)
         try:
             if shrink_to is not None and image.format == "JPEG":
@@ -57,13 +69,16 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, shrink_to: int 
             return _to_rgb(_upright(image))
         except ImageError:
             raise
-        except Exception as error:  # decoders raise whatever the bytes provoke; none of it is more than this one picture
+        except (
+            Exception
+        ) as error:  # decoders raise whatever the bytes provoke; none of it is more than this one picture
             message = f"damaged {image.format} ({_said(error)}): replace it, then run retry"
             raise ImageError(message) from None
 
 
 def fit(image: Image.Image, max_edge: int) -> Image.Image:
-    """The picture, shrunk so that its longer edge has at most `max_edge` pixels; small ones stay as they are."""
+    """The picture, shrunk so that its longer edge has at most `max_edge` pixels; small ones stay as they
+    are."""
     scale = max_edge / max(image.size)
     if scale >= 1:
         return image
@@ -74,13 +89,15 @@ def fit(image: Image.Image, max_edge: int) -> Image.Image:
 def decode_to_fit(data: bytes, max_edge: int, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """`decode` and `fit` in one, for the captioner: a large JPEG is decoded at a fraction of its size.
 
-    The fraction leaves at least twice `max_edge`, so that the picture shrinks once by averaging and not twice in a row.
+    The fraction leaves at least twice `max_edge`, so that the picture shrinks once by averaging and not twice
+    in a row.
     """
     return fit(decode(data, max_pixels=max_pixels, shrink_to=2 * max_edge), max_edge)
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """An RGB picture as a JPEG of quality 95, without further loss of colour resolution: what `--max-edge` packs."""
+    """An RGB picture as a JPEG of quality 95, without further loss of colour resolution: what `--max-edge`
+    packs."""
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=95, subsampling=0)
     return sink.getvalue()
@@ -91,7 +108,8 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         message = (
-            f"not a picture in any of {', '.join(FORMATS)}: replace it, then run retry, or go on without it (--max-failure-rate)"
+            f"not a picture in any of {', '.join(FORMATS)}: replace it, then run retry, or go on without it "
+            "(--max-failure-rate)"
         )
         raise ImageError(message) from None
     except Image.DecompressionBombError as error:

@@ -46,13 +46,17 @@ def _listed(root: str, number: int, line: bytes) -> Entry:
     key, size, error = record.get("id"), record.get("bytes"), ""
     if (place := _below(root, path)) is None:
         error = (
-            f"line {number}: {path[:200]!r} lies outside the folder of the list, which alone is read: put the list into the "
-            "folder that holds the pictures, and ingest into a new store"
+            f"line {number}: {path[:200]!r} lies outside the folder of the list, which alone is read: put "
+            "the list into the folder that holds the pictures, and ingest into a new store"
         )
     return make_entry(
-        id=str(key) if isinstance(key, (str, int)) and key != "" else path, label=record.get("label"), split=record.get("split"),
-        size=size if isinstance(size, int) and size >= 0 else -1, place=place_of(place or ""), error=error,
-    )  # fmt: skip
+        id=str(key) if isinstance(key, (str, int)) and key != "" else path,
+        label=record.get("label"),
+        split=record.get("split"),
+        size=size if isinstance(size, int) and size >= 0 else -1,
+        place=place_of(place or ""),
+        error=error,
+    )
 
 
 def _below(root: str, path: str) -> str | None:
@@ -74,10 +78,14 @@ def _sized(root: str, entries: list[Entry]) -> list[Entry]:
     if isinstance(filesystem, fs.LocalFileSystem) or len(names) <= HEADS:
         parts = [names[start : start + 100] for start in range(0, len(names), 100)]
         with ThreadPoolExecutor(READERS) as pool:
-            found = [size for sizes in pool.map(lambda part: _sizes(filesystem, part), parts) for size in sizes]
+            found = [
+                size for sizes in pool.map(lambda part: _sizes(filesystem, part), parts) for size in sizes
+            ]
     else:
         # A thousand files an answer, where asking for each by name takes a request each.
-        selector = fs.FileSelector(os.path.commonpath([os.path.dirname(name) for name in names]), recursive=True)
+        selector = fs.FileSelector(
+            os.path.commonpath([os.path.dirname(name) for name in names]), recursive=True
+        )
         listed = {info.path: int(info.size or 0) for info in filesystem.get_file_info(selector)}
         found = [listed.get(name, 0) for name in names]
     sizes = dict(zip(places, found, strict=True))

@@ -26,21 +26,31 @@ def kind_of(uri: str) -> str:
     filesystem, root = locations.resolve(uri)
     if filesystem.get_file_info(root).type == fs.FileType.NotFound:
         message = (
-            f"images={uri}: no such folder or file; pass --images with a folder of class folders, tars, Parquet files or a list."
+            f"images={uri}: no such folder or file; pass --images with a folder of class folders, tars, "
+            "Parquet files or a list."
         )
         raise SettingsError(message)
-    # Tars and Parquet files lie at the top or one folder down; pictures of an image folder lie below class folders.
+    # Tars and Parquet files lie at the top or one folder down; pictures of an image folder lie below class
+    # folders.
     names = [name for name, _ in list_files(uri, depth=2)]
     counts = {kind: sum(name.lower().endswith(f".{kind}") for name in names) for kind in ("tar", "parquet")}
     pictures = sum(name.lower().endswith(EXTENSIONS) for name in names)
-    found = {by_ending[kind]: count for kind, count in counts.items() if count} | ({"folder": pictures} if pictures else {})
+    found = {by_ending[kind]: count for kind, count in counts.items() if count} | (
+        {"folder": pictures} if pictures else {}
+    )
     if len(found) > 1:
         what = ", ".join(f"{count} of {kind}" for kind, count in found.items())
-        message = f"images={uri}: holds files of several kinds ({what}): say which with --source-kind, or move the others away."
+        message = (
+            f"images={uri}: holds files of several kinds ({what}): say which with --source-kind, or move the "
+            "others away."
+        )
         raise SettingsError(message)
     return next(iter(found), "folder")
 
 
 LISTINGS: dict[str, Callable[[SourceConfig], Listing]] = {
-    "folder": list_folder, "webdataset": list_tars, "parquet": list_parquet, "jsonl": list_jsonl,
-}  # fmt: skip
+    "folder": list_folder,
+    "webdataset": list_tars,
+    "parquet": list_parquet,
+    "jsonl": list_jsonl,
+}

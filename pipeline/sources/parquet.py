@@ -1,4 +1,5 @@
-"""Parquet files with a column of pictures, as Hugging Face writes them; labels and splits are read, and no picture."""
+"""Parquet files with a column of pictures, as Hugging Face writes them; labels and splits are read, and no
+picture."""
 
 from __future__ import annotations
 
@@ -34,12 +35,15 @@ def list_parquet(config: SourceConfig) -> Listing:
     notes = []
     if (largest := max(table.largest for table in tables)) > LARGE_GROUP:
         notes.append(
-            f"row groups of up to {largest / 2**30:.1f} GiB, each read whole for each shard: ingest goes many times faster "
-            "from files written with a row_group_size of some 500 rows"
+            f"row groups of up to {largest / 2**30:.1f} GiB, each read whole for each shard: ingest goes "
+            "many times faster from files written with a row_group_size of some 500 rows"
         )
     known = sorted({table.names for table in tables if table.names})
     if len(known) > 1:
-        message = f"images={config.images}: the files name different classes, so their numbers cannot be told apart."
+        message = (
+            f"images={config.images}: the files name different classes, so their numbers cannot be told "
+            "apart."
+        )
         raise SettingsError(message)
     if not known:
         return with_labels(config, entries, 0, notes)
@@ -54,7 +58,10 @@ def list_parquet(config: SourceConfig) -> Listing:
 def _without_class(entry: Entry, classes: int) -> Entry:
     if entry.error or entry.label in ("", "-1"):
         return replace(entry, label="")
-    error = f"label {entry.label[:80]!r}: the file names classes 0 to {classes - 1}: mend it, and ingest into a new store"
+    error = (
+        f"label {entry.label[:80]!r}: the file names classes 0 to {classes - 1}: mend it, and ingest into a "
+        "new store"
+    )
     return replace(entry, label="", place="", error=error)
 
 
@@ -80,15 +87,25 @@ def _parquet_rows(root: str, file: str) -> _Table:
             start = largest = 0
             for group in range(parquet.metadata.num_row_groups):
                 meta = parquet.metadata.row_group(group)
-                size = max(meta.total_byte_size // max(meta.num_rows, 1), 1)  # of one row, about: the cut needs no more
-                rows = parquet.read_row_group(group, columns=wanted).to_pylist() if wanted else [{}] * meta.num_rows
+                size = max(
+                    meta.total_byte_size // max(meta.num_rows, 1), 1
+                )  # of one row, about: the cut needs no more
+                rows = (
+                    parquet.read_row_group(group, columns=wanted).to_pylist()
+                    if wanted
+                    else [{}] * meta.num_rows
+                )
                 for row, record in enumerate(rows):
                     entries.append(
                         make_entry(
-                            id=f"{file}#{start + row}", label=record.get(label), split=record.get("split"), size=size,
-                            place=f"{escaped(file)}#g{group}-{row}", group=f"{escaped(file)}#g{group}",
+                            id=f"{file}#{start + row}",
+                            label=record.get(label),
+                            split=record.get("split"),
+                            size=size,
+                            place=f"{escaped(file)}#g{group}-{row}",
+                            group=f"{escaped(file)}#g{group}",
                         )
-                    )  # fmt: skip
+                    )
                 start += meta.num_rows
                 largest = max(largest, picture_bytes(parquet, group, image))
         except (pa.ArrowException, OSError) as error:
@@ -96,15 +113,21 @@ def _parquet_rows(root: str, file: str) -> _Table:
             raise SettingsError(escaped(message)) from None
         names = _hugging_face_names(parquet.schema_arrow.metadata, label)
         return _Table(
-            entries=entries, names=names, has_labels=bool(label), has_splits="split" in columns, largest=largest
-        )  # fmt: skip
+            entries=entries,
+            names=names,
+            has_labels=bool(label),
+            has_splits="split" in columns,
+            largest=largest,
+        )
 
 
 def picture_bytes(parquet: pq.ParquetFile, group: int, image: str) -> int:
     """What the pictures of a row group take in memory, about."""
     meta = parquet.metadata.row_group(group)
     columns = (meta.column(number) for number in range(meta.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] == image)
+    return sum(
+        column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] == image
+    )
 
 
 def image_column(parquet: pq.ParquetFile, file: str) -> str:

@@ -1,11 +1,13 @@
 """A source cut into shards; what it holds is found by the file of its kind.
 
-Rows are ordered by split and then by a hash of their id. So a shard is a random sample of its split (the first ones predict
-time and cost of all, and a training window mixes classes), while the order depends on nothing but the names. Rows of Parquet
-files keep together by row group, the least that can be read of such a file.
+Rows are ordered by split and then by a hash of their id. So a shard is a random sample of its split (the
+first ones predict time and cost of all, and a training window mixes classes), while the order depends on
+nothing but the names. Rows of Parquet files keep together by row group, the least that can be read of such a
+file.
 
-Every picture of the listing is a row. One that the listing finds fault with has the error from the start, no place, and the
-label -1 where it has none; more of them than --max-failure-rate allows, and nothing is started.
+Every picture of the listing is a row. One that the listing finds fault with has the error from the start, no
+place, and the label -1 where it has none; more of them than --max-failure-rate allows, and nothing is
+started.
 """
 
 from __future__ import annotations
@@ -49,10 +51,14 @@ def make_plan(config: SourceConfig) -> Plan:
     """Lists the source and cuts it into shards.
 
     Raises:
-        ValueError: there is no such source, it holds no pictures or no labels, or too many of its rows cannot be used.
+        ValueError: there is no such source, it holds no pictures or no labels, or too many of its rows cannot
+            be used.
     """
     if locations.escaped(config.images) != config.images:
-        message = f"images={locations.escaped(config.images)}: the source's own address must be UTF-8; rename or link the folder."
+        message = (
+            f"images={locations.escaped(config.images)}: the source's own address must be UTF-8; rename or "
+            "link the folder."
+        )
         raise SettingsError(message)
     kind = config.source_kind if config.source_kind != "auto" else kind_of(config.images)
     if kind == "parquet" and not config.pack:
@@ -60,8 +66,16 @@ def make_plan(config: SourceConfig) -> Plan:
         raise SettingsError(message)
     listing = LISTINGS[kind](config)
     entries, notes = _with_splits(_told_apart(listing.entries), config.val_fraction)
-    if not config.class_names and not listing.names and kind != "folder" and all(key.isdigit() for key in listing.keys):
-        notes.append("classes are numbers: --class-names FILE gives them names, which {label} in prompts and zero-shot go by")
+    if (
+        not config.class_names
+        and not listing.names
+        and kind != "folder"
+        and all(key.isdigit() for key in listing.keys)
+    ):
+        notes.append(
+            "classes are numbers: --class-names FILE gives them names, which {label} in prompts and "
+            "zero-shot go by"
+        )
     _check_faults(entries, config)
     entries.sort(key=lambda e: (_split_order(e.split), _digest(e.group or e.id), e.group, _digest(e.id)))
     entries = _limited(entries, config.limit)
@@ -69,23 +83,39 @@ def make_plan(config: SourceConfig) -> Plan:
     shards: list[list[Row]] = []
     splits: dict[str, Split] = {}
     if empty := sorted(set(listing.keys) - {entry.label for entry in entries if entry.split == "train"}):
-        notes.append(f"{len(empty)} of {len(listing.keys)} classes have no picture to train on, such as {_some(set(empty))}")
+        notes.append(
+            f"{len(empty)} of {len(listing.keys)} classes have no picture to train on, such as "
+            f"{_some(set(empty))}"
+        )
     for split in dict.fromkeys(entry.split for entry in entries):
         of_split = [entry for entry in entries if entry.split == split]
         cut = _cut(of_split, config.shard_rows, config.shard_bytes)
         splits[split] = Split(rows=len(of_split), first_shard=len(shards), num_shards=len(cut))
         shards += [[_row(entry, numbers) for entry in part] for part in cut]
-    # In a list an id of its own may stand for another file than before; elsewhere the place follows from the id.
-    elsewhere = {e.id: f"\t{e.place}" for e in entries if kind == "jsonl" and e.place and e.place != locations.place_of(e.id)}
+    # In a list an id of its own may stand for another file than before; elsewhere the place follows from the
+    # id.
+    elsewhere = {
+        e.id: f"\t{e.place}"
+        for e in entries
+        if kind == "jsonl" and e.place and e.place != locations.place_of(e.id)
+    }
     listed = "\n".join(f"{e.id}\t{e.size}\t{e.split}\t{e.label}{elsewhere.get(e.id, '')}" for e in entries)
     source = {
-        "kind": kind, "uri": _recorded_uri(config.images, kind), "val_fraction": config.val_fraction, "limit": config.limit,
-        "shard_rows": config.shard_rows, "shard_bytes": config.shard_bytes, "max_pixels": config.max_pixels,
-        "max_bytes": config.max_bytes, "max_edge": config.max_edge, "pack": config.pack, "skipped_files": listing.skipped,
+        "kind": kind,
+        "uri": _recorded_uri(config.images, kind),
+        "val_fraction": config.val_fraction,
+        "limit": config.limit,
+        "shard_rows": config.shard_rows,
+        "shard_bytes": config.shard_bytes,
+        "max_pixels": config.max_pixels,
+        "max_bytes": config.max_bytes,
+        "max_edge": config.max_edge,
+        "pack": config.pack,
+        "skipped_files": listing.skipped,
         "cut": hashlib.sha256(json.dumps([len(shard) for shard in shards]).encode()).hexdigest()[:16],
         "notes": [*listing.notes, *notes],
         "fingerprint": hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest(),
-    }  # fmt: skip
+    }
     dataset = Dataset(
         schema_version=SCHEMA_VERSION,
         classes=_class_names(listing, config.class_names),
@@ -97,35 +127,56 @@ def make_plan(config: SourceConfig) -> Plan:
     return Plan(dataset=dataset, shards=shards)
 
 
-# Settings of a source that decide what its rows hold. What shard_rows and shard_bytes come to is compared, and not they; so are
-# val_fraction and limit, by way of the rows' splits and number.
+# Settings of a source that decide what its rows hold. What shard_rows and shard_bytes come to is compared,
+# and not they; so are val_fraction and limit, by way of the rows' splits and number.
 _DECIDING = ("kind", "uri", "max_pixels", "max_bytes", "max_edge", "pack")
 
 
 def differences(recorded: Dataset, now: Dataset) -> list[str]:
     """What a store was begun with and is not the same now, a line each; empty where a run may go on."""
     before, after = recorded.source, now.source
-    begun = before.get("ingested_with", {})  # limits that `retry` has raised since: the first ones fit as well
+    begun = before.get(
+        "ingested_with", {}
+    )  # limits that `retry` has raised since: the first ones fit as well
     found = [
         f"{name}: {before[name]!r} then, {after[name]!r} now"
         for name in _DECIDING
         if after[name] not in (before.get(name), begun.get(name, before.get(name)))
     ]
     if {"max_pixels", "max_bytes"} & {line.partition(":")[0] for line in found}:
-        found.append("(rows that a limit left out are redone by: gpt4image retry, which takes --max-pixels and --max-bytes)")
+        found.append(
+            "(rows that a limit left out are redone by: gpt4image retry, which takes --max-pixels and "
+            "--max-bytes)"
+        )
     if before["fingerprint"] != after["fingerprint"]:
-        found.append(f"pictures: {recorded.rows} then, {now.rows} now, or other names, sizes, labels or splits")
-        told = ("val_fraction", "limit")  # only where the rows differ: a source with a val split has no use for the first
-        found += [f"{name}: {before[name]!r} then, {after[name]!r} now" for name in told if before.get(name) != after[name]]
+        found.append(
+            f"pictures: {recorded.rows} then, {now.rows} now, or other names, sizes, labels or splits"
+        )
+        told = (
+            "val_fraction",
+            "limit",
+        )  # only where the rows differ: a source with a val split has no use for the first
+        found += [
+            f"{name}: {before[name]!r} then, {after[name]!r} now"
+            for name in told
+            if before.get(name) != after[name]
+        ]
         if "cut" not in before:
-            found.append("(an earlier release began it, which took sizes and --val-fraction otherwise: finish it with that one)")
+            found.append(
+                "(an earlier release began it, which took sizes and --val-fraction otherwise: finish it with "
+                "that one)"
+            )
     elif _cut_of(before, after) != _cut_of(after, before):
         cut = "shard_rows={shard_rows}, shard_bytes={shard_bytes}"
         found.append(
-            f"cut into shards: {recorded.shards} then ({cut.format(**before)}), {now.shards} now ({cut.format(**after)})"
+            f"cut into shards: {recorded.shards} then ({cut.format(**before)}), {now.shards} now "
+            f"({cut.format(**after)})"
         )
     if recorded.classes != now.classes:
-        before_only, now_only = set(recorded.classes) - set(now.classes), set(now.classes) - set(recorded.classes)
+        before_only, now_only = (
+            set(recorded.classes) - set(now.classes),
+            set(now.classes) - set(recorded.classes),
+        )
         gone, new = _some(before_only), _some(now_only)
         changes = [f"gone: {gone}"] * bool(gone) + [f"new: {new}"] * bool(new) or ["in another order"]
         found.append(f"classes: {'; '.join(changes)}")
@@ -134,7 +185,9 @@ def differences(recorded: Dataset, now: Dataset) -> list[str]:
 
 def _cut_of(source: dict[str, Any], other: dict[str, Any]) -> Any:
     """Stores of earlier releases have no record of the cut, only of the settings that it was made by."""
-    return source["cut"] if "cut" in source and "cut" in other else (source["shard_rows"], source["shard_bytes"])
+    return (
+        source["cut"] if "cut" in source and "cut" in other else (source["shard_rows"], source["shard_bytes"])
+    )
 
 
 def _some(names: set[str], most: int = 3) -> str:
@@ -142,10 +195,13 @@ def _some(names: set[str], most: int = 3) -> str:
 
 
 def notes(dataset: Dataset) -> list[str]:
-    """What is to be said of a source before anything is made of it: what is left out, and splits that training will miss."""
+    """What is to be said of a source before anything is made of it: what is left out, and splits that
+    training will miss."""
     told = list(dataset.source.get("notes", []))
     if skipped := dataset.source.get("skipped_files"):
-        told.append(f"{skipped} files without a picture's ending, or linked folders inside a class, are left out")
+        told.append(
+            f"{skipped} files without a picture's ending, or linked folders inside a class, are left out"
+        )
     again = "to train on this source, ingest into a new store with --val-fraction 0.1"
     if "train" not in dataset.splits:
         told.append("there is no train split: captions can be made, but nothing can be trained on this store")
@@ -158,7 +214,13 @@ def notes(dataset: Dataset) -> list[str]:
 
 
 def _row(entry: Entry, numbers: dict[str, int]) -> Row:
-    return Row(id=entry.id, label=numbers.get(entry.label, -1), split=entry.split, place=entry.place, error=entry.error)
+    return Row(
+        id=entry.id,
+        label=numbers.get(entry.label, -1),
+        split=entry.split,
+        place=entry.place,
+        error=entry.error,
+    )
 
 
 def _recorded_uri(uri: str, kind: str) -> str:
@@ -194,7 +256,9 @@ def _class_names(listing: Listing, file: str) -> list[str]:
         pairs = [_key_and_name(line, set(listing.keys)) for line in lines]
         if any("\t" in line for line in lines) or all(pairs):
             if wrong := next((line for line, pair in zip(lines, pairs, strict=True) if pair is None), None):
-                message = f"class_names={file}: {wrong[:80]!r} is not a class of the source, a tab and its name."
+                message = (
+                    f"class_names={file}: {wrong[:80]!r} is not a class of the source, a tab and its name."
+                )
                 raise SettingsError(message)
             named = {pair[0]: pair[1] for pair in pairs if pair is not None}
         elif len(lines) == len(listing.keys):
@@ -205,7 +269,8 @@ def _class_names(listing: Listing, file: str) -> list[str]:
             named = dict(zip(listing.keys, lines, strict=True))
         else:
             message = (
-                f"class_names={file}: {len(lines)} lines for {len(listing.keys)} classes ({', '.join(listing.keys[:3])}, ...)."
+                f"class_names={file}: {len(lines)} lines for {len(listing.keys)} classes "
+                f"({', '.join(listing.keys[:3])}, ...)."
             )
             raise SettingsError(message)
     missing = [key for key in listing.keys if key not in named]
@@ -216,7 +281,8 @@ def _class_names(listing: Listing, file: str) -> list[str]:
 
 
 def _key_and_name(line: str, keys: set[str]) -> tuple[str, str] | None:
-    """A class and its name, with a tab between them, or else blanks; None where the line begins with no class."""
+    """A class and its name, with a tab between them, or else blanks; None where the line begins with no
+    class."""
     key, tab, name = line.partition("\t")
     if tab:
         return (key.strip(), name.strip()) if key.strip() in keys and name.strip() else None
@@ -238,7 +304,10 @@ def _told_apart(entries: list[Entry]) -> list[Entry]:
             while (key := f"{entry.id}#again-{number}") in counts:
                 number += 1
             counts[key] = 1
-            error = f"{entry.id} is there twice: ids must be unique (in a list, give each an `id`); ingest into a new store"
+            error = (
+                f"{entry.id} is there twice: ids must be unique (in a list, give each an `id`); ingest into "
+                "a new store"
+            )
             entry = replace(entry, id=key, label="", place="", error=entry.error or error)
         taken.add(entry.id)
         found.append(entry)
@@ -246,12 +315,15 @@ def _told_apart(entries: list[Entry]) -> list[Entry]:
 
 
 def _with_splits(entries: list[Entry], val_fraction: float) -> tuple[list[Entry], list[str]]:
-    """Every row in a split: train where the source tells none, less the share that is drawn for a val split that it lacks."""
+    """Every row in a split: train where the source tells none, less the share that is drawn for a val split
+    that it lacks."""
     has_val = any(entry.split == "val" for entry in entries)
     if has_val and val_fraction and all(entry.split for entry in entries):
         return entries, ["--val-fraction is not used: the source has a val split of its own"]
     splits = [
-        "val" if entry.split in _drawn_from(has_val) and _draw(entry.id) < val_fraction else entry.split or "train"
+        "val"
+        if entry.split in _drawn_from(has_val) and _draw(entry.id) < val_fraction
+        else entry.split or "train"
         for entry in entries
     ]
     return [replace(entry, split=split) for entry, split in zip(entries, splits, strict=True)], []
@@ -275,8 +347,8 @@ def _check_faults(entries: list[Entry], config: SourceConfig) -> None:
     commonest = sorted(kinds.values(), key=len, reverse=True)[:5]
     reasons = "\n".join(f"  {len(found)} x {found[0].error} (such as {found[0].id})" for found in commonest)
     message = (
-        f"images={config.images}: {len(faults)} of {len(entries)} rows cannot be used, more than --max-failure-rate "
-        f"{config.max_failure_rate} allows.\n{reasons}"
+        f"images={config.images}: {len(faults)} of {len(entries)} rows cannot be used, more than "
+        f"--max-failure-rate {config.max_failure_rate} allows.\n{reasons}"
     )
     raise SettingsError(message)
 

@@ -15,10 +15,12 @@ _IN_PARQUET = re.compile(r"(.*)#g(\d+)-(\d+)", re.DOTALL)
 
 
 class Reader:
-    """Reads pictures by their place. Rows of one Parquet row group come one after the other: the last group is kept.
+    """Reads pictures by their place. Rows of one Parquet row group come one after the other: the last group
+    is kept.
 
-    It is kept in Arrow's memory; of a large group (`parquet.LARGE_GROUP`) only the rows that are expected are, and it is read
-    piece by piece: where a file is one group of many gigabytes, several readers would otherwise hold it several times.
+    It is kept in Arrow's memory; of a large group (`parquet.LARGE_GROUP`) only the rows that are expected
+    are, and it is read piece by piece: where a file is one group of many gigabytes, several readers would
+    otherwise hold it several times.
     """
 
     def __init__(self, root: str, kind: str) -> None:
@@ -60,7 +62,9 @@ class Reader:
             if "://" in picture or picture.startswith("/") or ".." in picture.split("/"):
                 message = f"the row names {picture[:200]!r}, which is not beside its file"
                 raise OSError(message)  # a data set from elsewhere must not say what is read on this machine
-            return locations.fetch_picture(self._root, "/".join([*file.split("/")[:-1], locations.place_of(picture)]), max_bytes)
+            return locations.fetch_picture(
+                self._root, "/".join([*file.split("/")[:-1], locations.place_of(picture)]), max_bytes
+            )
         if not picture:
             message = "the row holds neither bytes nor a path"
             raise OSError(message)
@@ -76,7 +80,9 @@ class Reader:
             opened = pq.ParquetFile(stream, metadata=opened.metadata, pre_buffer=False, buffer_size=2**23)
             found: dict[int, pa.Scalar] = {}
             start = 0
-            for batch in opened.iter_batches(batch_size=32, row_groups=[group], columns=[column], use_threads=False):
+            for batch in opened.iter_batches(
+                batch_size=32, row_groups=[group], columns=[column], use_threads=False
+            ):
                 rows = sorted(row for row in range(start, start + len(batch)) if row in wanted)
                 taken = batch.column(0).take(
                     pa.array([row - start for row in rows], pa.int64())

@@ -32,17 +32,22 @@ def list_tars(config: SourceConfig) -> Listing:
     return with_labels(config, entries, skipped, [f"{count} {what}" for what, count in out.items() if count])
 
 
-_Member = tuple[str, int, int, bytes]  # name, offset, size, content if it is a small side file; offset -1: a link
+_Member = tuple[
+    str, int, int, bytes
+]  # name, offset, size, content if it is a small side file; offset -1: a link
 
 
 def _samples(file: str, split: str, members: list[_Member], out: Counter[str]) -> tuple[list[Entry], int]:
     """The pictures of a tar, and how many samples have none.
 
-    WebDataset's key is a name up to its first dot. Where one picture has the key, the row is named by it. Of several, the one
-    that is called key.jpg (or .png and so on) is the sample's, and the others belong to it, as key.depth.png does, unless they
-    have a label of their own; where no one is, names have dots in them, and each picture is a row named without its ending.
+    WebDataset's key is a name up to its first dot. Where one picture has the key, the row is named by it. Of
+    several, the one that is called key.jpg (or .png and so on) is the sample's, and the others belong to it,
+    as key.depth.png does, unless they have a label of their own; where no one is, names have dots in them,
+    and each picture is a row named without its ending.
     """
-    latest = {name: (offset, size, content) for name, offset, size, content in members}  # as when a tar is unpacked
+    latest = {
+        name: (offset, size, content) for name, offset, size, content in members
+    }  # as when a tar is unpacked
     groups: dict[str, list[str]] = {}
     sides: dict[tuple[str, str], bytes] = {}
     for name, (offset, _, content) in latest.items():
@@ -51,7 +56,9 @@ def _samples(file: str, split: str, members: list[_Member], out: Counter[str]) -
         if base.startswith(".") or offset < 0:
             out["pictures are left out: hidden files, or links, in tars"] += picture
             continue
-        group = groups.setdefault(f"{folder}/{base.partition('.')[0]}" if folder else base.partition(".")[0], [])
+        group = groups.setdefault(
+            f"{folder}/{base.partition('.')[0]}" if folder else base.partition(".")[0], []
+        )
         if picture:
             group.append(name)
         else:
@@ -64,7 +71,11 @@ def _samples(file: str, split: str, members: list[_Member], out: Counter[str]) -
         named = [name for name in pictures if name.rpartition("/")[2].count(".") == 1]
         rows = pictures
         if len(named) == 1:
-            rows = [name for name in pictures if name in named or sides.keys() & {(_stem(name), end) for end in ("cls", "json")}]
+            rows = [
+                name
+                for name in pictures
+                if name in named or sides.keys() & {(_stem(name), end) for end in ("cls", "json")}
+            ]
             out[BESIDE] += len(pictures) - len(rows)
         stems = Counter(map(_stem, rows))
         for name in rows:
@@ -72,7 +83,9 @@ def _samples(file: str, split: str, members: list[_Member], out: Counter[str]) -
             offset, size, _ = latest[name]
             label, error = _tar_label(name, sides)
             place = f"{place_of(file)}#{offset}-{size}"
-            entries.append(make_entry(id=f"{file}#{own}", label=label, split=split, size=size, place=place, error=error))
+            entries.append(
+                make_entry(id=f"{file}#{own}", label=label, split=split, size=size, place=place, error=error)
+            )
     return entries, sum(not pictures for pictures in groups.values())
 
 
@@ -81,7 +94,8 @@ def _stem(name: str) -> str:
 
 
 def _tar_label(name: str, sides: dict[tuple[str, str], bytes]) -> tuple[object, str]:
-    """(label, error): key.cls, else `label` or `cls` of key.json, else the folder that the picture lies in; else none.
+    """(label, error): key.cls, else `label` or `cls` of key.json, else the folder that the picture lies in;
+    else none.
 
     The key is the longest beginning of the name, up to a dot, that has such a file.
     """
@@ -97,7 +111,11 @@ def _tar_label(name: str, sides: dict[tuple[str, str], bytes]) -> tuple[object, 
             except (ValueError, RecursionError) as error:
                 return None, f"{key}.json is not JSON ({error}): mend it, and ingest into a new store"
             found = content if isinstance(content, dict) else {}
-            if (label := next((found[column] for column in LABEL_COLUMNS if found.get(column) is not None), None)) is not None:
+            if (
+                label := next(
+                    (found[column] for column in LABEL_COLUMNS if found.get(column) is not None), None
+                )
+            ) is not None:
                 return label, ""
     last = folder.rpartition("/")[2]
     return ("" if last in (".", "..") else last), ""
@@ -108,7 +126,8 @@ def _tar_members(root: str, file: str) -> list[_Member]:
     found: list[_Member] = []
     with opened(root, file) as stream:
         size = stream.size()
-        # Headers are small and next to each other's labels: 8 KiB at a time, so that a remote tar costs few requests.
+        # Headers are small and next to each other's labels: 8 KiB at a time, so that a remote tar costs few
+        # requests.
         buffered: Any = io.BufferedReader(_Raw(stream), 8192)
         try:
             with tarfile.open(fileobj=buffered, mode="r:") as tar:
@@ -125,9 +144,11 @@ def _tar_members(root: str, file: str) -> list[_Member]:
                         raise tarfile.ReadError(message)
                     side = member.name.lower().endswith((".cls", ".json")) and member.size < 2**16
                     content = tar.extractfile(member) if side else None
-                    found.append((member.name, member.offset_data, member.size, content.read() if content else b""))
-                # Python takes a damaged header, or a zero one, for the end of the tar, and what follows would be lost without
-                # a word. The end is two blocks of zeros, with nothing but zeros after them.
+                    found.append(
+                        (member.name, member.offset_data, member.size, content.read() if content else b"")
+                    )
+                # Python takes a damaged header, or a zero one, for the end of the tar, and what follows would
+                # be lost without a word. The end is two blocks of zeros, with nothing but zeros after them.
                 buffered.seek(tar.offset)
                 end = buffered.read(2 * tarfile.BLOCKSIZE)
                 if len(end) < 2 * tarfile.BLOCKSIZE and not any(end):
@@ -140,7 +161,8 @@ def _tar_members(root: str, file: str) -> list[_Member]:
                     end = buffered.read(2**20)
         except (tarfile.TarError, EOFError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             message = (
-                f"{file}: cannot be read as a tar ({error}); it must be whole, and not compressed (pictures are read in place)."
+                f"{file}: cannot be read as a tar ({error}); it must be whole, and not compressed (pictures "
+                "are read in place)."
             )
             raise SettingsError(escaped(message)) from None
     return found

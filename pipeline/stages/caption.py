@@ -16,8 +16,24 @@ from pipeline.config import CaptionConfig
 from pipeline.encoders.models import ModelRef
 from pipeline.session import actor_name
 from pipeline.sources import images
-from pipeline.stages.engine_deaths import EngineDeadError, Loading, Underway, is_engine_death, is_out_of_memory, smaller
-from pipeline.stages.shard import Done, already_done, attempt, done_table, merged, one_thread, rows_to_do, shard_table
+from pipeline.stages.engine_deaths import (
+    EngineDeadError,
+    Loading,
+    Underway,
+    is_engine_death,
+    is_out_of_memory,
+    smaller,
+)
+from pipeline.stages.shard import (
+    Done,
+    already_done,
+    attempt,
+    done_table,
+    merged,
+    one_thread,
+    rows_to_do,
+    shard_table,
+)
 from pipeline.store import CAPTIONS, Store, locations
 
 SMALLEST = 4  # times that an engine's settings are halved before want of memory stops the run
@@ -25,18 +41,27 @@ SMALLEST = 4  # times that an engine's settings are halved before want of memory
 _PICTURES = pa.large_list(
     pa.struct(
         [
-            ("row", pa.int32()), ("id", pa.string()), ("prompt", pa.string()), ("error", pa.string()),
-            ("width", pa.int32()), ("height", pa.int32()), ("pixels", pa.large_binary()),
+            ("row", pa.int32()),
+            ("id", pa.string()),
+            ("prompt", pa.string()),
+            ("error", pa.string()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("pixels", pa.large_binary()),
         ]
     )
-)  # fmt: skip
-_CAPTIONED = pa.large_list(pa.struct([("row", pa.int32()), *[(field.name, field.type) for field in CAPTIONS]]))
+)
+_CAPTIONED = pa.large_list(
+    pa.struct([("row", pa.int32()), *[(field.name, field.type) for field in CAPTIONS]])
+)
 
 
 class PreparePictures:
-    """Decodes and shrinks a shard's pictures for the captioner: CPU work, beside the engine, never in turn with it.
+    """Decodes and shrinks a shard's pictures for the captioner: CPU work, beside the engine, never in turn
+    with it.
 
-    `yielding`: the engine computes on the same cores, with threads that wait for each other: decoding takes only what it leaves.
+    `yielding`: the engine computes on the same cores, with threads that wait for each other: decoding takes
+    only what it leaves.
     """
 
     def __init__(self, config: CaptionConfig, variant: str, yielding: bool = False) -> None:
@@ -54,11 +79,18 @@ class PreparePictures:
         columns = ["id", "content_hash", "image", "uri", "label", "error"]
         source = self._store.read_shard("images", "", shard, columns)
         wanted = rows_to_do(self._store, "captions", self._variant, shard, redo, len(source))
-        rows = [self._picture(row, record) for row, record in zip(wanted, source.take(wanted).to_pylist(), strict=True)]
+        rows = [
+            self._picture(row, record)
+            for row, record in zip(wanted, source.take(wanted).to_pylist(), strict=True)
+        ]
         return shard_table(shard, redo, "pictures", rows, _PICTURES)
 
     def _picture(self, row: int, record: dict[str, Any]) -> dict[str, Any]:
-        found = {"row": row, "id": record["id"], "error": record["error"] and f"no picture: {record['error']}"}
+        found = {
+            "row": row,
+            "id": record["id"],
+            "error": record["error"] and f"no picture: {record['error']}",
+        }
         if record["error"] is not None:
             return found
         try:
@@ -67,7 +99,7 @@ class PreparePictures:
             picture = images.decode_to_fit(data, self._config.caption_edge, max_pixels=limit)
         except locations.StorageError:
             raise
-        except Exception as error:  # of one picture stored by reference, whatever became of it: packed ones were decoded before
+        except Exception as error:  # of one picture stored by reference; packed ones were decoded before
             return found | {"error": locations.escaped(f"no picture any more: {error}")[:1000]}
         found["prompt"] = prompts.fill(self._config.prompt, self._store.dataset.classes[record["label"]])
         return found | {"width": picture.width, "height": picture.height, "pixels": picture.tobytes()}
@@ -76,8 +108,8 @@ class PreparePictures:
 class CaptionPictures:
     """Holds the engine; one call is one shard.
 
-    An engine that breaks is left behind with its process: Ray starts the actor again and hands it the same shard, and the notes
-    of `underway` tell the new one what the old one died of.
+    An engine that breaks is left behind with its process: Ray starts the actor again and hands it the same
+    shard, and the notes of `underway` tell the new one what the old one died of.
     """
 
     def __init__(self, config: CaptionConfig, model: ModelRef, variant: str, run: str) -> None:
@@ -99,14 +131,17 @@ class CaptionPictures:
         self._loading.loaded()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Columns in: shard, redo, pictures. Out: shard, redo, captions, seconds, note; the pixels are dropped here."""
+        """Columns in: shard, redo, pictures. Out: shard, redo, captions, seconds, note; the pixels are
+        dropped here."""
         start = time.monotonic()
         shard, redo, rows = table["shard"][0].as_py(), table["redo"][0].as_py(), table["pictures"][0].as_py()
         if already_done(self._store, "captions", self._variant, shard, redo) is not None:
             rows = []  # by a second run, since the pictures were prepared
         good = {row["row"]: row for row in rows if row["error"] is None}
         try:
-            made, note = self._underway.caption(shard, list(good), lambda part: self._caption([good[row] for row in part]))
+            made, note = self._underway.caption(
+                shard, list(good), lambda part: self._caption([good[row] for row in part])
+            )
         except EngineDeadError:
             raise
         except Exception as error:
@@ -120,12 +155,18 @@ class CaptionPictures:
             _leave(error)
         captions = dict(zip(good, made, strict=True))
         results = [
-            {"row": row["row"], "id": row["id"], **_caption_columns(captions.get(row["row"], Caption(error=row["error"])))}
+            {
+                "row": row["row"],
+                "id": row["id"],
+                **_caption_columns(captions.get(row["row"], Caption(error=row["error"]))),
+            }
             for row in rows
         ]
         if times := self._loading.smaller:
             note = f"{note}; " * bool(note) + f"settings halved {times} times after running out of memory"
-        return shard_table(shard, redo, "captions", results, _CAPTIONED, seconds=time.monotonic() - start, note=note)
+        return shard_table(
+            shard, redo, "captions", results, _CAPTIONED, seconds=time.monotonic() - start, note=note
+        )
 
     def _caption(self, rows: list[dict[str, Any]]) -> list[Caption]:
         from PIL import Image
@@ -166,14 +207,21 @@ class WriteCaptions:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo, captions, seconds, note. Out: those of `Done`."""
         item = table.to_pylist()[0]
-        if (done := already_done(self._store, "captions", self._variant, item["shard"], item["redo"])) is not None:
+        if (
+            done := already_done(self._store, "captions", self._variant, item["shard"], item["redo"])
+        ) is not None:
             Underway(self._store, self._variant, "").finished(item["shard"])
             return done  # the first to finish a shard has it: vectors may have been made of it already
         rows = merged(self._store, "captions", self._variant, item["shard"], item["redo"], item["captions"])
         receipt = self._store.write_shard(
-            "captions", self._variant, item["shard"], pa.Table.from_pylist(rows, schema=CAPTIONS), seconds=item["seconds"],
-            attempt=attempt(self._store, "captions", self._variant, item["shard"], item["redo"]), note=item["note"],
-        )  # fmt: skip
+            "captions",
+            self._variant,
+            item["shard"],
+            pa.Table.from_pylist(rows, schema=CAPTIONS),
+            seconds=item["seconds"],
+            attempt=attempt(self._store, "captions", self._variant, item["shard"], item["redo"]),
+            note=item["note"],
+        )
         Underway(self._store, self._variant, "").finished(item["shard"])
         tokens = sum(row["output_tokens"] or 0 for row in item["captions"])
         return done_table(Done(shard=item["shard"], rows=receipt.rows, failed=receipt.failed, tokens=tokens))

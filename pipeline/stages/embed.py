@@ -15,11 +15,18 @@ from pipeline.store import Store, embeddings_table
 
 
 class EmbedCaptions:
-    """Holds the encoder; one call reads, encodes and writes one shard: captions and vectors are small and need not travel."""
+    """Holds the encoder; one call reads, encodes and writes one shard: captions and vectors are small and
+    need not travel."""
 
     def __init__(self, config: EmbedConfig, model: ModelRef, captions: str, variant: str) -> None:
         self._thread = one_thread()
-        load = partial(TextEncoder, model, config.pooling or "mean", batch=config.encoder_batch, long_texts=config.long_captions)
+        load = partial(
+            TextEncoder,
+            model,
+            config.pooling or "mean",
+            batch=config.encoder_batch,
+            long_texts=config.long_captions,
+        )
         self._encoder = self._thread.submit(load).result()
         self._store = Store(config.store)
         self._captions, self._variant = captions, variant
@@ -33,25 +40,44 @@ class EmbedCaptions:
         before = self._store.receipt("embeddings", self._variant, shard) if made_before else None
         if before is not None and not redo and before.belongs_to(of):
             return done_table(Done(shard=shard, rows=before.rows, failed=before.failed, tokens=0))
-        # Failed rows alone are redone where the others are known to be of these captions: the receipt speaks for all.
+        # Failed rows alone are redone where the others are known to be of these captions: the receipt speaks
+        # for all.
         redo = redo and before is not None and before.source == of.checksum
-        source = self._store.read_shard("captions", self._captions, shard, ["id", "caption", "others", "error"])
+        source = self._store.read_shard(
+            "captions", self._captions, shard, ["id", "caption", "others", "error"]
+        )
         wanted = rows_to_do(self._store, "embeddings", self._variant, shard, redo, len(source))
         texts = list(zip(wanted, source.take(wanted).to_pylist(), strict=True))
         good = [(row, text) for row, text in texts if text["error"] is None]
         groups = [[text["caption"], *(text["others"] or [])] for _, text in good]
         encoded = self._thread.submit(self._encoder.averaged, groups).result()
         made = {
-            row: {"embedding": encoded.vectors[n], "tokens": encoded.tokens[n], "truncated": encoded.truncated[n]}
+            row: {
+                "embedding": encoded.vectors[n],
+                "tokens": encoded.tokens[n],
+                "truncated": encoded.truncated[n],
+            }
             for n, (row, _) in enumerate(good)
         }
         fresh = [
-            {"row": row, "id": text["id"], "error": text["error"] and f"no caption: {text['error']}", **made.get(row, {})}
+            {
+                "row": row,
+                "id": text["id"],
+                "error": text["error"] and f"no caption: {text['error']}",
+                **made.get(row, {}),
+            }
             for row, text in texts
         ]
         rows = merged(self._store, "embeddings", self._variant, shard, redo, fresh)
         receipt = self._store.write_shard(
-            "embeddings", self._variant, shard, embeddings_table(rows, self._encoder.dim), seconds=time.monotonic() - start,
-            attempt=before.attempt + 1 if before else 1, source=of.checksum,
-        )  # fmt: skip
-        return done_table(Done(shard=shard, rows=receipt.rows, failed=receipt.failed, tokens=sum(encoded.tokens)))
+            "embeddings",
+            self._variant,
+            shard,
+            embeddings_table(rows, self._encoder.dim),
+            seconds=time.monotonic() - start,
+            attempt=before.attempt + 1 if before else 1,
+            source=of.checksum,
+        )
+        return done_table(
+            Done(shard=shard, rows=receipt.rows, failed=receipt.failed, tokens=sum(encoded.tokens))
+        )

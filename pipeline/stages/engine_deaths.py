@@ -1,9 +1,11 @@
-"""What is being captioned right now, noted in the store, so that whatever kills the engine is found and put aside.
+"""What is being captioned right now, noted in the store, so that whatever kills the engine is found and put
+aside.
 
-An engine can die of one picture (a crash in native code, an endless allocation) and take its process along; Ray starts it
-again and hands it the same shard. The note tells the successor: after three deaths on a shard it does the shard in halves,
-keeping what succeeds, until one picture is left, which becomes a row with an error. Deaths by other causes (a lost node, a
-killed run) do not repeat on one shard, and the note of a finished shard is gone.
+An engine can die of one picture (a crash in native code, an endless allocation) and take its process along;
+Ray starts it again and hands it the same shard. The note tells the successor: after three deaths on a shard
+it does the shard in halves, keeping what succeeds, until one picture is left, which becomes a row with an
+error. Deaths by other causes (a lost node, a killed run) do not repeat on one shard, and the note of a
+finished shard is gone.
 """
 
 from __future__ import annotations
@@ -19,17 +21,21 @@ from pipeline.store import Store
 
 WHOLE_TRIES = 3  # deaths of the engine on a shard, within one run, before it is done in halves
 WHOLE_RUNS = 5  # runs that ended on a shard before it is (where the engine takes the whole machine along)
-CULPRITS = 20  # pictures of one shard that killed the engine before the engine itself is to blame, and the run stops
+CULPRITS = (
+    20  # pictures of one shard that killed the engine before the engine itself is to blame, and the run stops
+)
 LOADING_TRIES = 5  # deaths of an actor's engine while it loads before the run stops
 
 
 class EngineDeadError(RuntimeError):
-    """The engine cannot be brought to life; the text says where to look. The run stops, what is done is kept."""
+    """The engine cannot be brought to life; the text says where to look. The run stops, what is done is
+    kept."""
 
 
 @dataclass(kw_only=True)
 class Note:
-    """A shard under way. `todo` and `done` are filled only while it is done in halves; rows are positions in the shard."""
+    """A shard under way. `todo` and `done` are filled only while it is done in halves; rows are positions in
+    the shard."""
 
     runs: list[str] = field(default_factory=list)
     """Runs that have had this shard in hand, the present one last."""
@@ -49,8 +55,11 @@ class Underway:
     def __init__(self, store: Store, variant: str, run: str) -> None:
         self._store, self._variant, self._run = store, variant, run
 
-    def caption(self, shard: int, rows: list[int], captioner: Callable[[list[int]], list[Caption]]) -> tuple[list[Caption], str]:
-        """A shard's captions by `captioner`, which may never return; the second value says what was out of the ordinary."""
+    def caption(
+        self, shard: int, rows: list[int], captioner: Callable[[list[int]], list[Caption]]
+    ) -> tuple[list[Caption], str]:
+        """A shard's captions by `captioner`, which may never return; the second value says what was out of
+        the ordinary."""
         if not rows:
             return [], ""
         note = self._begin(shard, rows)
@@ -63,16 +72,20 @@ class Underway:
                 found[row] = caption
                 note.done[str(row)] = asdict(caption)
         failed = sum(caption.error is not None for caption in found.values())
-        return [found[row] for row in rows], f"done in parts after the engine died on it; {failed} pictures put aside"
+        return [
+            found[row] for row in rows
+        ], f"done in parts after the engine died on it; {failed} pictures put aside"
 
     def said(self, shard: int, reason: str) -> None:
-        """Records what an engine said before it goes, for the error of the row that turns out to be the cause."""
+        """Records what an engine said before it goes, for the error of the row that turns out to be the
+        cause."""
         note = self._read(shard)
         note.reason = reason[:500]
         self._write(shard, note)
 
     def innocent(self, shard: int) -> None:
-        """The engine goes for a reason of its own (out of memory): this death does not count against the shard."""
+        """The engine goes for a reason of its own (out of memory): this death does not count against the
+        shard."""
         note = self._read(shard)
         note.deaths -= 1
         self._write(shard, note)
@@ -95,14 +108,18 @@ class Underway:
         return note
 
     def _narrow(self, note: Note) -> None:
-        """The part under way killed the engine: its halves come next, or, when it is one picture, that is the one."""
+        """The part under way killed the engine: its halves come next, or, when it is one picture, that is the
+        one."""
         culprit, *others = note.todo
         if len(culprit) > 1:
             note.todo = _halves(culprit) + others
             return
         said = f": {note.reason}" if note.reason else ""
         if sum(caption["error"] is not None for caption in note.done.values()) >= CULPRITS:
-            message = f"the engine died on {CULPRITS} pictures of one shard{said}; that is hardly the pictures' fault."
+            message = (
+                f"the engine died on {CULPRITS} pictures of one shard{said}; that is hardly the pictures' "
+                "fault."
+            )
             raise EngineDeadError(message)
         error = f"the engine died on this picture{said}; look at it, replace it, then run retry"
         note.done[str(culprit[0])] = asdict(Caption(error=error))
@@ -127,7 +144,8 @@ class Underway:
 
 
 class Loading:
-    """Note of one actor's engines: how often they died while loading, and how much smaller their settings have become."""
+    """Note of one actor's engines: how often they died while loading, and how much smaller their settings
+    have become."""
 
     def __init__(self, store: Store, variant: str, actor: str) -> None:
         self._store = store
@@ -147,8 +165,9 @@ class Loading:
         """
         if self._state["deaths"] >= LOADING_TRIES:
             message = (
-                f"the captioning engine died {LOADING_TRIES} times while loading; its own message stands in the worker's log, "
-                "below /tmp/ray/session_latest/logs. Try `gpt4image doctor --deep`, or --captioner transformers."
+                f"the captioning engine died {LOADING_TRIES} times while loading; its own message stands in "
+                "the worker's log, below /tmp/ray/session_latest/logs. Try `gpt4image doctor --deep`, or "
+                "--captioner transformers."
             )
             raise EngineDeadError(message)
         self._put(deaths=self._state["deaths"] + 1)
@@ -165,8 +184,8 @@ class Loading:
         """
         if self.smaller >= smallest:
             message = (
-                f"out of memory even with settings halved {smallest} times: take a smaller model, --caption-edge or "
-                "--context-length, or cards with more memory."
+                f"out of memory even with settings halved {smallest} times: take a smaller model, "
+                "--caption-edge or --context-length, or cards with more memory."
             )
             raise EngineDeadError(message)
         self._put(deaths=0, smaller=self.smaller + 1)
@@ -177,7 +196,8 @@ class Loading:
 
 
 def smaller(config: CaptionConfig, times: int) -> CaptionConfig:
-    """Settings with the engine's batch halved `times` times, and with more of the card left to what is outside vLLM's share."""
+    """Settings with the engine's batch halved `times` times, and with more of the card left to what is
+    outside vLLM's share."""
     if not times:
         return config
     batch = config.engine_batch or (256 if config.captioner == "vllm" else 16)
@@ -188,12 +208,20 @@ def smaller(config: CaptionConfig, times: int) -> CaptionConfig:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an engine failed for want of memory, whatever class its library raises."""
     text = f"{type(error).__name__} {error}".lower()
-    signs = ("outofmemory", "out of memory", "no available memory", "kv cache is needed", "memoryerror", "can't allocate memory")
+    signs = (
+        "outofmemory",
+        "out of memory",
+        "no available memory",
+        "kv cache is needed",
+        "memoryerror",
+        "can't allocate memory",
+    )
     return any(sign in text for sign in signs)
 
 
 def is_engine_death(error: BaseException) -> bool:
-    """Whether an engine in a process of its own has died while it was loaded: a new one may live (`Loading` counts them)."""
+    """Whether an engine in a process of its own has died while it was loaded: a new one may live (`Loading`
+    counts them)."""
     return "engine core" in str(error).lower() or type(error).__name__ == "EngineDeadError"
 
 

@@ -1,4 +1,5 @@
-"""`import-captions`: captions made elsewhere become a caption variant, shard by shard, matched by path. No Ray, no model."""
+"""`import-captions`: captions made elsewhere become a caption variant, shard by shard, matched by path. No
+Ray, no model."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def import_captions(config: ImportConfig) -> str:
 
     Raises:
         ValueError: the file is malformed, names images that the store lacks, or has the wrong length.
-        TooManyFailuresError: more rows lack a caption than `max_failure_rate` allows; the rows are written all the same.
+        TooManyFailuresError: more rows lack a caption than `max_failure_rate` allows; the rows are written
+            all the same.
     """
     store = Store(config.store)
     store.require_complete("images")
@@ -34,7 +36,9 @@ def import_captions(config: ImportConfig) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     settings = {"engine": "imported", "file": os.path.basename(config.file), "sha256": digest}
     if _positional(config.file) and config.split != "train":
-        settings["split"] = config.split  # the same list matched to other pictures; train's came first and has no such entry
+        settings["split"] = (
+            config.split
+        )  # the same list matched to other pictures; train's came first and has no such entry
     variant = variant_name(f"imported-{os.path.basename(config.file).split('.')[0]}", settings)
     store.write_variant("captions", variant, {**settings, "versions": {}})
     done = store.receipts("captions", variant)
@@ -48,7 +52,9 @@ def import_captions(config: ImportConfig) -> str:
         # A picture that was mended since then has its caption now.
         if shard not in done or not store.read_shard("captions", variant, shard).equals(table):
             attempt = done[shard].attempt + 1 if shard in done else 1
-            store.write_shard("captions", variant, shard, table, seconds=time.monotonic() - start, attempt=attempt)
+            store.write_shard(
+                "captions", variant, shard, table, seconds=time.monotonic() - start, attempt=attempt
+            )
     receipts = store.receipts("captions", variant).values()
     failed = sum(receipt.failed for receipt in receipts)
     print(
@@ -75,8 +81,8 @@ def _read(config: ImportConfig, store: Store) -> dict[str, str]:
     if _positional(config.file):
         if (kind := store.dataset.source.get("kind")) not in ("folder", "test"):
             message = (
-                f"file={config.file}: a list without paths goes by the order of an image folder, and the store was made of "
-                f"{kind}: give captions as JSONL of path and caption."
+                f"file={config.file}: a list without paths goes by the order of an image folder, and the "
+                f"store was made of {kind}: give captions as JSONL of path and caption."
             )
             raise SettingsError(message)
         ids = [key for shard in store.split_shards(config.split) for key in _ids(store, shard)]
@@ -87,8 +93,9 @@ def _read(config: ImportConfig, store: Store) -> dict[str, str]:
     unknown = sorted(captions.keys() - known)
     if unknown and not config.ignore_unknown:
         message = (
-            f"{config.file}: {len(unknown)} of {len(captions)} paths are not in the store, such as {', '.join(unknown[:3])}; the "
-            f"store's look like {min(known)}. Mend the paths, or pass --ignore-unknown."
+            f"{config.file}: {len(unknown)} of {len(captions)} paths are not in the store, such as "
+            f"{', '.join(unknown[:3])}; the store's look like {min(known)}. Mend the paths, or pass "
+            "--ignore-unknown."
         )
         raise SettingsError(message)
     return captions

@@ -13,7 +13,8 @@ from pipeline.store import IMAGES, Store, content_hash, locations
 
 
 class IngestShard:
-    """Reads a shard's pictures, checks that each decodes, writes bytes (or their place) and size, or the reason why not."""
+    """Reads a shard's pictures, checks that each decodes, writes bytes (or their place) and size, or the
+    reason why not."""
 
     def __init__(self, store: str) -> None:
         self._store = Store(store)
@@ -30,11 +31,18 @@ class IngestShard:
         if item["redo"]:
             old = self._store.read_shard("images", "", shard).to_pylist()
         self._read.expect(row["place"] for row in item["rows"])
-        rows = [self._row(row) if old is None or _to_redo(old[n]) else old[n] for n, row in enumerate(item["rows"])]
+        rows = [
+            self._row(row) if old is None or _to_redo(old[n]) else old[n]
+            for n, row in enumerate(item["rows"])
+        ]
         receipt = self._store.write_shard(
-            "images", "", shard, pa.Table.from_pylist(rows, schema=IMAGES), seconds=time.monotonic() - start,
+            "images",
+            "",
+            shard,
+            pa.Table.from_pylist(rows, schema=IMAGES),
+            seconds=time.monotonic() - start,
             attempt=attempt(self._store, "images", "", shard, item["redo"]),
-        )  # fmt: skip
+        )
         return done_table(Done(shard=shard, rows=receipt.rows, failed=receipt.failed, tokens=0))
 
     def _row(self, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +57,9 @@ class IngestShard:
             raise  # no picture is to blame: the run stops, and goes on when the storage is back
         except OSError as error:
             reason = f"cannot be read ({error.strerror or error}): mend it, then run retry"
-        except Exception as error:  # a name, a place or bytes that nobody thought of: this row's error, and no other's
+        except (
+            Exception
+        ) as error:  # a name, a place or bytes that nobody thought of: this row's error, and no other's
             reason = f"cannot be used ({type(error).__name__}: {error}): mend it, then run retry"
         return row | {"error": locations.escaped(reason[:1000])}
 
@@ -63,9 +73,14 @@ class IngestShard:
         if (edge := self._source["max_edge"]) and max(picture.size) > edge:
             picture = images.fit(picture, edge)
             data = images.jpeg(picture)
-        return found | {"image": data if self._source["pack"] else None, "width": picture.width, "height": picture.height}
+        return found | {
+            "image": data if self._source["pack"] else None,
+            "width": picture.width,
+            "height": picture.height,
+        }
 
 
 def _to_redo(old: dict[str, Any]) -> bool:
-    """Whether a retry may mend a row: what the source's listing found fault with has no place to read again."""
+    """Whether a retry may mend a row: what the source's listing found fault with has no place to read
+    again."""
     return old["error"] is not None and bool(old["uri"])

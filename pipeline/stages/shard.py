@@ -1,7 +1,8 @@
 """What all stages share: the table that a shard travels in, and which of its rows are to do.
 
-A table between two steps has one row, the shard, with its pictures as one nested column: whatever Ray does with blocks and
-batches, a shard stays whole and in order. `redo` limits a step to the rows that failed before.
+A table between two steps has one row, the shard, with its pictures as one nested column: whatever Ray does
+with blocks and batches, a shard stays whole and in order. `redo` limits a step to the rows that failed
+before.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import pyarrow as pa
 from pipeline.store import Stage, Store
 
 
-def shard_table(shard: int, redo: bool, column: str, rows: list[dict[str, Any]], kind: pa.DataType, **more: Any) -> pa.Table:
+def shard_table(
+    shard: int, redo: bool, column: str, rows: list[dict[str, Any]], kind: pa.DataType, **more: Any
+) -> pa.Table:
     nested = pa.array([rows], type=kind)
-    return pa.table({"shard": [shard], "redo": [redo], column: nested, **{name: [value] for name, value in more.items()}})
+    return pa.table(
+        {"shard": [shard], "redo": [redo], column: nested, **{name: [value] for name, value in more.items()}}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +42,9 @@ def done_table(done: Done) -> pa.Table:
 def one_thread() -> ThreadPoolExecutor:
     """The thread that a model is loaded and called in.
 
-    Ray makes an actor in one thread and calls it in another. Each thread that computes has an OpenMP team of its own, and once
-    teams have more threads than there are cores, OpenMP sleeps at each barrier and no longer spins.
+    Ray makes an actor in one thread and calls it in another. Each thread that computes has an OpenMP team of
+    its own, and once teams have more threads than there are cores, OpenMP sleeps at each barrier and no
+    longer spins.
     """
     return ThreadPoolExecutor(1, thread_name_prefix="model")
 
@@ -46,7 +52,8 @@ def one_thread() -> ThreadPoolExecutor:
 def already_done(store: Store, stage: Stage, variant: str, shard: int, redo: bool) -> pa.Table | None:
     """The result of a shard that another run, or a worker that died afterwards, has finished meanwhile.
 
-    Several shards share a block where a shard is quick, and Ray repeats the whole block of a worker that died.
+    Several shards share a block where a shard is quick, and Ray repeats the whole block of a worker that
+    died.
     """
     if redo or not store.is_finished(stage, variant, shard):
         return None
@@ -61,7 +68,9 @@ def rows_to_do(store: Store, stage: Stage, variant: str, shard: int, redo: bool,
     return [row for row, error in enumerate(errors.to_pylist()) if error is not None]
 
 
-def merged(store: Store, stage: Stage, variant: str, shard: int, redo: bool, fresh: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged(
+    store: Store, stage: Stage, variant: str, shard: int, redo: bool, fresh: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The shard's rows with the fresh ones in their places."""
     rows = store.read_shard(stage, variant, shard).to_pylist() if redo else [{}] * len(fresh)
     for new in fresh:

@@ -1,7 +1,8 @@
-"""What decides captions and vectors, as one object for each: the record beside them, the variant's name and `retry` all use it.
+"""What decides captions and vectors, as one object for each: the record beside them, the variant's name and
+`retry` all use it.
 
-A field added here changes the name of every variant there is, and a resumed run would pay for all of them again: give it a
-default that says what was done before, and leave it out of `record` where it has that value.
+A field added here changes the name of every variant there is, and a resumed run would pay for all of them
+again: give it a default that says what was done before, and leave it out of `record` where it has that value.
 """
 
 from __future__ import annotations
@@ -9,14 +10,22 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from pipeline.config import CaptionConfig, CaptionRuntime, CaptionSettings, EmbedConfig, EmbedRuntime, EmbedSettings
+from pipeline.config import (
+    CaptionConfig,
+    CaptionRuntime,
+    CaptionSettings,
+    EmbedConfig,
+    EmbedRuntime,
+    EmbedSettings,
+)
 from pipeline.encoders.models import ModelRef
 from pipeline.store import variant_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionVariant:
-    """Every setting that decides what a caption says. `revision`: of the model, `served` where a server holds it."""
+    """Every setting that decides what a caption says. `revision`: of the model, `served` where a server holds
+    it."""
 
     engine: Literal["vllm", "transformers", "openai"]
     model: str
@@ -33,7 +42,12 @@ class CaptionVariant:
     @classmethod
     def of(cls, config: CaptionConfig, model: ModelRef) -> CaptionVariant:
         """The variant that these settings make with this model."""
-        return cls(engine=config.captioner, model=model.name, revision=model.revision, **_shared(cls, config, "model"))
+        return cls(
+            engine=config.captioner,
+            model=model.name,
+            revision=model.revision,
+            **_shared(cls, config, "model"),
+        )
 
     @classmethod
     def recorded(cls, record: dict[str, Any]) -> CaptionVariant:
@@ -42,7 +56,9 @@ class CaptionVariant:
 
     def config(self, runtime: CaptionRuntime) -> CaptionConfig:
         """Settings that make this variant, run as `runtime` says."""
-        return CaptionConfig(captioner=self.engine, **_shared(CaptionSettings, self), **_shared(CaptionRuntime, runtime))
+        return CaptionConfig(
+            captioner=self.engine, **_shared(CaptionSettings, self), **_shared(CaptionRuntime, runtime)
+        )
 
     def record(self) -> dict[str, Any]:
         """What variant.json says of it."""
@@ -66,7 +82,8 @@ class EmbedVariant:
 
     @classmethod
     def of(cls, config: EmbedConfig, model: ModelRef) -> EmbedVariant:
-        """The variant that these settings make with this model; `config.captions` names the caption variant."""
+        """The variant that these settings make with this model; `config.captions` names the caption
+        variant."""
         return cls(encoder=model.name, revision=model.revision, **_shared(cls, config, "encoder"))
 
     @classmethod

@@ -1,4 +1,5 @@
-"""The store on a disk or at s3://: schema, receipts, where bytes are. All that training knows of the pipeline, but encoders."""
+"""The store on a disk or at s3://: schema, receipts, where bytes are. All that training knows of the
+pipeline, but encoders."""
 
 from pipeline.store.schema import (
     CAPTIONS,

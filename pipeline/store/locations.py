@@ -1,11 +1,13 @@
-"""Where bytes are: a folder of this machine, or s3:// and gs:// through pyarrow's file systems, and parts of files by range.
+"""Where bytes are: a folder of this machine, or s3:// and gs:// through pyarrow's file systems, and parts of
+files by range.
 
-A *place* names a picture below a source: `train/dog/1.jpg`, or `shard-07.tar#512-20480` for 20,480 bytes from offset 512.
-Only the source's own address is parsed, once; a place is joined to it as it is written. Parsed as addresses, keys with a space or
-an umlaut would be refused, and `50%25` would read another key.
+A *place* names a picture below a source: `train/dog/1.jpg`, or `shard-07.tar#512-20480` for 20,480 bytes from
+offset 512. Only the source's own address is parsed, once; a place is joined to it as it is written. Parsed as
+addresses, keys with a space or an umlaut would be refused, and `50%25` would read another key.
 
-Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and so on), never
-from the address, since addresses are recorded in the store. `gs://anonymous@BUCKET` is a public one.
+Credentials come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS and
+so on), never from the address, since addresses are recorded in the store. `gs://anonymous@BUCKET` is a public
+one.
 """
 
 from __future__ import annotations
@@ -23,23 +25,36 @@ from pipeline.errors import SettingsError
 RANGE = re.compile(r"(.*)#(\d+)-(\d+)", re.DOTALL)
 _NOT_UTF8 = re.compile(r"[\ud800-\udfff]|<(?=(?:[0-9a-f]{2}|d[89a-f][0-9a-f]{2})>)")
 _ESCAPE = re.compile(r"<([0-9a-f]{2}|d[89a-f][0-9a-f]{2})>")
-TRIES = 3  # times that one file is read before it counts as unreadable; pyarrow's client for S3 asks three times itself
+TRIES = (
+    3  # times that one file is read before it is unreadable; pyarrow's client for S3 asks three times itself
+)
 # What may stand behind an address: pyarrow's settings of S3 and of Google's storage.
 OPTIONS = frozenset(
     (
-        "region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion", "allow_delayed_open",
-        "check_directory_existence_before_creation", "force_virtual_addressing", "tls_ca_file_path", "retry_limit_seconds",
-        "default_bucket_location", "project_id",
+        "region",
+        "scheme",
+        "endpoint_override",
+        "allow_bucket_creation",
+        "allow_bucket_deletion",
+        "allow_delayed_open",
+        "check_directory_existence_before_creation",
+        "force_virtual_addressing",
+        "tls_ca_file_path",
+        "retry_limit_seconds",
+        "default_bucket_location",
+        "project_id",
     )
-)  # fmt: skip
+)
 
 
 class StorageError(OSError):
-    """The place that holds the files does not answer, or is gone: no fault of any one file. The same command goes on later."""
+    """The place that holds the files does not answer, or is gone: no fault of any one file. The same command
+    goes on later."""
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a path or URI, and the path in it. An object's key is taken as it is written, without any decoding.
+    """The file system of a path or URI, and the path in it. An object's key is taken as it is written,
+    without any decoding.
 
     Raises:
         ValueError: the address holds credentials, is of an unknown kind, or cannot be understood.
@@ -47,7 +62,10 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     if "://" not in uri:
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     if urlsplit(uri).password is not None or urlsplit(uri).username not in (None, "anonymous"):
-        message = f"{urlsplit(uri).scheme}://...: credentials do not belong into an address; set them in the environment."
+        message = (
+            f"{urlsplit(uri).scheme}://...: credentials do not belong into an address; set them in the "
+            "environment."
+        )
         raise SettingsError(message)
     base, options = split_options(uri)
     scheme, _, rest = base.partition("://")
@@ -59,7 +77,8 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def split_options(uri: str) -> tuple[str, str]:
-    """An address, and its settings with their question mark (`?region=eu-west-1`); a key may hold question marks, too."""
+    """An address, and its settings with their question mark (`?region=eu-west-1`); a key may hold question
+    marks, too."""
     base, question, query = uri.rpartition("?")
     names = [option.partition("=")[0] for option in query.split("&")]
     return (base, f"?{query}") if question and all(name in OPTIONS for name in names) else (uri, "")
@@ -67,31 +86,40 @@ def split_options(uri: str) -> tuple[str, str]:
 
 @functools.lru_cache(maxsize=64)
 def _file_system(uri: str) -> tuple[fs.FileSystem, str]:
-    # Kept, one a bucket: a file system of its own for every picture would open a connection of its own for every picture.
+    # Kept, one a bucket: a file system of its own for every picture would open a connection of its own for
+    # every picture.
     try:
         if uri.startswith(("gs://", "gcs://")):
             filesystem, root = _google(uri)
         elif uri.startswith("s3://"):
             # A small object is put in one request, and not in the three of an upload in parts.
-            delayed = "" if "allow_delayed_open" in uri else f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
+            delayed = (
+                "" if "allow_delayed_open" in uri else f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
+            )
             filesystem, root = fs.FileSystem.from_uri(uri + delayed)
         else:
             filesystem, root = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
-        message = f"{uri}: cannot be opened ({error}); known are paths, file://, s3://BUCKET/KEY and gs://BUCKET/KEY."
+        message = (
+            f"{uri}: cannot be opened ({error}); known are paths, file://, s3://BUCKET/KEY and "
+            "gs://BUCKET/KEY."
+        )
         raise SettingsError(message) from None
     return filesystem, str(root)
 
 
 def _google(uri: str) -> tuple[fs.FileSystem, str]:
-    """STORAGE_EMULATOR_HOST, which Google's own clients know, is to gs:// what AWS_ENDPOINT_URL is to s3://."""
+    """STORAGE_EMULATOR_HOST, which Google's own clients know, is to gs:// what AWS_ENDPOINT_URL is to
+    s3://."""
     parts = urlsplit(uri)
     if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
         there = urlsplit(emulator if "://" in emulator else f"http://{emulator}")
         google = fs.GcsFileSystem(anonymous=True, scheme=there.scheme, endpoint_override=there.netloc)
         return google, f"{parts.hostname}{parts.path}"
     # Google's client asks again for a quarter of an hour when there are no credentials, or no network.
-    limit = "" if "retry_limit_seconds" in parts.query else f"{'&' if parts.query else '?'}retry_limit_seconds=60"
+    limit = (
+        "" if "retry_limit_seconds" in parts.query else f"{'&' if parts.query else '?'}retry_limit_seconds=60"
+    )
     filesystem, root = fs.FileSystem.from_uri(uri + limit)
     return filesystem, root
 
@@ -109,7 +137,8 @@ def locate(root: str, place: str) -> tuple[fs.FileSystem, str]:
 
 
 def escaped(name: str) -> str:
-    """A name as valid UTF-8, for columns and JSON: a byte that is none stands as <e9>. Other names stay as they are.
+    """A name as valid UTF-8, for columns and JSON: a byte that is none stands as <e9>. Other names stay as
+    they are.
 
     No two names become one: a name that holds such a mark itself has its `<` as <3c>.
     """
@@ -155,8 +184,8 @@ def fetch_picture(root: str, place: str, max_bytes: int, *, listed: bool = False
         root: the source.
         place: of the picture in it.
         max_bytes: see `fetch`.
-        listed: the place was found by listing folders, so that its first two, often links to other disks, must be there. A list
-            of files may name folders that never were.
+        listed: the place was found by listing folders, so that its first two, often links to other disks,
+            must be there. A list of files may name folders that never were.
 
     Raises:
         StorageError: whatever holds the source does not answer: this picture is not to blame.
@@ -167,8 +196,11 @@ def fetch_picture(root: str, place: str, max_bytes: int, *, listed: bool = False
             return fetch(root, place, max_bytes)
         except OSError as error:
             check_alive(root, error, place if listed else "")
-            # Storage answers: a file that is missing or forbidden stays so, anything else may have been a hiccup.
-            if not left or isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+            # Storage answers: a file that is missing or forbidden stays so, anything else may have been a
+            # hiccup.
+            if not left or isinstance(
+                error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+            ):
                 raise
     raise AssertionError
 
@@ -186,12 +218,15 @@ def _read(filesystem: fs.FileSystem, path: str, offset: int | None, wanted: int 
 
 
 def check_alive(root: str, error: OSError, place: str = "") -> None:
-    """Tells storage that fails from a file that fails, after `error`: whether the source itself can still be looked at.
+    """Tells storage that fails from a file that fails, after `error`: whether the source itself can still be
+    looked at.
 
-    Of a folder on this machine also the first two folders of `place`, which may be links to other disks: splits and classes.
+    Of a folder on this machine also the first two folders of `place`, which may be links to other disks:
+    splits and classes.
 
     Raises:
-        StorageError: it cannot: a server that does not answer, credentials that have expired, a disk that is no longer mounted.
+        StorageError: it cannot: a server that does not answer, credentials that have expired, a disk that is
+            no longer mounted.
     """
     filesystem, path = resolve(root)
     try:
@@ -236,7 +271,10 @@ def check_writable(setting: str, place: str) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=".gpt4image-", dir=path))
     except OSError as error:
         flag = setting.replace("_", "-")
-        message = f"{setting}={place}: nothing can be written there ({path}: {error.strerror}); pass another --{flag}."
+        message = (
+            f"{setting}={place}: nothing can be written there ({path}: {error.strerror}); pass another "
+            f"--{flag}."
+        )
         raise SettingsError(message) from None
 
 

@@ -1,8 +1,9 @@
 """One process at a time in a folder: `with held(folder, "sweep"): ...`.
 
-On a disk the kernel lets go of the lock when the process ends, however it ends, so nothing is left to clear away; over NFS it
-holds between nodes, too. An object store knows no such lock: there, whoever works in a folder says so in an object, which it
-writes again and again, and whoever comes later looks whether that goes on. Times are the store's own, so clocks need not agree.
+On a disk the kernel lets go of the lock when the process ends, however it ends, so nothing is left to clear
+away; over NFS it holds between nodes, too. An object store knows no such lock: there, whoever works in a
+folder says so in an object, which it writes again and again, and whoever comes later looks whether that goes
+on. Times are the store's own, so clocks need not agree.
 """
 
 from __future__ import annotations
@@ -92,14 +93,23 @@ def _announced(folder: str, what: str) -> Iterator[None]:
 
 
 def _outlive_others(filesystem: fs.FileSystem, root: str, mine: str, folder: str, what: str) -> None:
-    """Returns once no other process says that it is at work; of a killed one that takes as long as its silence must last."""
+    """Returns once no other process says that it is at work; of a killed one that takes as long as its
+    silence must last."""
     first: dict[str, float] = {}
     told = False
     while True:
         found = filesystem.get_file_info(fs.FileSelector(root))
-        times = {info.path: info.mtime.timestamp() for info in found if info.base_name.startswith(_PREFIX) and info.mtime}
+        times = {
+            info.path: info.mtime.timestamp()
+            for info in found
+            if info.base_name.startswith(_PREFIX) and info.mtime
+        }
         now = max(times.values(), default=0.0)  # of the latest announcement, which this process keeps making
-        others = {path: at for path, at in times.items() if path != mine and now - at < SILENCE_S and not _is_dead(path)}
+        others = {
+            path: at
+            for path, at in times.items()
+            if path != mine and now - at < SILENCE_S and not _is_dead(path)
+        }
         if not others:
             for path in times.keys() - {mine}:
                 with contextlib.suppress(OSError):
@@ -108,13 +118,16 @@ def _outlive_others(filesystem: fs.FileSystem, root: str, mine: str, folder: str
         alive = [path for path, at in others.items() if at > first.setdefault(path, at) or _is_here(path)]
         if alive:
             host, pid = _place(alive[0])
-            message = f"{what}={folder}: process {pid} on {host} is at work in it; wait until it ends, or pass another --{what}."
+            message = (
+                f"{what}={folder}: process {pid} on {host} is at work in it; wait until it ends, or pass "
+                f"another --{what}."
+            )
             raise SettingsError(message)
         if not told:
             host, pid = _place(next(iter(others)))
             print(
-                f"{what}={folder}: process {pid} on {host} was at work in it less than {SILENCE_S:.0f} s ago; waiting to see "
-                "whether it still is",
+                f"{what}={folder}: process {pid} on {host} was at work in it less than {SILENCE_S:.0f} s "
+                "ago; waiting to see whether it still is",
                 file=sys.stderr,
                 flush=True,
             )
@@ -151,12 +164,18 @@ def _lock(stream: IO[str], folder: str, what: str) -> None:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        message = f"{what}={folder}: {_holder(stream)} is at work in it; wait until it ends, or pass another --{what}."
+        message = (
+            f"{what}={folder}: {_holder(stream)} is at work in it; wait until it ends, or pass another "
+            f"--{what}."
+        )
         raise SettingsError(message) from None
     except OSError as error:
         if error.errno not in _UNKNOWN:
             raise
-        print(f"{what}={folder}: its file system has no locks; take care that no second process works in it.", file=sys.stderr)
+        print(
+            f"{what}={folder}: its file system has no locks; take care that no second process works in it.",
+            file=sys.stderr,
+        )
 
 
 def _holder(stream: IO[str]) -> str:

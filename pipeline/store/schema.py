@@ -1,4 +1,5 @@
-"""What the store holds: columns of each stage, what dataset.json and receipts say, and how variants are named."""
+"""What the store holds: columns of each stage, what dataset.json and receipts say, and how variants are
+named."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def embeddings_schema(dim: int) -> pa.Schema:
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
-            # Never null: Parquet has no children for a null list, and pyarrow cannot read such rows back. Failed rows are zero.
+            # Never null: Parquet has no children for a null list, and pyarrow cannot read such rows back.
+            # Failed rows are zero.
             pa.field("embedding", pa.list_(pa.float16(), dim), nullable=False),
             pa.field("tokens", pa.int32()),
             pa.field("truncated", pa.bool_()),
@@ -58,7 +60,8 @@ def embeddings_schema(dim: int) -> pa.Schema:
 
 
 def embeddings_table(rows: list[dict[str, Any]], dim: int) -> pa.Table:
-    """An embedding shard from rows with `id` and `error`; without one also `embedding`, `tokens`, `truncated`."""
+    """An embedding shard from rows with `id` and `error`; without one also `embedding`, `tokens`,
+    `truncated`."""
     vectors = np.zeros((len(rows), dim), dtype=np.float16)
     for place, row in enumerate(rows):
         if row["error"] is None:
@@ -68,7 +71,12 @@ def embeddings_table(rows: list[dict[str, Any]], dim: int) -> pa.Table:
     return pa.table([columns[0], nested, *columns[1:]], schema=embeddings_schema(dim))
 
 
-_EMBEDDING_SCALARS = (("id", pa.string()), ("tokens", pa.int32()), ("truncated", pa.bool_()), ("error", pa.string()))
+_EMBEDDING_SCALARS = (
+    ("id", pa.string()),
+    ("tokens", pa.int32()),
+    ("truncated", pa.bool_()),
+    ("error", pa.string()),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +102,11 @@ class Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """Proof that a shard is whole: rows, checksum of the Parquet file, seconds of work, attempt, and what was not as usual.
+    """Proof that a shard is whole: rows, checksum of the Parquet file, seconds of work, attempt, and what was
+    not as usual.
 
-    `flagged` counts doubtful captions, or captions that the encoder did not read to their end. `source` is the checksum of the
-    captions that vectors were made of, as the captions' own receipt has it.
+    `flagged` counts doubtful captions, or captions that the encoder did not read to their end. `source` is
+    the checksum of the captions that vectors were made of, as the captions' own receipt has it.
     """
 
     shard: int
@@ -112,7 +121,8 @@ class Receipt:
     source: str = ""
 
     def belongs_to(self, captions: Receipt) -> bool:
-        """Whether vectors were made of these captions; receipts of earlier releases do not say, and are believed."""
+        """Whether vectors were made of these captions; receipts of earlier releases do not say, and are
+        believed."""
         return self.source in ("", captions.checksum)
 
 
@@ -134,7 +144,11 @@ def part_name(shard: int) -> str:
 
 def check_table(stage: Stage, table: pa.Table, columns: list[str] | None = None) -> None:
     if stage == "embeddings":
-        vector = table.schema.field("embedding").type if "embedding" in table.column_names else pa.list_(pa.float16(), 1)
+        vector = (
+            table.schema.field("embedding").type
+            if "embedding" in table.column_names
+            else pa.list_(pa.float16(), 1)
+        )
         width = vector.list_size if pa.types.is_fixed_size_list(vector) else 1
         expected = embeddings_schema(width)
     else:
@@ -142,5 +156,8 @@ def check_table(stage: Stage, table: pa.Table, columns: list[str] | None = None)
     if columns is not None:
         expected = pa.schema([expected.field(name) for name in columns])
     if not table.schema.equals(expected, check_metadata=False):
-        message = f"{stage} shard does not have the columns of the schema.\nfound: {table.schema}\nexpected: {expected}"
+        message = (
+            f"{stage} shard does not have the columns of the schema.\nfound: {table.schema}\nexpected: "
+            f"{expected}"
+        )
         raise ValueError(message)

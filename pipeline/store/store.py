@@ -1,12 +1,14 @@
-"""The store: layout, schemas, receipts, what is still to do; the contract between pipeline, training and everything later.
+"""The store: layout, schemas, receipts, what is still to do; the contract between pipeline, training and
+everything later.
 
     STORE/dataset.json
     STORE/images/part-00000.parquet                 with images/receipts/part-00000.json
     STORE/captions/<variant>/part-00000.parquet     with variant.json and receipts/
     STORE/embeddings/<variant>/part-00000.parquet   with variant.json and receipts/
 
-Shard k has the same rows in the same order in every stage, so stages are read side by side and never joined. A shard is
-written under a temporary name, renamed, and only then receipted: what has a receipt is whole. Plain pyarrow reads all of it.
+Shard k has the same rows in the same order in every stage, so stages are read side by side and never joined.
+A shard is written under a temporary name, renamed, and only then receipted: what has a receipt is whole.
+Plain pyarrow reads all of it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,17 @@ from pyarrow import fs
 from pipeline.errors import MissingError, SettingsError
 from pipeline.store import locations
 from pipeline.store.files import is_alive, json_bytes, write_whole
-from pipeline.store.schema import LISTED, SCHEMA_VERSION, Dataset, Receipt, Split, Stage, check_table, content_hash, part_name
+from pipeline.store.schema import (
+    LISTED,
+    SCHEMA_VERSION,
+    Dataset,
+    Receipt,
+    Split,
+    Stage,
+    check_table,
+    content_hash,
+    part_name,
+)
 
 _BEGINNING = "beginning-"
 
@@ -51,7 +63,10 @@ class Store:
         try:
             raw = json.loads(self._read("dataset.json"))
         except FileNotFoundError:
-            message = f"store={uri}: holds no dataset.json; make it with: gpt4image ingest --images DIR --store {uri}"
+            message = (
+                f"store={uri}: holds no dataset.json; make it with: gpt4image ingest --images DIR --store "
+                f"{uri}"
+            )
             raise MissingError(message) from None
         version = raw.get("schema_version")
         if not isinstance(version, int) or version > SCHEMA_VERSION:
@@ -71,11 +86,12 @@ class Store:
 
     @staticmethod
     def create(uri: str, dataset: Dataset) -> Store:
-        """Begins a store, or opens the one that somebody else has begun meanwhile: the caller compares its `dataset`.
+        """Begins a store, or opens the one that somebody else has begun meanwhile: the caller compares its
+        `dataset`.
 
-        Each that would begin says so first and looks for others then. Of two, one at least sees the other and writes nothing; so
-        no dataset.json is ever replaced, on any storage that lists what was written (neither Arrow's file systems nor all
-        servers know a conditional write).
+        Each that would begin says so first and looks for others then. Of two, one at least sees the other and
+        writes nothing; so no dataset.json is ever replaced, on any storage that lists what was written
+        (neither Arrow's file systems nor all servers know a conditional write).
 
         Raises:
             ValueError: another process is beginning a store of other content here, at this moment.
@@ -90,8 +106,9 @@ class Store:
             if not Store.exists(uri):
                 if others:
                     message = (
-                        f"store={uri}: another ingest, of other pictures or with other settings, begins it at this moment, so "
-                        f"nothing was written. If none does, an earlier one was killed: delete {others[0]} there and try again."
+                        f"store={uri}: another ingest, of other pictures or with other settings, begins it "
+                        f"at this moment, so nothing was written. If none does, an earlier one was killed: "
+                        f"delete {others[0]} there and try again."
                     )
                     raise SettingsError(message)
                 write_whole(filesystem, f"{root}/dataset.json", content)
@@ -101,10 +118,15 @@ class Store:
 
     @property
     def contents(self) -> str:
-        """A hash that tells this store's rows and classes from those of another store that stood, or will stand, at its place."""
+        """A hash that tells this store's rows and classes from those of another store that stood, or will
+        stand, at its place."""
         source = self.dataset.source
         cut = {name: source.get(name) for name in ("fingerprint", "cut", "shard_rows", "shard_bytes")}
-        told = [self.dataset.classes, {name: asdict(split) for name, split in self.dataset.splits.items()}, cut]
+        told = [
+            self.dataset.classes,
+            {name: asdict(split) for name, split in self.dataset.splits.items()},
+            cut,
+        ]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def folder(self, stage: Stage, variant: str = "") -> str:
@@ -117,7 +139,9 @@ class Store:
         if stage == "images":
             return [""]
         selector = fs.FileSelector(f"{self._root}/{stage}", allow_not_found=True)
-        return sorted(info.base_name for info in self._fs.get_file_info(selector) if info.type == fs.FileType.Directory)
+        return sorted(
+            info.base_name for info in self._fs.get_file_info(selector) if info.type == fs.FileType.Directory
+        )
 
     def variant(self, stage: Stage, variant: str) -> dict[str, Any]:
         """The settings that made a variant: the content of its variant.json."""
@@ -142,13 +166,15 @@ class Store:
             verb = "caption" if stage == "captions" else "embed"
             message = f"store={self.uri}: has no {stage} yet; run: gpt4image {verb} --store {self.uri}"
             if stage == "captions":
-                message += " --caption-preset NAME, or gpt4image import-captions FILE for captions that you have"
+                message += (
+                    " --caption-preset NAME, or gpt4image import-captions FILE for captions that you have"
+                )
         else:
             flaw = f"no {stage} variant {wanted!r}" if wanted else f"several {stage} variants and none named"
             told = [f"{name}{self._made_of(stage, name)}" for name in names]
             message = (
-                f"store={self.uri}: {flaw}; pass --{stage} with one of: {', '.join(told)}. One that is not wanted any more may "
-                f"be deleted: its folder in {stage}/."
+                f"store={self.uri}: {flaw}; pass --{stage} with one of: {', '.join(told)}. One that is not "
+                f"wanted any more may be deleted: its folder in {stage}/."
             )
         raise SettingsError(message)
 
@@ -177,19 +203,33 @@ class Store:
         check_table(stage, table)
         sink = pa.BufferOutputStream()
         # Encoded pictures do not compress; captions and vectors do, a little, at no cost worth naming.
-        pq.write_table(table, sink, compression={name: "none" if name == "image" else "zstd" for name in table.column_names})
+        pq.write_table(
+            table,
+            sink,
+            compression={name: "none" if name == "image" else "zstd" for name in table.column_names},
+        )
         data = sink.getvalue().to_pybytes()
         failed = len(table) - table["error"].null_count
         receipt = Receipt(
-            shard=shard, rows=len(table), failed=failed, bytes=len(data), checksum=hashlib.sha256(data).hexdigest(),
-            seconds=round(seconds, 3), attempt=attempt, flagged=_flagged(table), note=note, source=source,
-        )  # fmt: skip
+            shard=shard,
+            rows=len(table),
+            failed=failed,
+            bytes=len(data),
+            checksum=hashlib.sha256(data).hexdigest(),
+            seconds=round(seconds, 3),
+            attempt=attempt,
+            flagged=_flagged(table),
+            note=note,
+            source=source,
+        )
         folder = self.folder(stage, variant)
         self.write_file(f"{folder}/{part_name(shard)}.parquet", data)
         self.write_file(f"{folder}/receipts/{part_name(shard)}.json", json_bytes(asdict(receipt)))
         return receipt
 
-    def read_shard(self, stage: Stage, variant: str, shard: int, columns: list[str] | None = None) -> pa.Table:
+    def read_shard(
+        self, stage: Stage, variant: str, shard: int, columns: list[str] | None = None
+    ) -> pa.Table:
         """One shard, or some of its columns, checked against the schema."""
         path = f"{self._root}/{self.folder(stage, variant)}/{part_name(shard)}.parquet"
         table = pq.read_table(path, filesystem=self._fs, columns=columns)
@@ -201,8 +241,12 @@ class Store:
         shards = self.finished(stage, variant)
         if isinstance(self._fs, fs.LocalFileSystem):
             return {shard: self.receipt(stage, variant, shard) for shard in shards}
-        with ThreadPoolExecutor(32) as pool:  # an object store's answer is waited for; on a disk threads are slower than none
-            return dict(zip(shards, pool.map(lambda shard: self.receipt(stage, variant, shard), shards), strict=True))
+        with ThreadPoolExecutor(
+            32
+        ) as pool:  # an object store's answer is waited for; on a disk threads are slower than none
+            return dict(
+                zip(shards, pool.map(lambda shard: self.receipt(stage, variant, shard), shards), strict=True)
+            )
 
     def is_finished(self, stage: Stage, variant: str, shard: int) -> bool:
         """Whether a shard has its receipt."""
@@ -211,13 +255,21 @@ class Store:
 
     def receipt(self, stage: Stage, variant: str, shard: int) -> Receipt:
         """The receipt of a finished shard."""
-        return Receipt(**json.loads(self._read(f"{self.folder(stage, variant)}/receipts/{part_name(shard)}.json")))
+        return Receipt(
+            **json.loads(self._read(f"{self.folder(stage, variant)}/receipts/{part_name(shard)}.json"))
+        )
 
     def finished(self, stage: Stage, variant: str = "") -> list[int]:
         """Shards with a receipt, by one listing of names."""
-        selector = fs.FileSelector(f"{self._root}/{self.folder(stage, variant)}/receipts", allow_not_found=True)
+        selector = fs.FileSelector(
+            f"{self._root}/{self.folder(stage, variant)}/receipts", allow_not_found=True
+        )
         names = (info.base_name for info in self._fs.get_file_info(selector))
-        return sorted(int(n[len("part-") : -len(".json")]) for n in names if n.startswith("part-") and n.endswith(".json"))
+        return sorted(
+            int(n[len("part-") : -len(".json")])
+            for n in names
+            if n.startswith("part-") and n.endswith(".json")
+        )
 
     def pending(self, stage: Stage, variant: str = "") -> list[int]:
         """Shards without a receipt, in order: what a run, first or resumed, has to do."""
@@ -225,12 +277,16 @@ class Store:
         return [shard for shard in range(self.dataset.shards) if shard not in done]
 
     def outdated(self, variant: str, captions: str) -> list[int]:
-        """Finished shards of an embedding variant whose captions have been written anew since, by a second run or by `retry`."""
+        """Finished shards of an embedding variant whose captions have been written anew since, by a second
+        run or by `retry`."""
         made, now = self.receipts("embeddings", variant), self.receipts("captions", captions)
-        return [shard for shard, receipt in made.items() if shard in now and not receipt.belongs_to(now[shard])]
+        return [
+            shard for shard, receipt in made.items() if shard in now and not receipt.belongs_to(now[shard])
+        ]
 
     def damaged(self, stage: Stage, variant: str = "") -> Iterator[tuple[int, str]]:
-        """(shard, what is wrong) of finished shards whose file is gone, or is not the one on the receipt; reads all of them."""
+        """(shard, what is wrong) of finished shards whose file is gone, or is not the one on the receipt;
+        reads all of them."""
         for shard, receipt in self.receipts(stage, variant).items():
             data = self.read_file(f"{self.folder(stage, variant)}/{part_name(shard)}.parquet")
             if data is None:
@@ -257,15 +313,17 @@ class Store:
             ValueError: the store has no such split.
         """
         if split not in self.dataset.splits:
-            message = f"split={split!r}: the store has {', '.join(self.dataset.splits)}; name one of these" + (
-                ", or ingest again into a new store with --val-fraction 0.1." if split == "val" else "."
+            message = (
+                f"split={split!r}: the store has {', '.join(self.dataset.splits)}; name one of these"
+                + (", or ingest again into a new store with --val-fraction 0.1." if split == "val" else ".")
             )
             raise SettingsError(message)
         found = self.dataset.splits[split]
         return range(found.first_shard, found.first_shard + found.num_shards)
 
     def picture(self, image: bytes | None, uri: str | None, expected_hash: str | None) -> bytes:
-        """The encoded bytes of a picture that has no error: those in the shard, or, stored with --no-pack, those at its place.
+        """The encoded bytes of a picture that has no error: those in the shard, or, stored with --no-pack,
+        those at its place.
 
         Raises:
             StorageError: what holds the pictures does not answer.
@@ -274,11 +332,14 @@ class Store:
         if image is not None:
             return image
         source = self.dataset.source
-        data = locations.fetch_picture(source["uri"], uri or "", source["max_bytes"], listed=source["kind"] in LISTED)
+        data = locations.fetch_picture(
+            source["uri"], uri or "", source["max_bytes"], listed=source["kind"] in LISTED
+        )
         if expected_hash and content_hash(data) != expected_hash:
             message = (
-                f"{uri} of {self.dataset.source['uri']} is another picture than when it was ingested: put the old one back, or "
-                "ingest into a new store (without --no-pack pictures are kept in the store)"
+                f"{uri} of {self.dataset.source['uri']} is another picture than when it was ingested: put "
+                "the old one back, or ingest into a new store (without --no-pack pictures are kept in the "
+                "store)"
             )
             raise OSError(message)
         return data
@@ -288,12 +349,15 @@ class Store:
         for shard, receipt in self.receipts(stage, variant).items():
             if receipt.failed:
                 table = self.read_shard(stage, variant, shard, ["id", "error"])
-                yield from ((row["id"], row["error"]) for row in table.to_pylist() if row["error"] is not None)
+                yield from (
+                    (row["id"], row["error"]) for row in table.to_pylist() if row["error"] is not None
+                )
 
     def write_file(self, path: str, data: bytes, *, lasting: bool = True) -> None:
         """Puts a whole file into the store; readers see the old one or the new one, never a part.
 
-        `lasting=False` leaves to the system when it reaches the disk: it outlives the process, not a loss of power.
+        `lasting=False` leaves to the system when it reaches the disk: it outlives the process, not a loss of
+        power.
         """
         write_whole(self._fs, f"{self._root}/{path}", data, lasting)
 
@@ -315,7 +379,8 @@ class Store:
             self._fs.delete_dir(f"{self._root}/{path}")
 
     def remove_leftovers(self, stage: Stage, variant: str = "") -> None:
-        """Deletes temporary files of writers of this machine that are no longer alive; a killed run leaves at most one each."""
+        """Deletes temporary files of writers of this machine that are no longer alive; a killed run leaves at
+        most one each."""
         folder = f"{self._root}/{self.folder(stage, variant)}"
         for directory in (folder, f"{folder}/receipts"):
             for name in os.listdir(directory) if os.path.isdir(directory) else []:
@@ -332,7 +397,9 @@ def _beginnings(filesystem: fs.FileSystem, root: str) -> list[str]:
     """Who says that they are beginning a store; whoever said so an hour ago is dead."""
     found = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
     recent = time.time() - 3600
-    return [info.base_name for info in found if info.base_name.startswith(_BEGINNING) and _modified(info) > recent]
+    return [
+        info.base_name for info in found if info.base_name.startswith(_BEGINNING) and _modified(info) > recent
+    ]
 
 
 def _modified(info: fs.FileInfo) -> float:

@@ -31,7 +31,9 @@ def test_every_verb_teaches_itself(verb: str, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("package", MAINS)
-def test_a_package_lists_its_verbs_and_refuses_others(package: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_package_lists_its_verbs_and_refuses_others(
+    package: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert MAINS[package](["nonsense"]) == 2
     assert MAINS[package](["--help"]) == 0
     told = capsys.readouterr().err
@@ -68,14 +70,18 @@ def test_a_verb_says_the_same_of_itself_everywhere(package: str, capsys: pytest.
     assert lines.issuperset(line for line in capsys.readouterr().err.splitlines() if line.startswith("  "))
 
 
-@pytest.mark.parametrize("arguments", [["status"], ["train"], ["tune"], ["export", "run"], ["ingest", "--images", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["train"], ["tune"], ["export", "run"], ["ingest", "--images", "x"]]
+)
 def test_a_missing_flag_is_exit_code_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
 
 
-def test_wrong_input_is_exit_code_2_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_input_is_exit_code_2_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["status", "--store", str(tmp_path / "nowhere")]) == 2
     assert cli.main(["evaluate", str(tmp_path)]) == 2
     assert cli.main(["train", "--store", str(tmp_path / "nowhere")]) == 2
@@ -87,7 +93,8 @@ def test_help_answers_without_loading_anything_heavy() -> None:
     code = (
         "import sys; from cluster import cli\n"
         "try: cli.main(['caption', '--help'])\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'ray', 'pyarrow', 'transformers', 'vllm', 'mlflow'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'torch', 'ray', 'pyarrow', 'transformers', 'vllm', 'mlflow'} & set(sys.modules)), "
+        "file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip().endswith("[]"), done.stderr
@@ -95,10 +102,15 @@ def test_help_answers_without_loading_anything_heavy() -> None:
 
 def test_a_jobs_command_line_is_the_packages_own() -> None:
     verb = ["describe", "--images", "/data/my images", "--store", "s3://bucket/store"]
-    assert jobs.entrypoint_of(verb) == "python -m pipeline describe --images '/data/my images' --store s3://bucket/store"
+    assert (
+        jobs.entrypoint_of(verb)
+        == "python -m pipeline describe --images '/data/my images' --store s3://bucket/store"
+    )
 
 
-@pytest.mark.parametrize("verb", [[], ["demo"], ["nonsense"], ["train", "--store", "relative/store"], ["train", "--run=runs/x"]])
+@pytest.mark.parametrize(
+    "verb", [[], ["demo"], ["nonsense"], ["train", "--store", "relative/store"], ["train", "--run=runs/x"]]
+)
 def test_what_cannot_work_as_a_job_is_refused(verb: list[str]) -> None:
     with pytest.raises(ValueError, match=r"gpt4image submit -- VERB|absolute path or URI"):
         jobs.entrypoint_of(verb)
@@ -115,7 +127,15 @@ def test_the_doctor_finds_this_environment_well_and_speaks_json(capsys: pytest.C
     told = json.loads(capsys.readouterr().out)
     states = {finding["name"]: finding["state"] for finding in told["findings"]}
     assert told["healthy"]
-    assert {"ray", "torch and torchvision", "vllm engine", "captioner", "mlflow", "cuda", "text encoder"} <= states.keys()
+    assert {
+        "ray",
+        "torch and torchvision",
+        "vllm engine",
+        "captioner",
+        "mlflow",
+        "cuda",
+        "text encoder",
+    } <= states.keys()
     assert states["vllm engine"] == states["torch and torchvision"] == "ok"
 
 
@@ -123,7 +143,10 @@ def test_a_missing_part_comes_with_its_mend() -> None:
     found = doctor._examine(doctor.Check(name="x", code="import no_such_module", mend="install it"))
     assert (found.state, found.mend) == ("missing", "install it")
     assert "no_such_module" in found.detail
-    assert doctor._examine(doctor.Check(name="x", code="raise SystemExit(1)", mend="m", needed=False)).state == "absent"
+    assert (
+        doctor._examine(doctor.Check(name="x", code="raise SystemExit(1)", mend="m", needed=False)).state
+        == "absent"
+    )
 
 
 def test_a_job_takes_no_secrets_along(tmp_path: Path) -> None:
@@ -144,6 +167,11 @@ def test_a_job_takes_no_secrets_along(tmp_path: Path) -> None:
     for name in [*secret, *wanted]:
         (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "work" / name).write_text("x")
-    create_package(str(tmp_path / "work"), tmp_path / "job.zip", include_gitignore=True, excludes=jobs.EXCLUDES + jobs.SECRETS)
+    create_package(
+        str(tmp_path / "work"),
+        tmp_path / "job.zip",
+        include_gitignore=True,
+        excludes=jobs.EXCLUDES + jobs.SECRETS,
+    )
     with zipfile.ZipFile(tmp_path / "job.zip") as packed:
         assert sorted(name for name in packed.namelist() if not name.endswith("/")) == sorted(wanted)

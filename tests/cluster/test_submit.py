@@ -35,18 +35,41 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     home = tmp_path_factory.mktemp("home")
     gcs, dashboard, agent, client = free_ports(4)
     environment = {
-        **os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
+        **os.environ,
+        "HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     environment.pop("RAY_ADDRESS", None)
     ray = str(Path(sys.executable).parent / "ray")
     subprocess.run([ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     temporary = f"/tmp/rt{os.getpid()}"  # socket paths have a limit of 107 bytes
     command = [
-        ray, "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(gcs), "--num-cpus", "8",
-        "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent),
-        "--ray-client-server-port", str(client), "--object-store-memory", str(2**30), "--temp-dir", temporary,
-    ]  # fmt: skip
+        ray,
+        "start",
+        "--head",
+        "--block",
+        "--node-ip-address",
+        "127.0.0.1",
+        "--port",
+        str(gcs),
+        "--num-cpus",
+        "8",
+        "--dashboard-host",
+        "127.0.0.1",
+        "--dashboard-port",
+        str(dashboard),
+        "--dashboard-agent-listen-port",
+        str(agent),
+        "--ray-client-server-port",
+        str(client),
+        "--object-store-memory",
+        str(2**30),
+        "--temp-dir",
+        temporary,
+    ]
     log = home / "head.log"
     with log.open("w") as stream:
         child = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
@@ -77,7 +100,18 @@ def test_stages_run_as_jobs_and_hand_back_their_exit_codes(
     assert "ended: SUCCEEDED" in done.stderr
 
     run = tmp_path / "runs" / "baseline"
-    flags = ["--preset", "smoke", "--batch-size", "8", "--workers", "2", "--alignment-weight", "0", "--run", str(run)]
+    flags = [
+        "--preset",
+        "smoke",
+        "--batch-size",
+        "8",
+        "--workers",
+        "2",
+        "--alignment-weight",
+        "0",
+        "--run",
+        str(run),
+    ]
     done = submit(head, "train", "--store", str(store), *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "result.json").exists() and "top-1" in done.stdout

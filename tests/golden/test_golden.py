@@ -28,7 +28,8 @@ def test_the_losses_are_the_recorded_ones(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_described_store_is_the_recorded_one(described: Path) -> None:
-    """Every byte of every row on the kind of machine that recorded it; elsewhere another caption may win by a rounding."""
+    """Every byte of every row on the kind of machine that recorded it; elsewhere another caption may win by a
+    rounding."""
     found = rows(described)
     for name in ("classes", "rows", "variants"):
         assert found[name] == DESCRIBED[name], AGAIN

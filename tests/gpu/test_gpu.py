@@ -34,9 +34,13 @@ def on_gpu(batch: Batch, dtype: torch.dtype) -> Batch:
         return None if found is None else Texts(found.vectors_Bd.to("cuda", dtype), found.groups_B.cuda())
 
     return replace(
-        batch, features=batch.features.to("cuda", dtype), texts=texts(batch.texts), targets=batch.targets.cuda(),
-        weights=batch.weights.to("cuda", dtype), negatives=texts(batch.negatives),
-    )  # fmt: skip
+        batch,
+        features=batch.features.to("cuda", dtype),
+        texts=texts(batch.texts),
+        targets=batch.targets.cuda(),
+        weights=batch.weights.to("cuda", dtype),
+        negatives=texts(batch.negatives),
+    )
 
 
 def loss_on_gpu(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -52,15 +56,23 @@ def test_the_alignment_loss_on_a_gpu_is_the_explicit_sums_in_float64(case: Case)
     compare(loss_on_gpu(case, torch.float64), case)
     single = loss_on_gpu(case, torch.float32)
     for name, value in expected(case).items():
-        torch.testing.assert_close(single[name].double(), value, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            single[name].double(), value, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def history(store: Path, device: str, **settings: Any) -> tuple[list[dict[str, float]], checkpoint.Snapshot]:
     """The losses of four steps, each an epoch, and the last state."""
     values: dict[str, Any] = {
-        "image_size": 32, "epochs": 4, "batch_size": 16, "projection_dim": 4, "warmup_epochs": 0, "optimizer": "momentum",
-        "lr": 0.004, "loader_workers": 1,
-    }  # fmt: skip
+        "image_size": 32,
+        "epochs": 4,
+        "batch_size": 16,
+        "projection_dim": 4,
+        "warmup_epochs": 0,
+        "optimizer": "momentum",
+        "lr": 0.004,
+        "loader_workers": 1,
+    }
     config = TrainConfig(store=str(store), **values | settings)
     snapshots: list[checkpoint.Snapshot] = []
     found = loop.fit(config, torch.device(device, 0), 0, None, lambda metrics, take: snapshots.append(take()))
@@ -83,7 +95,12 @@ def test_steps_in_bfloat16_are_finite_and_close_to_those_in_float32(
 
 def test_steps_in_float32_are_those_of_a_cpu(tmp_path: Path, make_store: Callable[..., Path]) -> None:
     store = make_store(tmp_path / "s", train=16, val=6)
-    settings = {"backbone": "test_vit", "precision": "float32", "learn_temperature": True, "store_negatives": 4}
+    settings = {
+        "backbone": "test_vit",
+        "precision": "float32",
+        "learn_temperature": True,
+        "store_negatives": 4,
+    }
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -113,7 +130,9 @@ def test_ddp_on_one_gpu_has_the_gradients_of_the_bare_model(nccl: None) -> None:
     """Channels last and under autocast, as training runs; every parameter takes part."""
     config = TrainConfig(store="s", backbone="test_resnet", image_size=32, learn_temperature=True)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(8, 3, 32, 32, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
+    images = (
+        torch.randn(8, 3, 32, 32, generator=generator).cuda().contiguous(memory_format=torch.channels_last)
+    )
     texts = nn.functional.normalize(torch.randn(8, 16, generator=generator), dim=-1).cuda()
     groups, classes = torch.arange(8).cuda(), torch.arange(8).cuda()
 
@@ -124,8 +143,12 @@ def test_ddp_on_one_gpu_has_the_gradients_of_the_bare_model(nccl: None) -> None:
             parts = model(Inputs(images, classes, Goal(TextGather(texts, groups), *text_targets(groups))))
         parts["loss"].backward()
         assert all(parameter.grad is not None for parameter in task.parameters())
-        return {name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None}
+        return {
+            name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None
+        }
 
     bare, wrapped = found(False), found(True)
     for name, value in bare.items():
-        torch.testing.assert_close(wrapped[name], value, rtol=1e-2, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            wrapped[name], value, rtol=1e-2, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )

@@ -1,5 +1,6 @@
-"""Real photographs, when the folder that holds them lies beside the project: 32 px ones with imported captions through store,
-training, evaluation and sweep; ordinary ones of all sizes and colour modes through the vLLM captioner."""
+"""Real photographs, when the folder that holds them lies beside the project: 32 px ones with imported
+captions through store, training, evaluation and sweep; ordinary ones of all sizes and colour modes through
+the vLLM captioner."""
 
 from __future__ import annotations
 
@@ -14,20 +15,38 @@ from pipeline.store import Store
 
 pytestmark = pytest.mark.slow
 DATA = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no photographs at {DATA}: this test needs that folder")
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"no photographs at {DATA}: this test needs that folder"
+)
 
 
 @needs_data
-def test_small_photographs_with_imported_captions(ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_small_photographs_with_imported_captions(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store, runs = str(tmp_path / "store"), tmp_path / "runs"
     assert cli.main(["ingest", "--images", str(DATA / "cifar10"), "--store", store]) == 0
     assert cli.main(["import-captions", str(DATA / "cifar10" / "captions.jsonl"), "--store", store]) == 0
     assert cli.main(["embed", "--store", store]) == 0
     opened = Store(store)
-    assert {name: split.rows for name, split in opened.dataset.splits.items()} == {"train": 5000, "test": 2000}
+    assert {name: split.rows for name, split in opened.dataset.splits.items()} == {
+        "train": 5000,
+        "test": 2000,
+    }
     assert not list(opened.errors("embeddings", opened.only_variant("embeddings")))
 
-    recipe = ["--store", store, "--preset", "small-32", "--backbones", "test_resnet", "--epochs", "2", "--eval-split", "test"]
+    recipe = [
+        "--store",
+        store,
+        "--preset",
+        "small-32",
+        "--backbones",
+        "test_resnet",
+        "--epochs",
+        "2",
+        "--eval-split",
+        "test",
+    ]
     sweep = ["--alignment-weights", "0", "0.3", "--projection-dims", "64", "--sweep", str(runs / "sweep")]
     assert cli.main(["tune", *recipe, *sweep]) == 0
     capsys.readouterr()
@@ -41,7 +60,10 @@ def test_small_photographs_with_imported_captions(ray_session: None, tmp_path: P
 @needs_data
 def test_ordinary_photographs_through_the_vllm_captioner(ray_session: None, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    assert cli.main(["ingest", "--images", str(DATA / "photos"), "--store", str(store), "--val-fraction", "0.2"]) == 0
+    assert (
+        cli.main(["ingest", "--images", str(DATA / "photos"), "--store", str(store), "--val-fraction", "0.2"])
+        == 0
+    )
     captioner = ["--caption-preset", "scenes", "--prompt", "Describe this image of {label} in detail."]
     assert cli.main(["caption", "--store", str(store), *captioner]) == 0
     opened = Store(str(store))

@@ -24,9 +24,21 @@ TAU, BIAS = 0.2, -2.0
 FEATURES, DIM, TEXT_DIM = 7, 5, 9
 VARIANTS: tuple[Variant, ...] = ("symmetric", "image-to-text", "sigmoid", "cosine")
 CONTENTS = (
-    "plain", "repeated", "duplicates", "missing", "one-sided", "none", "mixup", "cutmix", "pca", "projected", "negatives",
-    "everything", "10", "3",
-)  # fmt: skip
+    "plain",
+    "repeated",
+    "duplicates",
+    "missing",
+    "one-sided",
+    "none",
+    "mixup",
+    "cutmix",
+    "pca",
+    "projected",
+    "negatives",
+    "everything",
+    "10",
+    "3",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,13 @@ class Batch:
         """One process's share of images; texts as they are before they are gathered."""
         mine = torch.arange(len(self.features)).tensor_split(world)[rank]
         texts = Texts(self.texts.vectors_Bd[mine], self.texts.groups_B[mine])
-        return replace(self, features=self.features[mine], texts=texts, targets=self.targets[mine], weights=self.weights[mine])
+        return replace(
+            self,
+            features=self.features[mine],
+            texts=texts,
+            targets=self.targets[mine],
+            weights=self.weights[mine],
+        )
 
 
 def batch_of(case: Case) -> Batch:
@@ -97,7 +115,9 @@ def batch_of(case: Case) -> Batch:
         targets, weights = (torch.cat(column) for column in zip(*parts, strict=True))
     negatives = None
     if case.variant != "cosine" and (name == "negatives" or everything):
-        negatives = texts(torch.tensor([0, 20, 3, -1, 21, 20, 7]))  # of the batch, new, none at all, twice the same
+        negatives = texts(
+            torch.tensor([0, 20, 3, -1, 21, 20, 7])
+        )  # of the batch, new, none at all, twice the same
     features = torch.randn(count, FEATURES, generator=generator, dtype=torch.float64)
     return Batch(features, texts(groups), targets, weights.double(), negatives)
 
@@ -113,7 +133,8 @@ def reduced(vectors: Tensor) -> Tensor:
 
 
 class Model(nn.Module):
-    """What learns through the loss: an image head, and if wanted a projection of texts, temperature and bias."""
+    """What learns through the loss: an image head, and if wanted a projection of texts, temperature and
+    bias."""
 
     def __init__(self, case: Case, text_dim: int) -> None:
         super().__init__()
@@ -122,7 +143,9 @@ class Model(nn.Module):
         self.head = nn.Linear(FEATURES, DIM, bias=False)
         self.text = TextProjection(TEXT_DIM, DIM) if text_dim != DIM else None
         # DDP waits for parameters that nothing uses, so there are none.
-        self.log_tau = nn.Parameter(torch.tensor(TAU).log()) if not case.fixed and case.variant != "cosine" else None
+        self.log_tau = (
+            nn.Parameter(torch.tensor(TAU).log()) if not case.fixed and case.variant != "cosine" else None
+        )
         self.bias = nn.Parameter(torch.tensor(BIAS)) if not case.fixed and case.variant == "sigmoid" else None
         self.double()
 
@@ -132,13 +155,22 @@ class Model(nn.Module):
     def offset(self) -> Tensor | float | None:
         return self.bias if self.bias is not None else BIAS if self.variant == "sigmoid" else None
 
-    def forward(self, features: Tensor, texts: Texts, targets: Tensor, weights: Tensor, negatives: Texts | None) -> Tensor:
+    def forward(
+        self, features: Tensor, texts: Texts, targets: Tensor, weights: Tensor, negatives: Texts | None
+    ) -> Tensor:
         if self.text is not None:
             texts = replace(texts, vectors_Bd=self.text(texts.vectors_Bd))
             negatives = negatives and replace(negatives, vectors_Bd=self.text(negatives.vectors_Bd))
         z = nn.functional.normalize(self.head(features), dim=-1)
         return alignment_loss(
-            z, texts, targets, weights, self.tau(), variant=self.variant, negatives=negatives, bias=self.offset()
+            z,
+            texts,
+            targets,
+            weights,
+            self.tau(),
+            variant=self.variant,
+            negatives=negatives,
+            bias=self.offset(),
         )
 
 
@@ -150,7 +182,9 @@ def explicit(model: Model, features: Tensor, batch: Batch) -> Tensor:
         narrow = raw if model.text is None else model.text.weight @ raw
         return narrow / narrow.norm()
 
-    text = {j: vector(batch.texts.vectors_Bd[j]) for j in range(len(features)) if batch.texts.groups_B[j] >= 0}
+    text = {
+        j: vector(batch.texts.vectors_Bd[j]) for j in range(len(features)) if batch.texts.groups_B[j] >= 0
+    }
     group = batch.texts.groups_B.tolist()
     tau, bias = model.tau(), model.offset() or 0.0
     logit = {(i, j): image[i] @ text[j] / tau + bias for i in range(len(image)) for j in text}
@@ -171,8 +205,13 @@ def explicit(model: Model, features: Tensor, batch: Batch) -> Tensor:
     if batch.negatives is not None:
         for raw, g in zip(batch.negatives.vectors_Bd, batch.negatives.groups_B.tolist(), strict=True):
             for i in images:
-                # A text of a group of weight 0 is nobody's target; one of a group without a text in the batch still is a target.
-                own = [t for t, w in zip(batch.targets[i].tolist(), batch.weights[i].tolist(), strict=True) if w > 0]
+                # A text of a group of weight 0 is nobody's target; one of a group without a text in the batch
+                # still is a target.
+                own = [
+                    t
+                    for t, w in zip(batch.targets[i].tolist(), batch.weights[i].tolist(), strict=True)
+                    if w > 0
+                ]
                 if g >= 0 and g not in own:
                     further[i].append(image[i] @ vector(raw) / tau + bias)
 
@@ -201,7 +240,9 @@ def explicit(model: Model, features: Tensor, batch: Batch) -> Tensor:
         aimed = [j for j in text if sum(mass[i, j] for i in images) > 0]
         for j in aimed:
             whole, column = logsumexp([logit[i, j] for i in images]), sum(mass[i, j] for i in images)
-            loss = loss + share * sum(mass[i, j] / column * (whole - logit[i, j]) for i in images) / len(aimed)
+            loss = loss + share * sum(mass[i, j] / column * (whole - logit[i, j]) for i in images) / len(
+                aimed
+            )
     return loss
 
 
@@ -230,7 +271,9 @@ def expected(case: Case) -> Found:
 def compare(found: Found, case: Case) -> None:
     assert found.keys() == expected(case).keys()
     for name, value in expected(case).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{case}, {n}: {text}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{case}, {n}: {text}"
+        )
         assert found[name].isfinite().all()
 
 
@@ -248,7 +291,9 @@ def test_one_process_equals_the_explicit_sums(case: Case) -> None:
 
 def _rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world
+    )
     results: dict[str, Found] = {}
     for case in CASES:
         batch = batch_of(case)
@@ -267,7 +312,8 @@ def _rank(rank: int, world: int, folder: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_have_the_gradient_of_one_on_the_joint_batch(world: int, tmp_path: Path) -> None:
-    """DDP's gradients of all parameters, and each image's own; 10 and 3 images do not divide by 4, and leave a process empty."""
+    """DDP's gradients of all parameters, and each image's own; 10 and 3 images do not divide by 4, and leave
+    a process empty."""
     mp.spawn(_rank, args=(world, str(tmp_path)), nprocs=world, join=True)
     ranks = [torch.load(tmp_path / f"rank-{world}-{rank}.pt", weights_only=True) for rank in range(world)]
     for case in CASES:
@@ -298,7 +344,9 @@ def test_perfect_alignment_of_equal_captions_costs_the_entropy_of_their_share_an
     texts = Texts(text, groups)
     assert alignment_loss(text.clone(), texts, *own, 0.01).item() == pytest.approx(math.log(3), abs=1e-4)
     assert alignment_loss(text, texts, *own, 0.01, variant="cosine").item() == pytest.approx(0, abs=1e-6)
-    assert alignment_loss(text, texts, *own, 0.01, variant="sigmoid", bias=-50).item() == pytest.approx(0, abs=1e-6)
+    assert alignment_loss(text, texts, *own, 0.01, variant="sigmoid", bias=-50).item() == pytest.approx(
+        0, abs=1e-6
+    )
     pushed = text.clone().requires_grad_()
     alignment_loss(pushed, texts, *own, 0.01).backward()
     assert pushed.grad is not None and pushed.grad.abs().max() < 1e-4, "nothing left to push"
@@ -308,11 +356,15 @@ def test_an_images_own_text_from_the_store_is_no_negative() -> None:
     image, texts = torch.eye(4)[:1], Texts(torch.eye(4)[:1], torch.tensor([0]))
     same = Texts(texts.vectors_Bd.repeat(50, 1), torch.zeros(50, dtype=torch.int64))
     own, other = torch.tensor([[0]]), replace(same, groups_B=same.groups_B + 7)
-    assert alignment_loss(image, texts, own, torch.ones(1, 1), TAU, negatives=same) == 0, "nothing to tell apart"
+    assert alignment_loss(image, texts, own, torch.ones(1, 1), TAU, negatives=same) == 0, (
+        "nothing to tell apart"
+    )
     told_apart = alignment_loss(image, texts, own, torch.ones(1, 1), TAU, negatives=other)
     assert told_apart > 1
     # A partner of weight 0 is none: its texts are negatives like all others.
-    weightless = alignment_loss(image, texts, torch.tensor([[0, 7]]), torch.tensor([[1.0, 0.0]]), TAU, negatives=other)
+    weightless = alignment_loss(
+        image, texts, torch.tensor([[0, 7]]), torch.tensor([[1.0, 0.0]]), TAU, negatives=other
+    )
     assert weightless == told_apart
 
 
@@ -328,7 +380,9 @@ def test_what_a_variant_has_no_use_for_is_refused() -> None:
 
 
 def test_the_text_projection_starts_orthogonal_or_from_a_basis_and_keeps_empty_rows() -> None:
-    raw = nn.functional.normalize(torch.randn(6, TEXT_DIM, generator=torch.Generator().manual_seed(0)), dim=-1)
+    raw = nn.functional.normalize(
+        torch.randn(6, TEXT_DIM, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     raw[2] = 0
     random = TextProjection(TEXT_DIM, DIM)
     torch.testing.assert_close(random.weight @ random.weight.T, torch.eye(DIM))
@@ -337,6 +391,8 @@ def test_the_text_projection_starts_orthogonal_or_from_a_basis_and_keeps_empty_r
     found.sum().backward()
     assert random.weight.grad is not None and random.weight.grad.isfinite().all()
     basis = torch.linalg.qr(torch.randn(TEXT_DIM, DIM)).Q
-    torch.testing.assert_close(TextProjection(TEXT_DIM, DIM, basis)(raw), nn.functional.normalize(raw @ basis, dim=-1))
+    torch.testing.assert_close(
+        TextProjection(TEXT_DIM, DIM, basis)(raw), nn.functional.normalize(raw @ basis, dim=-1)
+    )
     with pytest.raises(ValueError, match=r"must be \(9, 5\)"):
         TextProjection(TEXT_DIM, DIM, basis.T)

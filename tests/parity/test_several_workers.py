@@ -1,7 +1,8 @@
 """Whole trainings by several processes against one process: the same weights, not merely similar losses.
 
-What depends on a worker's own pictures is made equal by construction: models without BatchNorm need nothing, and BatchNorm's
-statistics of W workers with P parts each are those of one process with W P parts, since a batch is cut in the same order.
+What depends on a worker's own pictures is made equal by construction: models without BatchNorm need nothing,
+and BatchNorm's statistics of W workers with P parts each are those of one process with W P parts, since a
+batch is cut in the same order.
 """
 
 from __future__ import annotations
@@ -26,10 +27,23 @@ from training.objectives import align
 pytestmark = pytest.mark.slow
 
 SHARED: dict[str, Any] = {
-    "image_size": 32, "epochs": 2, "projection_dim": 4, "optimizer": "momentum", "lr": 0.05, "warmup_epochs": 0, "threads": 1,
-    "alignment_weight": 1.0, "checkpoint_steps": 1, "loader_workers": 1,
-}  # fmt: skip
-VIT: dict[str, Any] = {"backbone": "test_vit", "batch_size": 19, "learn_temperature": True, "text_projection": "learned"}
+    "image_size": 32,
+    "epochs": 2,
+    "projection_dim": 4,
+    "optimizer": "momentum",
+    "lr": 0.05,
+    "warmup_epochs": 0,
+    "threads": 1,
+    "alignment_weight": 1.0,
+    "checkpoint_steps": 1,
+    "loader_workers": 1,
+}
+VIT: dict[str, Any] = {
+    "backbone": "test_vit",
+    "batch_size": 19,
+    "learn_temperature": True,
+    "text_projection": "learned",
+}
 # BatchNorm over few pictures magnifies the last bit, so that steps are small.
 RESNET: dict[str, Any] = {"backbone": "test_resnet", "batch_size": 48, "lr": 0.01}
 
@@ -46,7 +60,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Case:
-    """A training, in parts where it is elastic, and how the single process that it must equal differs from it."""
+    """A training, in parts where it is elastic, and how the single process that it must equal differs from
+    it."""
 
     parts: list[Part]
     alone: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +71,9 @@ CASES = {
     "without BatchNorm": Case([Part(VIT, 2)]),
     "without BatchNorm, three workers": Case([Part(VIT | {"store_negatives": 5, "repeats": 2}, 3)]),
     "accumulated": Case([Part(VIT | {"accumulate": 3}, 2)], {"accumulate": 1}),
-    "every variant of the loss: sigmoid": Case([Part(VIT | {"alignment": "sigmoid", "text_projection": "pca"}, 2)]),
+    "every variant of the loss: sigmoid": Case(
+        [Part(VIT | {"alignment": "sigmoid", "text_projection": "pca"}, 2)]
+    ),
     "bce": Case([Part(VIT | {"loss": "bce", "label_smoothing": 0.1, "clip_grad": 0.5}, 2)]),
     "BatchNorm": Case([Part(RESNET, 2)], {"accumulate": 2}),
     "BatchNorm, accumulated": Case([Part(RESNET | {"accumulate": 2}, 2)], {"accumulate": 4}),
@@ -90,7 +107,9 @@ def fit(config: TrainConfig, folder: Path, rank: int, part: Part) -> None:
 
 def _rank(rank: int, world: int, root: str, store: str, names: list[str], number: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous-{world}-{number}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{root}/rendezvous-{world}-{number}", rank=rank, world_size=world
+    )
     for name in names:
         part = CASES[name].parts[number]
         fit(config_of(store, part.settings), folder_of(Path(root), name), rank, part)
@@ -119,20 +138,31 @@ def several(store: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder_of(root, name).mkdir()
     for number in range(max(len(case.parts) for case in CASES.values())):
         for world in (1, 2, 3):
-            names = [name for name, case in CASES.items() if len(case.parts) > number and case.parts[number].world == world]
+            names = [
+                name
+                for name, case in CASES.items()
+                if len(case.parts) > number and case.parts[number].world == world
+            ]
             if names:
                 mp.spawn(_rank, args=(world, str(root), store, names, number), nprocs=world, join=True)
     return root
 
 
 def parameters(folder: Path, config: TrainConfig) -> dict[str, Tensor]:
-    """Of the last checkpoint; running statistics are those of rank 0's pictures, and no part of the gradient."""
+    """Of the last checkpoint; running statistics are those of rank 0's pictures, and no part of the
+    gradient."""
     found = load_file(folder / f"step-{(folder / 'last').read_text()}" / "model.safetensors")
-    return {name: value for name, value in found.items() if not name.endswith(("running_mean", "running_var", "_tracked"))}
+    return {
+        name: value
+        for name, value in found.items()
+        if not name.endswith(("running_mean", "running_var", "_tracked"))
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_several_workers_end_with_the_weights_of_one(name: str, store: str, several: Path, tmp_path: Path) -> None:
+def test_several_workers_end_with_the_weights_of_one(
+    name: str, store: str, several: Path, tmp_path: Path
+) -> None:
     case = CASES[name]
     config = config_of(store, case.parts[-1].settings)
     alone = replace(config, **case.alone)
@@ -144,6 +174,8 @@ def test_several_workers_end_with_the_weights_of_one(name: str, store: str, seve
     start = align.build_task(config, 3, 4, wide).state_dict()
     assert expected.keys() == found.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            found[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
     moved = max(float((value - start[key]).abs().max()) for key, value in expected.items())
     assert moved > 0.02, "it went a way"

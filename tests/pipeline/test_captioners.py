@@ -31,15 +31,21 @@ def truth(scenes: Path) -> dict[str, str]:
     return {row["path"]: row["caption"] for row in rows}
 
 
-def test_vllm_and_transformers_say_the_same(described: Path, scenes: Path, captioner: TransformersCaptioner) -> None:
+def test_vllm_and_transformers_say_the_same(
+    described: Path, scenes: Path, captioner: TransformersCaptioner
+) -> None:
     store = Store(str(described))
     variant = store.only_variant("captions")
     rows = store.read_shard("captions", variant, 0).to_pylist()[:32]
     edge = CaptionConfig(store="unused", caption_preset="scenes").caption_edge
     pictures = [images.decode_to_fit((scenes / row["id"]).read_bytes(), edge) for row in rows]
-    found = captioner(pictures, [fill("Describe this image in detail.", "x")] * len(rows), [row["id"] for row in rows])
+    found = captioner(
+        pictures, [fill("Describe this image in detail.", "x")] * len(rows), [row["id"] for row in rows]
+    )
     same = sum(mine.text == row["caption"] for mine, row in zip(found, rows, strict=True))
-    assert same >= 0.9 * len(rows), [(mine.text, row["caption"]) for mine, row in zip(found, rows, strict=True)]
+    assert same >= 0.9 * len(rows), [
+        (mine.text, row["caption"]) for mine, row in zip(found, rows, strict=True)
+    ]
     agreed = [(m, r) for m, r in zip(found, rows, strict=True) if m.text == r["caption"]]
     for mine, row in agreed:
         assert (mine.prompt_tokens, mine.output_tokens) == (row["prompt_tokens"], row["output_tokens"])
@@ -47,10 +53,13 @@ def test_vllm_and_transformers_say_the_same(described: Path, scenes: Path, capti
 
 
 def words_right(described: Path, scenes: Path, shift: int) -> float:
-    """Share of the true captions' words that are said, of each picture itself or of another one `shift` rows on."""
+    """Share of the true captions' words that are said, of each picture itself or of another one `shift` rows
+    on."""
     store = Store(str(described))
     variant = store.only_variant("captions")
-    shards = [store.read_shard("captions", variant, shard, ["id", "caption"]) for shard in store.split_shards("val")]
+    shards = [
+        store.read_shard("captions", variant, shard, ["id", "caption"]) for shard in store.split_shards("val")
+    ]
     rows = [row for shard in shards for row in shard.to_pylist()]
     right = total = 0
     for place, row in enumerate(rows):
@@ -71,8 +80,12 @@ def test_captions_name_what_is_in_the_picture(described: Path, scenes: Path) -> 
 
 def test_the_picture_reaches_the_model(captioner: TransformersCaptioner) -> None:
     prompt = ["Describe this image in detail."]
-    red, blue = (captioner([Image.new("RGB", (90, 70), colour)], prompt, ["a"])[0] for colour in ("red", "blue"))
-    assert red.prompt_tokens == blue.prompt_tokens and red.prompt_tokens > 60, "64 picture patches and the words"
+    red, blue = (
+        captioner([Image.new("RGB", (90, 70), colour)], prompt, ["a"])[0] for colour in ("red", "blue")
+    )
+    assert red.prompt_tokens == blue.prompt_tokens and red.prompt_tokens > 60, (
+        "64 picture patches and the words"
+    )
 
 
 def test_a_caption_cut_at_the_limit_says_so(captioner: TransformersCaptioner) -> None:

@@ -14,7 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.encoders.models import ModelRef, resolve
 from pipeline.encoders.text import TextEncoder, _batches
 
-TEXTS = ["a small red circle", "two dogs run over a wet field towards the camera while it rains", "x", "a small red circle"]
+TEXTS = [
+    "a small red circle",
+    "two dogs run over a wet field towards the camera while it rains",
+    "x",
+    "a small red circle",
+]
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +86,17 @@ def test_captions_are_batched_as_cheaply_as_can_be() -> None:
         lengths = sorted(rng.integers(5, 900, count).tolist(), reverse=True)
         found = _batches(lengths, 4, "cpu")
         assert [place for start, stop in found for place in range(start, stop)] == list(range(count))
-        ways = [[0, *inner, count] for size in range(count) for inner in itertools.combinations(range(1, count), size)]
+        ways = [
+            [0, *inner, count]
+            for size in range(count)
+            for inner in itertools.combinations(range(1, count), size)
+        ]
         every = [list(itertools.pairwise(way)) for way in ways]
         allowed = [
-            way for way in every if all(b - a == 1 or (b - a <= 4 and (b - a) * lengths[a] <= 2048) for a, b in way)
-        ]  # fmt: skip
+            way
+            for way in every
+            if all(b - a == 1 or (b - a <= 4 and (b - a) * lengths[a] <= 2048) for a, b in way)
+        ]
         assert found in allowed
         assert cost(lengths, found) == min(cost(lengths, way) for way in allowed)
     assert _batches([], 4, "cpu") == []
@@ -93,7 +104,9 @@ def test_captions_are_batched_as_cheaply_as_can_be() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_texts_are_padded_as_their_tokenizer_does(minilm: TextEncoder, monkeypatch: pytest.MonkeyPatch, side: str) -> None:
+def test_texts_are_padded_as_their_tokenizer_does(
+    minilm: TextEncoder, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
     monkeypatch.setattr(minilm._tokenizer, "padding_side", side)
     ids = [[101, 7, 8, 9, 102], [101, 102], [101, 5, 102]]
     expected = minilm._tokenizer.pad({"input_ids": ids}, return_tensors="pt", verbose=False)
@@ -108,7 +121,9 @@ def word_tokenizer(template: str, special: list[str], limit: int) -> PreTrainedT
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     used = [(token, numbered[token]) for token in special if token in template]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=limit, pad_token=special[1], eos_token=special[1])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=limit, pad_token=special[1], eos_token=special[1]
+    )
 
 
 def test_a_siglip_text_tower_is_padded_to_its_full_length_without_a_mask(tmp_path: Path) -> None:
@@ -117,9 +132,17 @@ def test_a_siglip_text_tower_is_padded_to_its_full_length_without_a_mask(tmp_pat
     fast = word_tokenizer("$A </s>", ["<pad>", "</s>"], limit=16)
     torch.manual_seed(0)
     config = SiglipTextConfig(
-        vocab_size=6, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_size=16,
-        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=6,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_size=16,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     model = SiglipTextModel(config).eval()
     model.save_pretrained(tmp_path)
     fast.save_pretrained(tmp_path)
@@ -144,9 +167,17 @@ def test_a_clip_text_tower_gives_its_projected_end_of_text_feature(tmp_path: Pat
     fast = word_tokenizer("<|startoftext|> $A <|endoftext|>", ["<|startoftext|>", "<|endoftext|>"], limit=12)
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        vocab_size=6, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=8,
-        max_position_embeddings=12, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=6,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=8,
+        max_position_embeddings=12,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     model = CLIPTextModelWithProjection(config).eval()
     model.save_pretrained(tmp_path)
     fast.save_pretrained(tmp_path)

@@ -15,7 +15,16 @@ import pytest
 from pipeline import session
 from pipeline.config import EstimateConfig
 from pipeline.inspect import estimate
-from pipeline.inspect.estimate import Sample, StageCost, _cost, _place, _scaled, as_text, plan_sample, seconds_per_row
+from pipeline.inspect.estimate import (
+    Sample,
+    StageCost,
+    _cost,
+    _place,
+    _scaled,
+    as_text,
+    plan_sample,
+    seconds_per_row,
+)
 from pipeline.store import Stage, Store
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -28,7 +37,9 @@ ACTORS: dict[Stage, int] = {"images": 1, "captions": 1, "embeddings": 1}
 COUNTS = {"rows": 1000, "engines": 1, "failed": 3, "prompt": 300_000, "output": 100_000}
 
 
-def test_more_gpus_divide_the_steady_time_of_their_stages_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_gpus_divide_the_steady_time_of_their_stages_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("pipeline.session.gpus", lambda: 1)
     config = EstimateConfig(images="x", caption_preset="scenes", gpus=8, price_per_gpu_hour=2.0)
     found = _scaled(config, 1_000_000, 5, STAGES, ACTORS, COUNTS)
@@ -50,7 +61,8 @@ def test_a_paid_server_costs_by_the_token(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("offset", [0.0, 0.3, 2.0, 3.9])
 @pytest.mark.parametrize("shards", [3, 4, 7, 12])
 def test_the_steady_rate_of_actors_out_of_step(offset: float, shards: int) -> None:
-    """Two actors, four seconds a shard of 100: 0.02 s a row, whenever the second begins and whoever takes the last shard."""
+    """Two actors, four seconds a shard of 100: 0.02 s a row, whenever the second begins and whoever takes the
+    last shard."""
     ends = sorted([4.0 * k for k in range(1, shards)] + [4.0 * k + offset for k in range(1, shards)])
     assert seconds_per_row([(end, 100) for end in ends[:shards]], 2) == pytest.approx(0.02)
     alone = [(30.0 + 4.0 * k, 100) for k in range(shards)]
@@ -79,7 +91,9 @@ def test_a_sample_is_at_most_a_twentieth_unless_asked_for(
     assert asked or found.rows <= max(0.05 * rows, 3 * 32)
 
 
-def test_the_rate_of_one_engine_is_that_of_eight_by_eight(make_store: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_rate_of_one_engine_is_that_of_eight_by_eight(
+    make_store: Callable[..., Path], tmp_path: Path
+) -> None:
     store = Store(str(make_store(tmp_path / "store", train=60, val=10)))
     for shard in range(7):
         path = tmp_path / "store" / "captions" / "test" / "receipts" / f"part-{shard:05}.json"
@@ -123,14 +137,21 @@ def test_an_estimate_needs_something_to_describe() -> None:
 
 @pytest.mark.slow
 def test_the_estimate_holds_within_a_quarter(tmp_path: Path) -> None:
-    """A sample of a third of 3,072 pictures against describing them all, both with everything that a command costs."""
+    """A sample of a third of 3,072 pictures against describing them all, both with everything that a command
+    costs."""
     script = ROOT / "examples" / "scenes" / "render.py"
     counts = ["--train-per-class", "256", "--val-per-class", "0"]
-    subprocess.run([sys.executable, str(script), "--to", str(tmp_path / "in"), *counts], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, str(script), "--to", str(tmp_path / "in"), *counts],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     common = ["--images", str(tmp_path / "in"), "--caption-preset", "scenes", "--shard-rows", "256"]
     command = [sys.executable, "-m", "pipeline", "estimate", *common, "--sample", "1024", "--json"]
-    said = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    ).stdout
     predicted = json.loads(said)
     command = [sys.executable, "-m", "pipeline", "describe", *common, "--store", str(tmp_path / "store")]
     begun = time.monotonic()

@@ -1,7 +1,8 @@
-"""Whatever is killed, and when: the store ends with the same files and the same rows, nothing lost and nothing twice.
+"""Whatever is killed, and when: the store ends with the same files and the same rows, nothing lost and
+nothing twice.
 
-Two nodes of a real cluster on loopback, the real engine and encoder, drivers in processes of their own. What is killed and
-when comes from fixed seeds; everything killed was started here and is named by its id.
+Two nodes of a real cluster on loopback, the real engine and encoder, drivers in processes of their own. What
+is killed and when comes from fixed seeds; everything killed was started here and is named by its id.
 """
 
 from __future__ import annotations
@@ -45,8 +46,20 @@ def fresh(tmp_path_factory: pytest.TempPathFactory, nodes: TwoNodes) -> Path:
     folder = tmp_path_factory.mktemp("once")
     script = ROOT / "examples" / "scenes" / "render.py"
     counts = ["--train-per-class", "24", "--val-per-class", "3"]
-    subprocess.run([sys.executable, str(script), "--to", str(folder / "scenes"), *counts], check=True, stdout=subprocess.DEVNULL)
-    arguments = ["ingest", "--images", str(folder / "scenes"), "--store", str(folder / "fresh"), "--shard-rows", "16"]
+    subprocess.run(
+        [sys.executable, str(script), "--to", str(folder / "scenes"), *counts],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    arguments = [
+        "ingest",
+        "--images",
+        str(folder / "scenes"),
+        "--store",
+        str(folder / "fresh"),
+        "--shard-rows",
+        "16",
+    ]
     assert run(nodes, arguments).wait(300) == 0
     return folder / "fresh"
 
@@ -77,8 +90,13 @@ def files_of(store: Path) -> dict[str, str]:
         data = path.read_bytes()
         if path.parent.name == "receipts":
             receipt = json.loads(data)
-            assert receipt["checksum"] == hashlib.sha256((path.parent.parent / f"{path.stem}.parquet").read_bytes()).hexdigest()
-            data = json.dumps([receipt[name] for name in ("shard", "rows", "failed", "bytes", "checksum")]).encode()
+            assert (
+                receipt["checksum"]
+                == hashlib.sha256((path.parent.parent / f"{path.stem}.parquet").read_bytes()).hexdigest()
+            )
+            data = json.dumps(
+                [receipt[name] for name in ("shard", "rows", "failed", "bytes", "checksum")]
+            ).encode()
         found[str(path.relative_to(store))] = hashlib.sha256(data).hexdigest()
     return found
 
@@ -151,7 +169,9 @@ def test_twenty_kills_leave_the_files_of_an_uninterrupted_run(
         if sum(struck.values()) >= KILLS:
             break
     print(f"\nkilled {dict(struck)}; drivers that ended before they were done, by exit code: {dict(endings)}")
-    assert sum(struck.values()) >= KILLS and all(struck[victim] for victim in ("actor", "raylet", "driver")), struck
+    assert sum(struck.values()) >= KILLS and all(
+        struck[victim] for victim in ("actor", "raylet", "driver")
+    ), struck
 
 
 def test_of_two_runs_at_the_same_time_one_is_refused_and_the_other_ends_as_ever(
@@ -166,8 +186,10 @@ def test_of_two_runs_at_the_same_time_one_is_refused_and_the_other_ends_as_ever(
 
 
 def test_a_killed_engine_process_is_started_again(fresh: Path, nodes: TwoNodes) -> None:
-    """The engine in a process of its own, as vLLM has it by default: its death alone costs a shard, and no row."""
-    # One picture at a time: between processes, what is batched together depends on their speed, and words on what is batched.
+    """The engine in a process of its own, as vLLM has it by default: its death alone costs a shard, and no
+    row."""
+    # One picture at a time: between processes, what is batched together depends on their speed, and words on
+    # what is batched.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "RAY_ADDRESS": ""}
     common = ["describe", "--images", str(fresh.parent / "scenes"), "--caption-preset", "scenes"]
     common += ["--shard-rows", "8", "--limit", "48", "--engine-batch", "1"]
@@ -179,7 +201,10 @@ def test_a_killed_engine_process_is_started_again(fresh: Path, nodes: TwoNodes) 
     while len(killed) < 3 and driver.poll() is None:
         for process in psutil.Process(driver.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "EngineCore" in " ".join([process.name(), *process.cmdline()]) and process.pid not in killed:
+                if (
+                    "EngineCore" in " ".join([process.name(), *process.cmdline()])
+                    and process.pid not in killed
+                ):
                     time.sleep(rng.uniform(0.5, 6))
                     process.kill()
                     killed.add(process.pid)
@@ -203,9 +228,13 @@ def test_a_full_disk_stops_with_a_clear_error_and_the_run_goes_on_when_there_is_
         free = shutil.disk_usage(small).free
         (small / "ballast").write_bytes(b"\0" * (free - 48 * 1024))
         driver = subprocess.run(
-            [sys.executable, "-m", "pipeline", *DESCRIBE, str(store)], cwd=ROOT, text=True, capture_output=True,
-            env=os.environ | {"RAY_ADDRESS": nodes.address, "HF_HUB_OFFLINE": "1"}, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "pipeline", *DESCRIBE, str(store)],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            env=os.environ | {"RAY_ADDRESS": nodes.address, "HF_HUB_OFFLINE": "1"},
+            check=False,
+        )
         assert driver.returncode == 1, driver.stderr[-2000:]
         assert "no space left to write to" in driver.stderr and "What is done is kept" in driver.stderr
         assert "Traceback" not in driver.stderr, driver.stderr[-3000:]
@@ -235,7 +264,8 @@ def test_an_object_store_that_goes_away_stops_the_run_and_it_goes_on_when_it_is_
     command = [sys.executable, "-m", "pipeline", *DESCRIBE, f"{bucket}/away"]
     driver = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
     while driver.poll() is None and not any(
-        "receipts" in key["Key"] for key in client.list_objects_v2(Bucket="pictures", Prefix="away/captions").get("Contents", [])
+        "receipts" in key["Key"]
+        for key in client.list_objects_v2(Bucket="pictures", Prefix="away/captions").get("Contents", [])
     ):
         time.sleep(0.05)
     server.stop()
@@ -245,7 +275,9 @@ def test_an_object_store_that_goes_away_stops_the_run_and_it_goes_on_when_it_is_
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
     try:
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, text=True, capture_output=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | settings, text=True, capture_output=True, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stderr.count("caption ") > 0
         fs.copy_files("pictures/away", str(tmp_path / "back"), source_filesystem=remote)

@@ -84,10 +84,17 @@ def test_exif_rotation_is_applied() -> None:
 
 def test_a_bomb_of_30000_by_30000_is_refused_on_its_header() -> None:
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    bomb = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
     with pytest.raises(ImageError, match=r"too large"):
         decode(bomb)
     with pytest.raises(ImageError, match=r"too large"):
@@ -101,8 +108,12 @@ def test_the_pixel_limit_is_a_setting() -> None:
     assert decode(data, max_pixels=10_000).size == (100, 100)
 
 
-@pytest.mark.parametrize(("size", "expected"), [((640, 480), (64, 48)), ((1, 1000), (1, 64)), ((30, 20), (30, 20))])
-def test_fit_shrinks_the_longer_edge_and_never_enlarges(size: tuple[int, int], expected: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "expected"), [((640, 480), (64, 48)), ((1, 1000), (1, 64)), ((30, 20), (30, 20))]
+)
+def test_fit_shrinks_the_longer_edge_and_never_enlarges(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
     assert fit(Image.new("RGB", size), 64).size == expected
 
 

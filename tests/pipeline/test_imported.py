@@ -28,13 +28,19 @@ def ingested(ray_session: None, picture_folder: Folder, tmp_path: Path) -> tuple
 
 
 def write_jsonl(path: Path, captions: dict[str, str]) -> str:
-    path.write_text("".join(json.dumps({"path": key, "caption": text}) + "\n" for key, text in captions.items()))
+    path.write_text(
+        "".join(json.dumps({"path": key, "caption": text}) + "\n" for key, text in captions.items())
+    )
     return str(path)
 
 
 def ids(store: Path) -> list[str]:
     opened = Store(str(store))
-    return [key for shard in range(opened.dataset.shards) for key in opened.read_shard("images", "", shard)["id"].to_pylist()]
+    return [
+        key
+        for shard in range(opened.dataset.shards)
+        for key in opened.read_shard("images", "", shard)["id"].to_pylist()
+    ]
 
 
 @pytest.mark.slow
@@ -48,7 +54,8 @@ def test_captions_are_matched_by_path(ingested: tuple[Path, Path], tmp_path: Pat
         for row in opened.read_shard("captions", variant, shard).to_pylist():
             assert row["caption"] == f"a picture of {row['id']}"
 
-    # Lacking captions are rows with an error, and too many of them are exit code 3; the rows that have one are kept.
+    # Lacking captions are rows with an error, and too many of them are exit code 3; the rows that have one
+    # are kept.
     some = write_jsonl(tmp_path / "some.jsonl", {key: "short" for key in ids(store)[:-2]})
     assert main(["import-captions", some, "--store", str(store)]) == 3
     assert main(["import-captions", some, "--store", str(store), "--max-failure-rate", "0.5"]) == 0
@@ -63,7 +70,9 @@ def test_unknown_paths_stop_the_import_before_anything_is_written(
     ingested: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, store = ingested
-    file = write_jsonl(tmp_path / "captions.jsonl", {"train/a/nowhere.jpg": "x"} | {key: "y" for key in ids(store)})
+    file = write_jsonl(
+        tmp_path / "captions.jsonl", {"train/a/nowhere.jpg": "x"} | {key: "y" for key in ids(store)}
+    )
     assert main(["import-captions", file, "--store", str(store)]) == 2
     assert "1 of 9 paths are not in the store, such as train/a/nowhere.jpg" in capsys.readouterr().err
     assert Store(str(store)).variants("captions") == []
@@ -75,7 +84,9 @@ def test_the_papers_list_is_matched_in_the_order_of_torchvisions_image_folder(
     ingested: tuple[Path, Path], tmp_path: Path
 ) -> None:
     images, store = ingested
-    order = [Path(path).relative_to(images).as_posix() for path, _ in ImageFolder(str(images / "train")).samples]
+    order = [
+        Path(path).relative_to(images).as_posix() for path, _ in ImageFolder(str(images / "train")).samples
+    ]
     file = tmp_path / "list.pth"
     torch.save([f"caption of {key}" for key in order], file)
     assert main(["import-captions", str(file), "--store", str(store), "--max-failure-rate", "0.2"]) == 0
@@ -128,14 +139,18 @@ def test_two_captions_for_one_picture_are_refused(tmp_path: Path) -> None:
         imported.matched(imported.read_jsonl(str(tmp_path / "c.jsonl")), {"a"})
 
 
-def test_a_mended_picture_gets_its_caption_when_the_import_is_repeated(tmp_path: Path, make_store: Folder) -> None:
+def test_a_mended_picture_gets_its_caption_when_the_import_is_repeated(
+    tmp_path: Path, make_store: Folder
+) -> None:
     import pyarrow as pa
 
     from pipeline.store import IMAGES
 
     store = Store(str(make_store(tmp_path / "store")))
     good = store.read_shard("images", "", 1).to_pylist()
-    broken = [{**row, "error": "damaged", "image": None} if place == 0 else row for place, row in enumerate(good)]
+    broken = [
+        {**row, "error": "damaged", "image": None} if place == 0 else row for place, row in enumerate(good)
+    ]
     store.write_shard("images", "", 1, pa.Table.from_pylist(broken, schema=IMAGES), seconds=0)
     file = write_jsonl(tmp_path / "captions.jsonl", {key: f"of {key}" for key in ids(tmp_path / "store")})
     command = ["import-captions", file, "--store", store.uri, "--max-failure-rate", "0.5"]
@@ -162,7 +177,9 @@ def test_one_list_for_two_splits_is_two_variants(tmp_path: Path, make_store: Fol
     assert sorted(settings.get("split", "train") for settings in made) == ["train", "val"]
 
 
-def test_a_list_by_position_goes_with_image_folders_only(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_a_list_by_position_goes_with_image_folders_only(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     """Rows of other sources have an order of their own, and every caption would be another picture's."""
     store = make_store(tmp_path / "store", train=12)
     dataset = json.loads((store / "dataset.json").read_text())

@@ -1,4 +1,5 @@
-"""What a source holds is a row each, or is counted and told: odd names, missing labels, unknown splits, large row groups."""
+"""What a source holds is a row each, or is counted and told: odd names, missing labels, unknown splits, large
+row groups."""
 
 from __future__ import annotations
 
@@ -60,7 +61,9 @@ def write_list(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def write_parquet(path: Path, labels: list[Any], names: list[str] | None = None, **columns: list[Any]) -> Path:
+def write_parquet(
+    path: Path, labels: list[Any], names: list[str] | None = None, **columns: list[Any]
+) -> Path:
     """As Hugging Face's data sets write them; with names, `label` is a ClassLabel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [{"bytes": picture(number % 256), "path": f"{number}.png"} for number in range(len(labels))]
@@ -78,7 +81,9 @@ def ingested(settings: SourceConfig) -> list[dict[str, Any]]:
     ingest = IngestShard(settings.store)
     for shard, rows in enumerate(found.shards):
         ingest(pa.table({"shard": [shard], "redo": [False], "rows": [[asdict(row) for row in rows]]}))
-    return [row for shard in range(len(found.shards)) for row in store.read_shard("images", "", shard).to_pylist()]
+    return [
+        row for shard in range(len(found.shards)) for row in store.read_shard("images", "", shard).to_pylist()
+    ]
 
 
 # Names.
@@ -95,11 +100,19 @@ def test_names_that_are_not_utf8_become_rows_that_can_be_read_again(pack: bool, 
     rows = ingested(config(tmp_path / "in", store=str(tmp_path / "store"), pack=pack))
     store = Store(str(tmp_path / "store"))
     assert store.dataset.classes == ["caf<3c>e9>", "caf<e9>", "café"]
-    assert sorted(row["id"] for row in rows) == [f"train/{name}/<ff> 1.png" for name in ("caf<3c>e9>", "caf<e9>", "café")]
-    shades = {store.dataset.classes[row["label"]]: store.picture(row["image"], row["uri"], row["content_hash"]) for row in rows}
+    assert sorted(row["id"] for row in rows) == [
+        f"train/{name}/<ff> 1.png" for name in ("caf<3c>e9>", "caf<e9>", "café")
+    ]
+    shades = {
+        store.dataset.classes[row["label"]]: store.picture(row["image"], row["uri"], row["content_hash"])
+        for row in rows
+    }
     assert shades == {"caf<e9>": picture(10), "café": picture(20), "caf<3c>e9>": picture(30)}
     again = IngestShard(str(tmp_path / "store"))._read
-    assert all(again(row["uri"], 10**6) == store.picture(row["image"], row["uri"], row["content_hash"]) for row in rows)
+    assert all(
+        again(row["uri"], 10**6) == store.picture(row["image"], row["uri"], row["content_hash"])
+        for row in rows
+    )
 
 
 def test_an_address_of_a_source_that_is_not_utf8_is_refused_plainly(tmp_path: Path) -> None:
@@ -127,25 +140,47 @@ def test_links_in_circles_and_to_nowhere_are_rows_with_an_error_and_pipes_are_le
 
 def test_dotted_names_in_a_tar_are_a_row_each(tmp_path: Path) -> None:
     members = {f"cat/2024.05.{day:02}.png": picture(day) for day in range(1, 6)}
-    members |= {"dog/a.b.png": picture(9), "dog/a.b.cls": b"hound", "dog/a.png": picture(10), "dog/a.cls": b"dog"}
+    members |= {
+        "dog/a.b.png": picture(9),
+        "dog/a.b.cls": b"hound",
+        "dog/a.png": picture(10),
+        "dog/a.cls": b"dog",
+    }
     found = plan(config(write_tar(tmp_path / "x.tar", members)))
     rows = rows_of(found)
-    assert rows.keys() == {f"x.tar#cat/2024.05.{day:02}" for day in range(1, 6)} | {"x.tar#dog/a", "x.tar#dog/a.b"}
+    assert rows.keys() == {f"x.tar#cat/2024.05.{day:02}" for day in range(1, 6)} | {
+        "x.tar#dog/a",
+        "x.tar#dog/a.b",
+    }
     labels = {key: found.dataset.classes[row.label] for key, row in rows.items()}
-    assert (labels["x.tar#dog/a"], labels["x.tar#dog/a.b"], labels["x.tar#cat/2024.05.01"]) == ("dog", "hound", "cat")
+    assert (labels["x.tar#dog/a"], labels["x.tar#dog/a.b"], labels["x.tar#cat/2024.05.01"]) == (
+        "dog",
+        "hound",
+        "cat",
+    )
     read = Reader(str(tmp_path), "webdataset")
     assert {read(row.place, 10**4) for row in rows.values()} == {picture(n) for n in (1, 2, 3, 4, 5, 9, 10)}
 
 
-def test_of_a_sample_with_several_pictures_the_plainly_named_is_taken_and_the_others_are_told(tmp_path: Path) -> None:
-    members = {"k.depth.png": picture(1), "k.jpg": picture(2), "k.cls": b"0", "m.mask.png": picture(3), "m.png": picture(4)}
+def test_of_a_sample_with_several_pictures_the_plainly_named_is_taken_and_the_others_are_told(
+    tmp_path: Path,
+) -> None:
+    members = {
+        "k.depth.png": picture(1),
+        "k.jpg": picture(2),
+        "k.cls": b"0",
+        "m.mask.png": picture(3),
+        "m.png": picture(4),
+    }
     found = plan(config(write_tar(tmp_path / "x.tar", members | {"m.cls": b"1"})))
     rows = rows_of(found)
     assert {key: Reader(str(tmp_path), "webdataset")(row.place, 10**4) for key, row in rows.items()} == {
-        "x.tar#k": picture(2), "x.tar#m": picture(4),
-    }  # fmt: skip
+        "x.tar#k": picture(2),
+        "x.tar#m": picture(4),
+    }
     assert any(
-        note.startswith("2 pictures are left out: they belong to another of the same key") for note in notes(found.dataset)
+        note.startswith("2 pictures are left out: they belong to another of the same key")
+        for note in notes(found.dataset)
     )
 
 
@@ -156,17 +191,27 @@ def test_a_sample_whose_pictures_are_named_alike_keeps_them_all(tmp_path: Path) 
 
 
 def test_odd_members_of_a_tar_are_told_and_bad_side_files_cost_their_own_row(tmp_path: Path) -> None:
-    members = {f"{n}.png": picture(n) for n in range(4)} | {"0.cls": b"a", "1.json": b"{", "2.json": b'{"label": null}'}
+    members = {f"{n}.png": picture(n) for n in range(4)} | {
+        "0.cls": b"a",
+        "1.json": b"{",
+        "2.json": b'{"label": null}',
+    }
     members |= {"3.cls": b"caf\xe9", "._3.png": b"a Mac's", "alone.cls": b"b"}
     found = plan(config(write_tar(tmp_path / "x.tar", members), max_failure_rate=1))
     rows = rows_of(found)
     assert {key: row.error.partition(":")[0].partition(" (")[0] for key, row in rows.items()} == {
-        "x.tar#0": "", "x.tar#1": "1.json is not JSON", "x.tar#2": "no label", "x.tar#3": "",
-    }  # fmt: skip
+        "x.tar#0": "",
+        "x.tar#1": "1.json is not JSON",
+        "x.tar#2": "no label",
+        "x.tar#3": "",
+    }
     assert found.dataset.classes == ["a", "caf<e9>"]
     assert [rows[f"x.tar#{n}"].label for n in range(4)] == [0, -1, -1, 1]
     told = "\n".join(notes(found.dataset))
-    assert "1 pictures are left out: hidden files, or links, in tars" in told and found.dataset.source["skipped_files"] == 1
+    assert (
+        "1 pictures are left out: hidden files, or links, in tars" in told
+        and found.dataset.source["skipped_files"] == 1
+    )
 
 
 def test_a_tar_with_a_damaged_header_in_its_middle_is_refused_and_not_read_in_part(tmp_path: Path) -> None:
@@ -174,7 +219,9 @@ def test_a_tar_with_a_damaged_header_in_its_middle_is_refused_and_not_read_in_pa
     data = bytearray(path.read_bytes())
     data[2 * 1024 + 30] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"x\.tar: cannot be read as a tar \(damaged at byte 2048, or another"):
+    with pytest.raises(
+        ValueError, match=r"x\.tar: cannot be read as a tar \(damaged at byte 2048, or another"
+    ):
         plan(config(path))
 
 
@@ -186,14 +233,22 @@ def test_a_split_whose_labels_are_secret_is_left_out_and_told(tmp_path: Path) ->
     write_parquet(tmp_path / "val-0.parquet", [0, 2], ["x", "y", "z"])
     write_parquet(tmp_path / "test-0.parquet", [-1] * 6, ["x", "y", "z"])
     found = plan(config(tmp_path))
-    assert (found.dataset.rows, list(found.dataset.splits), found.dataset.classes) == (6, ["train", "val"], ["x", "y", "z"])
+    assert (found.dataset.rows, list(found.dataset.splits), found.dataset.classes) == (
+        6,
+        ["train", "val"],
+        ["x", "y", "z"],
+    )
     assert notes(found.dataset) == ["6 pictures of split test are left out: none has a label"]
 
 
 @pytest.mark.parametrize("names", [None, ["zero", "one"]])
 @pytest.mark.parametrize("none", [None, -1, float("nan")])
-def test_single_rows_without_a_label_are_rows_with_an_error_and_no_class(none: Any, names: Any, tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "x.parquet", [0, 1, none, 1] if none == -1 else [0.0, 1.0, none, 1.0], names)
+def test_single_rows_without_a_label_are_rows_with_an_error_and_no_class(
+    none: Any, names: Any, tmp_path: Path
+) -> None:
+    path = write_parquet(
+        tmp_path / "x.parquet", [0, 1, none, 1] if none == -1 else [0.0, 1.0, none, 1.0], names
+    )
     with pytest.raises(ValueError, match="1 of 4 rows cannot be used"):
         plan(config(path))
     found = plan(config(path, max_failure_rate=0.25))
@@ -239,18 +294,25 @@ def test_the_errors_of_a_listing_outlive_a_retry_and_the_captioner_passes_them_b
     rows = [asdict(Row(id=r["id"], label=r["label"], split=r["split"], place=r["uri"])) for r in before]
     IngestShard(settings.store)(pa.table({"shard": [0], "redo": [True], "rows": [rows]}))
     assert Store(settings.store).read_shard("images", "", 0).to_pylist() == before
-    prepared = PreparePictures(CaptionConfig(store=settings.store, caption_preset="scenes", prompt="a {label}"), "unused")
+    prepared = PreparePictures(
+        CaptionConfig(store=settings.store, caption_preset="scenes", prompt="a {label}"), "unused"
+    )
     made = prepared(pa.table({"shard": [0], "redo": [False]}))["pictures"][0].as_py()
     assert sorted((one["prompt"] or "", one["error"] or "") for one in made) == [
-        ("", "no picture: no label: give it one, and ingest into a new store"), ("a a", ""), ("a b", ""),
-    ]  # fmt: skip
+        ("", "no picture: no label: give it one, and ingest into a new store"),
+        ("a a", ""),
+        ("a b", ""),
+    ]
 
 
 # Splits.
 
 
 def test_dev_and_eval_are_val(tmp_path: Path) -> None:
-    rows = [{"path": f"{n}.jpg", "label": "x", "split": name} for n, name in enumerate(("train", "Dev", "eval", "validation"))]
+    rows = [
+        {"path": f"{n}.jpg", "label": "x", "split": name}
+        for n, name in enumerate(("train", "Dev", "eval", "validation"))
+    ]
     found = plan(config(write_list(tmp_path / "list.jsonl", rows)))
     assert {name: split.rows for name, split in found.dataset.splits.items()} == {"train": 1, "val": 3}
     write_tar(tmp_path / "tars" / "train-0.tar", {"a/1.png": b"1"})
@@ -261,13 +323,19 @@ def test_dev_and_eval_are_val(tmp_path: Path) -> None:
 def test_files_that_tell_no_split_beside_others_that_do_are_refused(tmp_path: Path) -> None:
     for name in ("train-0.tar", "holdout-0.tar"):
         write_tar(tmp_path / name, {"a/1.png": b"1"})
-    with pytest.raises(ValueError, match=r"holdout-0\.tar: the name tells no split, as those of the other files do"):
+    with pytest.raises(
+        ValueError, match=r"holdout-0\.tar: the name tells no split, as those of the other files do"
+    ):
         plan(config(tmp_path))
 
 
 def test_a_column_of_splits_is_believed_or_refused_and_never_hashed(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", [0, 1, 0], split=["train", "dev", "test"])
-    assert {name: split.rows for name, split in plan(config(path)).dataset.splits.items()} == {"train": 1, "val": 1, "test": 1}
+    assert {name: split.rows for name, split in plan(config(path)).dataset.splits.items()} == {
+        "train": 1,
+        "val": 1,
+        "test": 1,
+    }
     path = write_parquet(tmp_path / "x.parquet", [0, 1, 0], split=["train", "holdout", None])
     with pytest.raises(ValueError, match="split 'holdout' is none of train, val and test"):
         plan(config(path))
@@ -287,8 +355,8 @@ def test_a_source_without_a_val_split_says_so_and_the_mend_it_names_works(pictur
     images = picture_folder({"train/a": 40, "test/a": 3})
     [told] = notes(plan(config(images)).dataset)
     assert told == (
-        "there is no val split, by which training is judged: train with --eval-split test, or to train on this source, ingest "
-        "into a new store with --val-fraction 0.1"
+        "there is no val split, by which training is judged: train with --eval-split test, or to train on "
+        "this source, ingest into a new store with --val-fraction 0.1"
     )
     mended = plan(config(images, val_fraction=0.2)).dataset
     assert mended.splits["test"].rows == 3 and 2 <= mended.splits["val"].rows <= 16
@@ -306,12 +374,22 @@ def test_a_fraction_for_a_val_split_that_is_there_is_said_to_be_idle(picture_fol
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/hostname", "../outside.png", "a/../../outside.png", "file:///etc/hostname", "s3://bucket/key.png", "//etc/x"]
+    "path",
+    [
+        "/etc/hostname",
+        "../outside.png",
+        "a/../../outside.png",
+        "file:///etc/hostname",
+        "s3://bucket/key.png",
+        "//etc/x",
+    ],
 )
 def test_a_list_cannot_name_a_file_outside_its_folder(path: str, tmp_path: Path) -> None:
     (tmp_path / "outside.png").write_bytes(picture(1))
     rows = [{"path": "in.png", "label": "x"}, {"path": path, "label": "x"}]
-    settings = config(write_list(tmp_path / "in" / "list.jsonl", rows), store=str(tmp_path / "store"), max_failure_rate=1)
+    settings = config(
+        write_list(tmp_path / "in" / "list.jsonl", rows), store=str(tmp_path / "store"), max_failure_rate=1
+    )
     (tmp_path / "in" / "in.png").write_bytes(picture(2))
     found = {row["id"]: row["error"] for row in ingested(settings)}
     assert found["in.png"] is None
@@ -323,7 +401,11 @@ def test_a_list_may_name_its_own_folder_in_full(start: str, tmp_path: Path) -> N
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.png").write_bytes(picture(1))
     path = start.format(root=tmp_path) + "a/1.png"
-    [row] = ingested(config(write_list(tmp_path / "list.jsonl", [{"path": path, "label": "x"}]), store=str(tmp_path / "store")))
+    [row] = ingested(
+        config(
+            write_list(tmp_path / "list.jsonl", [{"path": path, "label": "x"}]), store=str(tmp_path / "store")
+        )
+    )
     assert (row["id"], row["uri"], row["image"]) == (path, "a/1.png", picture(1))
 
 
@@ -342,7 +424,9 @@ def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
 def test_a_list_without_sizes_is_cut_by_the_files_sizes(picture_folder: Folder) -> None:
     images = picture_folder({"a": 6})
     names = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.jpg"))
-    path = write_list(images / "list.jsonl", [{"path": name, "label": "a"} for name in [*names, "a/missing.jpg", "a\0b"]])
+    path = write_list(
+        images / "list.jsonl", [{"path": name, "label": "a"} for name in [*names, "a/missing.jpg", "a\0b"]]
+    )
     most = 2 * max((images / name).stat().st_size for name in names)
     found = plan(config(path, shard_bytes=most))
     assert len(found.shards) >= 3
@@ -368,10 +452,14 @@ def test_a_remote_list_without_sizes_is_cut_by_the_files_sizes(
 # Parquet.
 
 
-def test_of_a_large_row_group_only_the_rows_wanted_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_large_row_group_only_the_rows_wanted_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     count, size = 400, 100_000
     images = pa.array([{"bytes": os.urandom(size), "path": None} for _ in range(count)])
-    pq.write_table(pa.table({"image": images, "label": [0] * count}), tmp_path / "x.parquet", compression="none")
+    pq.write_table(
+        pa.table({"image": images, "label": [0] * count}), tmp_path / "x.parquet", compression="none"
+    )
     expected = images.field("bytes").to_pylist()
     del images
     monkeypatch.setattr(parquet, "LARGE_GROUP", 2**20)
@@ -401,7 +489,9 @@ def test_the_gallery_shows_rows_that_have_no_class(tmp_path: Path) -> None:
 
     path = write_parquet(tmp_path / "in" / "x.parquet", [0, None, 1, 1], ["cats", "dogs"])
     ingested(config(path, store=str(tmp_path / "store"), max_failure_rate=1))
-    page = Path(gallery.write(InspectConfig(store=str(tmp_path / "store"), to=str(tmp_path / "page.html")))).read_text()
+    page = Path(
+        gallery.write(InspectConfig(store=str(tmp_path / "store"), to=str(tmp_path / "page.html")))
+    ).read_text()
     assert "no label: give it one" in page and '"label":-1' not in page and "dogs" in page
 
 
@@ -458,7 +548,9 @@ def test_names_of_classes_go_by_their_keys_or_are_refused(text: str, complaint: 
 
 
 def test_a_tar_that_does_not_end_as_tars_end_is_refused(tmp_path: Path) -> None:
-    members = {f"{n:02}.{end}": content for n in range(20) for end, content in (("png", picture(n)), ("cls", b"1"))}
+    members = {
+        f"{n:02}.{end}": content for n in range(20) for end, content in (("png", picture(n)), ("cls", b"1"))
+    }
     whole = write_tar(tmp_path / "whole" / "x.tar", members).read_bytes()
     with tarfile.open(tmp_path / "whole" / "x.tar") as tar:
         headers = [member.offset for member in tar.getmembers()]
@@ -481,7 +573,11 @@ def test_a_tar_that_does_not_end_as_tars_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_class_may_be_called_train(picture_folder: Folder) -> None:
-    assert plan(config(picture_folder({"car": 2, "train": 2, "bus": 2}))).dataset.classes == ["bus", "car", "train"]
+    assert plan(config(picture_folder({"car": 2, "train": 2, "bus": 2}))).dataset.classes == [
+        "bus",
+        "car",
+        "train",
+    ]
     split = plan(config(picture_folder({"train/car": 2, "train/train": 2, "val/car": 1}, "split")))
     assert split.dataset.classes == ["car", "train"] and set(split.dataset.splits) == {"train", "val"}
 
@@ -489,7 +585,9 @@ def test_a_class_may_be_called_train(picture_folder: Folder) -> None:
 def test_a_source_of_two_kinds_is_refused_until_one_is_named(picture_folder: Folder) -> None:
     images = picture_folder({"a": 2, "b": 2})
     write_parquet(images / "extra.parquet", ["a", "b"])
-    with pytest.raises(ValueError, match=r"several kinds \(1 of parquet, 4 of folder\): say which with --source-kind"):
+    with pytest.raises(
+        ValueError, match=r"several kinds \(1 of parquet, 4 of folder\): say which with --source-kind"
+    ):
         plan(config(images))
     assert plan(config(images, source_kind="folder")).dataset.rows == 4
 

@@ -17,8 +17,9 @@ from pipeline.sources.plan import make_plan as plan
 from pipeline.stages.ingest import IngestShard
 from pipeline.store import Store, locations
 
-# What S3 allows in a key: anything, alone and in combinations that an address would understand. Two are missing: the server of
-# these tests does not find a key with a newline, and a listing in XML cannot say a carriage return (see the test below).
+# What S3 allows in a key: anything, alone and in combinations that an address would understand. Two are
+# missing: the server of these tests does not find a key with a newline, and a listing in XML cannot say a
+# carriage return (see the test below).
 ODD = ("50%25", "x#1-2", "q?region=x", "br[1]", "st**r", "x. .", "~", "{label}", "a.tar#512-20")
 KEYS = (*(f"a{chr(n)}b" for n in range(1, 256) if chr(n) not in "/\n\r"), *ODD)
 
@@ -37,7 +38,9 @@ def test_keys_are_taken_as_they_are_written(bucket: str, tmp_path: Path) -> None
         client.put_object(Bucket="pictures", Key=f"odd keys%20/cat ü/{key}.png", Body=picture())
     client.put_object(Bucket="pictures", Key="odd keys%20/dog/carriage\rreturn.png", Body=picture())
     for pack in (True, False):
-        config = SourceConfig(images=f"{bucket}/odd keys%20", store=f"{bucket}/store of odd? keys {pack}", pack=pack)
+        config = SourceConfig(
+            images=f"{bucket}/odd keys%20", store=f"{bucket}/store of odd? keys {pack}", pack=pack
+        )
         from_keys = plan(config)
         store = Store.create(config.store, from_keys.dataset)
         [shard] = from_keys.shards
@@ -47,7 +50,9 @@ def test_keys_are_taken_as_they_are_written(bucket: str, tmp_path: Path) -> None
         IngestShard(store.uri)(pa.table({"shard": [0], "redo": [False], "rows": [rows]}))
         read = Store(config.store).read_shard("images", "", 0).to_pylist()
         lost = [row for row in read if row["label"] == store.dataset.classes.index("dog")]
-        assert len(lost) == 1 and "cannot be read" in lost[0]["error"], "the one that cannot be listed takes no other along"
+        assert len(lost) == 1 and "cannot be read" in lost[0]["error"], (
+            "the one that cannot be listed takes no other along"
+        )
         read.remove(lost[0])
         assert {row["id"] for row in read} == {f"cat ü/{key}.png" for key in KEYS}
         assert [row["error"] for row in read] == [None] * len(read)
@@ -88,7 +93,9 @@ def test_a_small_object_is_put_in_one_request_and_read_in_two(bucket: str) -> No
         ("s3://bucket/is it? no", "s3://bucket/is it? no", ""),
     ],
 )
-def test_settings_behind_an_address_are_told_from_question_marks_in_a_key(uri: str, base: str, options: str) -> None:
+def test_settings_behind_an_address_are_told_from_question_marks_in_a_key(
+    uri: str, base: str, options: str
+) -> None:
     assert locations.split_options(uri) == (base, options)
     assert locations.join(uri, "dog/1.jpg") == f"{base}/dog/1.jpg{options}"
 
@@ -114,7 +121,11 @@ def test_a_missing_object_is_told_from_a_server_that_is_gone(monkeypatch: pytest
     server.start()
     host, port = server.get_host_and_port()
     client = boto3.client(
-        "s3", endpoint_url=f"http://{host}:{port}", aws_access_key_id="x", aws_secret_access_key="y", region_name="us-east-1"
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        aws_access_key_id="x",
+        aws_secret_access_key="y",
+        region_name="us-east-1",
     )
     client.create_bucket(Bucket="fleeting")
     client.put_object(Bucket="fleeting", Key="in/dog/1.png", Body=picture())
@@ -200,21 +211,28 @@ def test_storage_that_goes_away_marks_no_picture_as_failed(tmp_path: Path) -> No
     IngestShard(store.uri)(pa.table({"shard": [0], "redo": [False], "rows": [items]}))
     os.rename(tmp_path / "in", tmp_path / "away")
     with pytest.raises(locations.StorageError):
-        PreparePictures(CaptionConfig(store=store.uri, model="x/y"), "variant")(pa.table({"shard": [0], "redo": [False]}))
+        PreparePictures(CaptionConfig(store=store.uri, model="x/y"), "variant")(
+            pa.table({"shard": [0], "redo": [False]})
+        )
 
 
 def test_a_split_on_another_disk_that_goes_away_marks_no_picture_as_failed(tmp_path: Path) -> None:
-    """Splits and classes are often links; a list may name folders that never were, and there a missing one is a row's error."""
+    """Splits and classes are often links; a list may name folders that never were, and there a missing one is
+    a row's error."""
     import pyarrow as pa
 
     for split, where in (("train", tmp_path / "disk"), ("val", tmp_path / "in")):
         (where / split / "dog").mkdir(parents=True)
         (where / split / "dog" / "1.png").write_bytes(picture())
     (tmp_path / "in" / "train").symlink_to(tmp_path / "disk" / "train")
-    (tmp_path / "in" / "list.jsonl").write_text('{"path": "gone/1.png", "label": "a"}\n{"path": "val/dog/1.png", "label": "a"}\n')
+    (tmp_path / "in" / "list.jsonl").write_text(
+        '{"path": "gone/1.png", "label": "a"}\n{"path": "val/dog/1.png", "label": "a"}\n'
+    )
     found = []
     for images in (tmp_path / "in", tmp_path / "in" / "list.jsonl"):
-        config = SourceConfig(images=str(images), store=str(tmp_path / f"store-{images.suffix}"), max_failure_rate=1)
+        config = SourceConfig(
+            images=str(images), store=str(tmp_path / f"store-{images.suffix}"), max_failure_rate=1
+        )
         cut = plan(config)
         items = [dataclasses.asdict(row) for row in cut.shards[0]]
         found.append((Store.create(config.store, cut.dataset), items))
@@ -224,7 +242,10 @@ def test_a_split_on_another_disk_that_goes_away_marks_no_picture_as_failed(tmp_p
         IngestShard(folder.uri)(pa.table({"shard": [0], "redo": [False], "rows": [rows]}))
     assert 0 in folder.pending("images")
     IngestShard(listed.uri)(pa.table({"shard": [0], "redo": [False], "rows": [lines]}))
-    assert [row["error"] is None for row in listed.read_shard("images", "", 0).sort_by("id").to_pylist()] == [False, True]
+    assert [row["error"] is None for row in listed.read_shard("images", "", 0).sort_by("id").to_pylist()] == [
+        False,
+        True,
+    ]
 
 
 def test_a_parquet_source_that_goes_away_marks_no_row_as_failed(tmp_path: Path) -> None:
@@ -232,7 +253,9 @@ def test_a_parquet_source_that_goes_away_marks_no_row_as_failed(tmp_path: Path) 
     import pyarrow.parquet as pq
 
     (tmp_path / "in").mkdir()
-    pq.write_table(pa.table({"image": [picture()] * 4, "label": ["a", "b"] * 2}), tmp_path / "in" / "train.parquet")
+    pq.write_table(
+        pa.table({"image": [picture()] * 4, "label": ["a", "b"] * 2}), tmp_path / "in" / "train.parquet"
+    )
     config = SourceConfig(images=str(tmp_path / "in"), store=str(tmp_path / "store"))
     cut = plan(config)
     store = Store.create(config.store, cut.dataset)
@@ -244,7 +267,9 @@ def test_a_parquet_source_that_goes_away_marks_no_row_as_failed(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_an_outage_stops_an_ingest_that_goes_on_later_with_nothing_marked_failed(tmp_path: Path, scenes: Path) -> None:
+def test_an_outage_stops_an_ingest_that_goes_on_later_with_nothing_marked_failed(
+    tmp_path: Path, scenes: Path
+) -> None:
     """A real server on loopback, ended in the middle of a run and started again with what it held."""
     import subprocess
     import sys
@@ -257,11 +282,19 @@ def test_an_outage_stops_an_ingest_that_goes_on_later_with_nothing_marked_failed
     server.start()
     host, port = server.get_host_and_port()
     settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "RAY_ADDRESS": "",
-    }  # fmt: skip
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "RAY_ADDRESS": "",
+    }
     client = boto3.client(
-        "s3", endpoint_url=settings["AWS_ENDPOINT_URL"], aws_access_key_id="x", aws_secret_access_key="y", region_name="us-east-1"
+        "s3",
+        endpoint_url=settings["AWS_ENDPOINT_URL"],
+        aws_access_key_id="x",
+        aws_secret_access_key="y",
+        region_name="us-east-1",
     )
     client.create_bucket(Bucket="outage")
     for path in scenes.glob("*/*/*.*"):
@@ -285,7 +318,9 @@ def test_an_outage_stops_an_ingest_that_goes_on_later_with_nothing_marked_failed
     server.stop()
     said = driver.communicate(timeout=300)[1]
     assert driver.returncode == 1, said[-3000:]
-    assert "does not answer" in said and "What is done is kept" in said and "Traceback" not in said, said[-3000:]
+    assert "does not answer" in said and "What is done is kept" in said and "Traceback" not in said, said[
+        -3000:
+    ]
     half = Store(str(store))
     assert 0 < len(half.finished("images")) < half.dataset.shards
     assert sum(receipt.failed for receipt in half.receipts("images").values()) == 0
@@ -300,7 +335,10 @@ def test_an_outage_stops_an_ingest_that_goes_on_later_with_nothing_marked_failed
 
 
 def test_a_place_that_cannot_be_written_is_found_before_any_work(
-    tmp_path: Path, picture_folder: Callable[..., Path], make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    picture_folder: Callable[..., Path],
+    make_store: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As root, too, who may write wherever something can be written."""
     from cluster import cli
@@ -309,13 +347,26 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(
     (tmp_path / "file").write_text("x")
     commands = {
         "store": ["ingest", "--images", images, "--store"],
-        "run": ["train", "--store", store, "--preset", "smoke", "--batch-size", "12", "--projection-dim", "4", "--run"],
+        "run": [
+            "train",
+            "--store",
+            store,
+            "--preset",
+            "smoke",
+            "--batch-size",
+            "12",
+            "--projection-dim",
+            "4",
+            "--run",
+        ],
         "sweep": ["tune", "--store", store, "--preset", "smoke", "--batch-size", "12", "--sweep"],
         "to": ["inspect", store, "--to"],
     }
     for setting, command in commands.items():
         for place in ("/proc/nobody/x", str(tmp_path / "file" / "below" / "x")):
             assert cli.main([*command, place]) == 2
-            assert f"{setting}=" in (said := capsys.readouterr().err) and "nothing can be written there" in said, said
+            assert (
+                f"{setting}=" in (said := capsys.readouterr().err) and "nothing can be written there" in said
+            ), said
     locations.check_writable("store", str(tmp_path / "new" / "folder"))
     assert not (tmp_path / "new").exists()

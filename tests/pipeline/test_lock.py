@@ -31,7 +31,9 @@ def test_a_folder_is_held_by_one_process_until_it_ends_however_it_ends(tmp_path:
     folder = str(tmp_path / "sweep")
     child = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "held\n"
-    with pytest.raises(SettingsError, match=rf"sweep={folder}: process {child.pid} on .* pass another --sweep"):
+    with pytest.raises(
+        SettingsError, match=rf"sweep={folder}: process {child.pid} on .* pass another --sweep"
+    ):
         lock.held(folder, "sweep").__enter__()
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -45,7 +47,9 @@ def test_a_folder_of_an_object_store_is_held_too(bucket: str) -> None:
     folder = f"{bucket}/locked/sweep"
     child = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "held\n"
-    with pytest.raises(SettingsError, match=rf"sweep={folder}: process {child.pid} on .* pass another --sweep"):
+    with pytest.raises(
+        SettingsError, match=rf"sweep={folder}: process {child.pid} on .* pass another --sweep"
+    ):
         lock.held(folder, "sweep").__enter__()
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -92,7 +96,9 @@ def test_a_container_that_is_started_again_is_not_kept_out_by_itself(bucket: str
     """It has the name and the process number of the one before."""
     folder = f"{bucket}/locked/again"
     filesystem, path = locations.resolve(folder)
-    with filesystem.open_output_stream(f"{path}/lock-{socket.gethostname()}-{os.getpid()}-abcdef01.json") as stream:
+    with filesystem.open_output_stream(
+        f"{path}/lock-{socket.gethostname()}-{os.getpid()}-abcdef01.json"
+    ) as stream:
         stream.write(b"{}")
     with lock.held(folder, "run"), pytest.raises(SettingsError, match=f"process {os.getpid()} on"):
         lock.held(folder, "run").__enter__()

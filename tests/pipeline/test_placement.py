@@ -1,4 +1,5 @@
-"""Where actors are placed on clusters of many shapes; whatever is placed fits, since Ray would wait for what does not."""
+"""Where actors are placed on clusters of many shapes; whatever is placed fits, since Ray would wait for what
+does not."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def model(folder: Path, size: int) -> ModelRef:
     return ModelRef(name=str(folder), location=str(folder), revision="files-0")
 
 
-def cluster(patch: pytest.MonkeyPatch, *, gpus: int = 0, cpus: int, cores: int, largest: int = 0, nodes: int = 1) -> None:
+def cluster(
+    patch: pytest.MonkeyPatch, *, gpus: int = 0, cpus: int, cores: int, largest: int = 0, nodes: int = 1
+) -> None:
     """Stands for a cluster of that shape."""
     patch.setattr(session, "gpus", lambda: gpus)
     patch.setattr(session, "cpus", lambda: cpus)
@@ -44,7 +47,9 @@ def captioners(model: ModelRef, rows: int = 10**6, captioner: str = "vllm", **se
 def test_a_small_model_has_a_process_on_each_core(monkeypatch: pytest.MonkeyPatch, small: ModelRef) -> None:
     cluster(monkeypatch, cpus=8, cores=2)
     assert captioners(small) == Placement(actors=2, gpus=0.0, cpus=1, decoders=2, crowded=True)
-    assert placement.encoders(EmbedConfig(store="-"), small, 10**6) == Placement(actors=2, gpus=0.0, cpus=1, crowded=True)
+    assert placement.encoders(EmbedConfig(store="-"), small, 10**6) == Placement(
+        actors=2, gpus=0.0, cpus=1, crowded=True
+    )
 
 
 def test_what_limits_processes_side_by_side(tmp_path: Path, small: ModelRef) -> None:
@@ -94,7 +99,9 @@ def test_models_decoders_and_writer_fit_beside_each_other(
             assert placed.decoders >= 1 and placed.cpus >= 1
 
 
-def test_on_several_nodes_a_model_fits_beside_its_share_of_the_decoders(monkeypatch: pytest.MonkeyPatch, small: ModelRef) -> None:
+def test_on_several_nodes_a_model_fits_beside_its_share_of_the_decoders(
+    monkeypatch: pytest.MonkeyPatch, small: ModelRef
+) -> None:
     cluster(monkeypatch, cpus=32, cores=16, largest=16, nodes=2)
     hub = ModelRef(name="a/b", location="a/b", revision="0" * 40)
     assert captioners(hub) == Placement(actors=1, gpus=0.0, cpus=8, decoders=16)
@@ -104,7 +111,10 @@ def test_on_several_nodes_a_model_fits_beside_its_share_of_the_decoders(monkeypa
 
 def test_what_cannot_be_placed_is_said(monkeypatch: pytest.MonkeyPatch, small: ModelRef) -> None:
     cluster(monkeypatch, gpus=2, cpus=3, cores=3)
-    with pytest.raises(ValueError, match=r"replicas=2: takes 2 of the cluster's 3 CPUs, and decoding and writing need 2 beside"):
+    with pytest.raises(
+        ValueError,
+        match=r"replicas=2: takes 2 of the cluster's 3 CPUs, and decoding and writing need 2 beside",
+    ):
         captioners(small)
     with pytest.raises(ValueError, match=r"replicas=3: the cluster has 2 GPUs"):
         captioners(small, replicas=3)

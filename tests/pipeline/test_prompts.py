@@ -38,7 +38,12 @@ def test_a_prompt_with_an_unknown_field_is_refused() -> None:
 
 def test_presets_fill_what_flags_leave_open() -> None:
     toy = CaptionConfig(store="s", caption_preset="scenes")
-    assert (toy.model, toy.caption_edge, toy.max_tokens, toy.context_length) == ("examples/scenes/captioner", 128, 64, 256)
+    assert (toy.model, toy.caption_edge, toy.max_tokens, toy.context_length) == (
+        "examples/scenes/captioner",
+        128,
+        64,
+        256,
+    )
     chosen = CaptionConfig(store="s", caption_preset="qwen2.5-vl-3b", max_tokens=7)
     assert (chosen.model, chosen.max_tokens, chosen.caption_edge) == ("Qwen/Qwen2.5-VL-3B-Instruct", 7, 448)
     assert EmbedConfig(store="s", encoder_preset="clip-vit-l14").pooling == "clip"
@@ -49,12 +54,16 @@ def test_presets_fill_what_flags_leave_open() -> None:
 
 
 def test_describe_holds_the_settings_of_its_three_stages_and_tells_all_their_faults() -> None:
-    whole = DescribeConfig(images="i", store="s", shard_rows=7, prompt="{label}?", caption_preset="scenes", encoder_batch=9)
+    whole = DescribeConfig(
+        images="i", store="s", shard_rows=7, prompt="{label}?", caption_preset="scenes", encoder_batch=9
+    )
     assert whole.part(SourceConfig).shard_rows == 7
     assert whole.part(CaptionConfig).prompt == "{label}?"
     assert whole.part(EmbedConfig).encoder_batch == 9
     with pytest.raises(ValueError) as error:
-        DescribeConfig(images="i", store="s", model="m", shard_rows=0, prompt="{x}", encoder_batch=0, max_failure_rate=3)
+        DescribeConfig(
+            images="i", store="s", model="m", shard_rows=0, prompt="{x}", encoder_batch=0, max_failure_rate=3
+        )
     assert len(str(error.value).splitlines()) == 4
 
 

@@ -24,11 +24,16 @@ def test_a_caption_is_a_caption(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "I'm sorry, but I can't help with that.", "I\N{RIGHT SINGLE QUOTATION MARK}m unable to view images.",
-        "As an AI language model, I have no eyes.", "I cannot assist with this request.", "No image was provided.",
-        "Please upload an image so that I can help.", "Unfortunately, I cannot see the picture.", "I don't see any picture.",
+        "I'm sorry, but I can't help with that.",
+        "I\N{RIGHT SINGLE QUOTATION MARK}m unable to view images.",
+        "As an AI language model, I have no eyes.",
+        "I cannot assist with this request.",
+        "No image was provided.",
+        "Please upload an image so that I can help.",
+        "Unfortunately, I cannot see the picture.",
+        "I don't see any picture.",
     ],
-)  # fmt: skip
+)
 def test_refusals(text: str) -> None:
     assert quality.refusal(text)
     assert (finish([text]).error or "").startswith("refusal: ")
@@ -37,10 +42,11 @@ def test_refusals(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "a red circle circle circle circle on a wall", "The dog runs. The dog runs. The dog runs. The dog runs.",
+        "a red circle circle circle circle on a wall",
+        "The dog runs. The dog runs. The dog runs. The dog runs.",
         " ".join(f"there is a {w} and there is" for w in ("cat", "dog") * 20),
     ],
-)  # fmt: skip
+)
 def test_loops(text: str) -> None:
     assert quality.repetition(text)
     assert finish([text]).flag == "repetition"

@@ -48,7 +48,9 @@ def test_a_refused_row_is_found_by_halving(bad: set[int]) -> None:
     assert {row for row, caption in enumerate(found) if caption.error} == bad
     assert all(found[row].error == f"refused by the engine: aspect ratio of {row}" for row in bad)
     assert len(engine.calls) <= 1 + 2 * len(bad) * math.log2(512)
-    assert sum(engine.calls) <= (1 + 2 * len(bad)) * 512, "each half is prepared anew, so it must not be the whole each time"
+    assert sum(engine.calls) <= (1 + 2 * len(bad)) * 512, (
+        "each half is prepared anew, so it must not be the whole each time"
+    )
 
 
 def test_no_rows_are_no_call() -> None:
@@ -77,14 +79,20 @@ print(json.dumps([calls, [caption.error for caption in found], [caption.error fo
 
 @pytest.mark.slow
 def test_a_prompt_too_long_for_the_real_engine_costs_its_own_row_and_few_calls() -> None:
-    done = subprocess.run([sys.executable, "-c", REFUSED], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     calls, errors, again = json.loads(done.stdout.splitlines()[-1])
     assert [row for row, error in enumerate(errors) if error] == [5] and "refused by the engine" in errors[5]
-    assert calls[:-1] == [32, 16, 8, 4, 4, 2, 1, 1, 2, 8, 16] and again == [None, None], "and the engine is well after it"
+    assert calls[:-1] == [32, 16, 8, 4, 4, 2, 1, 1, 2, 8, 16] and again == [None, None], (
+        "and the engine is well after it"
+    )
 
 
-def test_a_repository_without_safetensors_is_refused_before_anything_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_without_safetensors_is_refused_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from huggingface_hub import HfApi
 
     def holding(*files: str) -> None:
@@ -103,14 +111,19 @@ def test_code_beside_the_weights_is_never_run(tmp_path: Path) -> None:
     shutil.copytree(models.resolve(MINILM).location, folder)
     (folder / "theirs.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w').close()\n")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}}
+    config |= {
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="trust_remote_code"):
         TextEncoder(models.resolve(str(folder)), "mean")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("missing", [["--encoder", "./nowhere"], ["--model", "./nowhere"], ["--encoder", "package:no-such"]])
+@pytest.mark.parametrize(
+    "missing", [["--encoder", "./nowhere"], ["--model", "./nowhere"], ["--encoder", "package:no-such"]]
+)
 def test_describe_finds_its_models_before_it_starts(
     missing: list[str], picture_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -152,10 +165,16 @@ def test_minilm_comes_from_the_hub_where_its_package_is_not_installed(tmp_path: 
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", TWIN], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", TWIN], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     equal, record = json.loads(done.stdout)
-    assert equal and record["encoder"] == "sentence-transformers/all-MiniLM-L6-v2" and record["revision"] == commit
+    assert (
+        equal
+        and record["encoder"] == "sentence-transformers/all-MiniLM-L6-v2"
+        and record["revision"] == commit
+    )
     assert "is not installed; taking sentence-transformers/all-MiniLM-L6-v2 from the hub" in done.stderr
 
 

@@ -28,7 +28,15 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int], Any]]:
     """Ingests in this process; of captioning and embedding it keeps (verb, shards, chain's settings)."""
     seen: list[tuple[str, list[int], Any]] = []
 
-    def runs(verb: str, store: Store, stage: str, variant: str, items: list[dict[str, Any]], chain: Any, rate: float) -> None:
+    def runs(
+        verb: str,
+        store: Store,
+        stage: str,
+        variant: str,
+        items: list[dict[str, Any]],
+        chain: Any,
+        rate: float,
+    ) -> None:
         seen.append((verb, [item["shard"] for item in items], chain))
         for item in items if stage == "images" else ():
             ingest.IngestShard(store.uri)(pa.Table.from_pylist([item]))
@@ -39,7 +47,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int], Any]]:
     return seen
 
 
-def with_variants(store: Store, caption: CaptionVariant, embed: EmbedConfig, failed_shard: int) -> tuple[str, str]:
+def with_variants(
+    store: Store, caption: CaptionVariant, embed: EmbedConfig, failed_shard: int
+) -> tuple[str, str]:
     """Captions and vectors of all shards, of which the first row of one has failed."""
     server = {"server": "http://127.0.0.1:9/v1"} if caption.engine == "openai" else {}
     store.write_variant("captions", caption.name, {**caption.record(), "versions": server})
@@ -49,28 +59,56 @@ def with_variants(store: Store, caption: CaptionVariant, embed: EmbedConfig, fai
     for shard in range(store.dataset.shards):
         keys = store.read_shard("images", "", shard, ["id"])["id"].to_pylist()
         errors = ["not asked"] * (shard == failed_shard) + [None] * len(keys)
-        rows = [{"id": key, "caption": None if error else "a", "error": error} for key, error in zip(keys, errors, strict=False)]
-        store.write_shard("captions", caption.name, shard, pa.Table.from_pylist(rows, schema=CAPTIONS), seconds=0)
-        made = [{"id": row["id"], "error": row["error"], "embedding": [1, 0], "tokens": 1, "truncated": False} for row in rows]
+        rows = [
+            {"id": key, "caption": None if error else "a", "error": error}
+            for key, error in zip(keys, errors, strict=False)
+        ]
+        store.write_shard(
+            "captions", caption.name, shard, pa.Table.from_pylist(rows, schema=CAPTIONS), seconds=0
+        )
+        made = [
+            {"id": row["id"], "error": row["error"], "embedding": [1, 0], "tokens": 1, "truncated": False}
+            for row in rows
+        ]
         store.write_shard("embeddings", vectors.name, shard, embeddings_table(made, 2), seconds=0)
     return caption.name, vectors.name
 
 
 def test_retry_takes_what_decides_from_the_record_and_the_rest_from_its_flags(
-    here: list[tuple[str, list[int], Any]], make_store: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: list[tuple[str, list[int], Any]],
+    make_store: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The way to embed long captions came back as the default, and rows left out for want of budget were asked without one."""
+    """The way to embed long captions came back as the default, and rows left out for want of budget were
+    asked without one."""
     store = Store(str(make_store(tmp_path / "store")))
-    settings = CaptionConfig(store="-", captioner="openai", caption_edge=99, max_tokens=9, temperature=0.5, captions_per_image=2)
+    settings = CaptionConfig(
+        store="-", captioner="openai", caption_edge=99, max_tokens=9, temperature=0.5, captions_per_image=2
+    )
     asked = CaptionVariant.of(settings, models.ModelRef(name="tiny", location="-", revision="served"))
     captions, _ = with_variants(store, asked, EmbedConfig(store="-", long_captions="split"), failed_shard=2)
     monkeypatch.setattr("pipeline.captioners.openai.models_of", lambda address: ["tiny", address])
     elsewhere = "http://127.0.0.1:10/v1"
-    run.retry(RetryConfig(store=store.uri, budget_tokens=500, base_url=elsewhere, replicas=3, http_retries=1, encoder_batch=7))
+    run.retry(
+        RetryConfig(
+            store=store.uri,
+            budget_tokens=500,
+            base_url=elsewhere,
+            replicas=3,
+            http_retries=1,
+            encoder_batch=7,
+        )
+    )
     (verb, todo, config), (_, todo_vectors, embed) = here
     assert (verb, todo, todo_vectors) == ("retry", [2], [2])
     assert CaptionVariant.of(config, models.ModelRef(name="tiny", location="-", revision="served")) == asked
-    assert (config.budget_tokens, config.base_url, config.replicas, config.http_retries) == (500, elsewhere, 3, 1)
+    assert (config.budget_tokens, config.base_url, config.replicas, config.http_retries) == (
+        500,
+        elsewhere,
+        3,
+        1,
+    )
     assert (embed.long_captions, embed.captions, embed.encoder_batch) == ("split", captions, 7)
     here.clear()
     run.retry(RetryConfig(store=store.uri))
@@ -78,7 +116,10 @@ def test_retry_takes_what_decides_from_the_record_and_the_rest_from_its_flags(
 
 
 def test_retry_finds_every_model_before_it_starts(
-    here: list[tuple[str, list[int], Any]], make_store: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    here: list[tuple[str, list[int], Any]],
+    make_store: Folder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     store = Store(str(make_store(tmp_path / "store")))
     folder = tmp_path / "encoder"
@@ -130,18 +171,26 @@ def test_retry_raises_the_limits_on_record(
         "max_bytes": 2**30,
         "ingested_with": {"max_pixels": 700, "max_bytes": before.source["max_bytes"]},
     }
-    assert after.source == before.source | raised and after.splits == before.splits, "what every reader goes by, and what was"
+    assert after.source == before.source | raised and after.splits == before.splits, (
+        "what every reader goes by, and what was"
+    )
     steps = PreparePictures(CaptionConfig(store=source.store, caption_preset="scenes"), "any")
     made = steps(pa.table({"shard": [0], "redo": [False]}))["pictures"][0].as_py()
     assert [row["error"] for row in made] == [None] * 6, "later stages see them too"
-    with pytest.raises(ValueError, match="max_pixels=700: the store was made with 10000, and can only be given more"):
+    with pytest.raises(
+        ValueError, match="max_pixels=700: the store was made with 10000, and can only be given more"
+    ):
         run.retry(RetryConfig(store=source.store, max_pixels=700))
 
 
-def test_raising_nothing_writes_nothing(here: list[tuple[str, list[int], Any]], picture_folder: Folder, tmp_path: Path) -> None:
+def test_raising_nothing_writes_nothing(
+    here: list[tuple[str, list[int], Any]], picture_folder: Folder, tmp_path: Path
+) -> None:
     source = SourceConfig(images=str(picture_folder({"a": 2})), store=str(tmp_path / "store"))
     run.ingest(source)
     path = tmp_path / "store" / "dataset.json"
     written = path.stat().st_mtime_ns
     run.retry(RetryConfig(store=source.store, max_pixels=source.max_pixels))
-    assert path.stat().st_mtime_ns == written and "ingested_with" not in json.loads(path.read_text())["source"]
+    assert (
+        path.stat().st_mtime_ns == written and "ingested_with" not in json.loads(path.read_text())["source"]
+    )

@@ -1,4 +1,5 @@
-"""The verbs end to end with the real engine and encoder: twice, killed half way, with bad pictures, retried."""
+"""The verbs end to end with the real engine and encoder: twice, killed half way, with bad pictures,
+retried."""
 
 from __future__ import annotations
 
@@ -25,8 +26,12 @@ DESCRIBE, CAPTION = ([verb, "--caption-preset", "scenes"] for verb in ("describe
 
 def files(store: Path, *, receipts: bool = False) -> dict[str, bytes]:
     """Every file of a store by name; receipts hold seconds, so they are left out unless asked for."""
-    found = {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
-    found = {name: data for name, data in found.items() if not name.endswith(lock.FILE)}  # which says who was there last
+    found = {
+        str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()
+    }
+    found = {
+        name: data for name, data in found.items() if not name.endswith(lock.FILE)
+    }  # which says who was there last
     return {name: data for name, data in found.items() if receipts or "/receipts/" not in name}
 
 
@@ -39,14 +44,20 @@ def test_describe_fills_every_row_of_every_stage(described: Path) -> None:
         table = store.read_shard("captions", captions, shard)
         assert table["error"].null_count == len(table)
         assert min(len(text.split()) for text in table["caption"].to_pylist()) >= 5
-        assert min(table["prompt_tokens"].to_pylist()) > 64, "the picture's patches are among the prompt's tokens"
-        vectors = np.array(store.read_shard("embeddings", embeddings, shard)["embedding"].to_pylist(), dtype=np.float32)
+        assert min(table["prompt_tokens"].to_pylist()) > 64, (
+            "the picture's patches are among the prompt's tokens"
+        )
+        vectors = np.array(
+            store.read_shard("embeddings", embeddings, shard)["embedding"].to_pylist(), dtype=np.float32
+        )
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)
     assert store.variant("captions", captions)["engine"] == "vllm"
     assert store.variant("embeddings", embeddings)["captions"] == captions
 
 
-def test_describe_again_does_no_work(described: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_again_does_no_work(
+    described: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in described.rglob("*") if path.is_file()}
     start = time.monotonic()
     assert main([*DESCRIBE, "--images", str(scenes), "--store", str(described), "--shard-rows", "64"]) == 0
@@ -57,7 +68,10 @@ def test_describe_again_does_no_work(described: Path, scenes: Path, capsys: pyte
 
 def test_another_prompt_is_another_variant_and_leaves_the_first_alone(described: Path, scenes: Path) -> None:
     before = files(described, receipts=True)
-    assert main([*CAPTION, "--store", str(described), "--prompt", "Describe this image of {label} in detail."]) == 0
+    assert (
+        main([*CAPTION, "--store", str(described), "--prompt", "Describe this image of {label} in detail."])
+        == 0
+    )
     store = Store(str(described))
     names = store.variants("captions")
     assert len(names) == 2
@@ -75,7 +89,18 @@ def test_killed_half_way_and_started_again_gives_the_files_of_an_uninterrupted_r
     described: Path, scenes: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    command = [sys.executable, "-m", "pipeline", *DESCRIBE, "--images", str(scenes), "--store", str(store), "--shard-rows", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        *DESCRIBE,
+        "--images",
+        str(scenes),
+        "--store",
+        str(store),
+        "--shard-rows",
+        "64",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -102,7 +127,17 @@ def test_bad_pictures_are_rows_with_errors_and_retry_redoes_only_those(
     (images / "train/a/001.jpg").write_bytes(b"")
     (images / "train/b/002.jpg").write_bytes(good[: len(good) // 2])
     store = tmp_path / "store"
-    describe = [*DESCRIBE, "--images", str(images), "--store", str(store), "--shard-rows", "5", "--captioner", "transformers"]
+    describe = [
+        *DESCRIBE,
+        "--images",
+        str(images),
+        "--store",
+        str(store),
+        "--shard-rows",
+        "5",
+        "--captioner",
+        "transformers",
+    ]
 
     assert main(describe) == 3, "two of twelve failed, one percent allowed"
     told = capsys.readouterr().err
@@ -126,15 +161,21 @@ def test_bad_pictures_are_rows_with_errors_and_retry_redoes_only_those(
     assert [key for key, _ in opened.errors("embeddings", variant)] == ["train/b/002.jpg"]
     after = files(store)
     mended = next(
-        s for s in range(opened.dataset.shards) if "train/a/001.jpg" in opened.read_shard("images", "", s)["id"].to_pylist()
+        s
+        for s in range(opened.dataset.shards)
+        if "train/a/001.jpg" in opened.read_shard("images", "", s)["id"].to_pylist()
     )
     still = next(
-        s for s in range(opened.dataset.shards) if "train/b/002.jpg" in opened.read_shard("images", "", s)["id"].to_pylist()
+        s
+        for s in range(opened.dataset.shards)
+        if "train/b/002.jpg" in opened.read_shard("images", "", s)["id"].to_pylist()
     )
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {name for name in before if name.endswith(f"part-{mended:05}.parquet")}
     old, new = (pq.read_table(io).to_pylist() for io in _captions(before, after, mended))
-    assert [row for row in new if row["id"] != "train/a/001.jpg"] == [row for row in old if row["id"] != "train/a/001.jpg"]
+    assert [row for row in new if row["id"] != "train/a/001.jpg"] == [
+        row for row in old if row["id"] != "train/a/001.jpg"
+    ]
     captions = opened.only_variant("captions")
     assert opened.receipt("captions", captions, mended).attempt == 2
     assert opened.receipt("captions", captions, still).attempt == 2, "tried again, in vain"
@@ -143,7 +184,9 @@ def test_bad_pictures_are_rows_with_errors_and_retry_redoes_only_those(
 def _captions(before: dict[str, bytes], after: dict[str, bytes], shard: int) -> list[object]:
     import pyarrow as pa
 
-    name = next(name for name in before if name.startswith("captions/") and name.endswith(f"part-{shard:05}.parquet"))
+    name = next(
+        name for name in before if name.startswith("captions/") and name.endswith(f"part-{shard:05}.parquet")
+    )
     return [pa.BufferReader(content[name]) for content in (before, after)]
 
 
@@ -158,7 +201,9 @@ def test_a_source_that_changed_is_refused(ray_session: None, picture_folder: Fol
     assert files(store, receipts=True) == before
 
 
-def test_a_missing_model_starts_nothing_and_keeps_the_store(described: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_starts_nothing_and_keeps_the_store(
+    described: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = files(described, receipts=True)
     assert main(["caption", "--store", str(described), "--model", "nowhere/at-all"]) == 2
     assert "nowhere/at-all" in capsys.readouterr().err

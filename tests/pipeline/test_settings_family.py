@@ -1,4 +1,5 @@
-"""Each setting of the pipeline is declared: it decides what is stored, or it is free. A new one without a word fails here."""
+"""Each setting of the pipeline is declared: it decides what is stored, or it is free. A new one without a
+word fails here."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ EMBED = {
     "pooling": "cls",
     "long_captions": "split",
 }
-# Of how a stage runs: nothing of it may reach a variant. Batches and placement change results by rounding at most.
+# Of how a stage runs: nothing of it may reach a variant. Batches and placement change results by rounding at
+# most.
 CAPTION_FREE = {
     "store": "other",
     "replicas": 2,
@@ -107,7 +109,12 @@ def names(kind: type[Any]) -> set[str]:
 
 
 def caption_name(**settings: Any) -> str:
-    base: dict[str, Any] = {"store": "s", "caption_preset": "qwen3-vl-4b", "temperature": 0.7, "captions_per_image": 2}
+    base: dict[str, Any] = {
+        "store": "s",
+        "caption_preset": "qwen3-vl-4b",
+        "temperature": 0.7,
+        "captions_per_image": 2,
+    }
     config = CaptionConfig(**{**base, **settings})
     return CaptionVariant.of(config, model_ref(config.model, config.model_revision)).name
 
@@ -163,11 +170,19 @@ def test_variants_keep_the_names_that_stores_have() -> None:
     shipped = ModelRef(name="examples/scenes/captioner", location="-", revision="files-0123456789abcdef")
     qwen = ModelRef(name="Qwen/Qwen2.5-VL-3B-Instruct", location="-", revision="c" * 40)
     served = ModelRef(name="tiny", location="-", revision="served")
-    sampled = {"prompt": "Describe a {label}.", "temperature": 0.7, "captions_per_image": 3, "top_p": 0.9, "seed": 4}
+    sampled = {
+        "prompt": "Describe a {label}.",
+        "temperature": 0.7,
+        "captions_per_image": 3,
+        "top_p": 0.9,
+        "seed": 4,
+    }
     found = [
         CaptionVariant.of(CaptionConfig(store="s", caption_preset="scenes"), shipped),
         CaptionVariant.of(CaptionConfig(store="s", caption_preset="qwen2.5-vl-3b", **sampled), qwen),  # type: ignore[arg-type]
-        CaptionVariant.of(CaptionConfig(store="s", caption_preset="qwen3-vl-4b", captioner="openai", max_tokens=7), served),
+        CaptionVariant.of(
+            CaptionConfig(store="s", caption_preset="qwen3-vl-4b", captioner="openai", max_tokens=7), served
+        ),
     ]
     assert [variant.name for variant in found] == [
         "vllm-captioner-9220c325c1",
@@ -183,7 +198,9 @@ def test_variants_keep_the_names_that_stores_have() -> None:
 
 
 def test_a_variant_comes_back_from_its_record_and_from_the_settings_made_of_it() -> None:
-    config = CaptionConfig(store="s", caption_preset="qwen3-vl-4b", temperature=0.7, captions_per_image=2, seed=3)
+    config = CaptionConfig(
+        store="s", caption_preset="qwen3-vl-4b", temperature=0.7, captions_per_image=2, seed=3
+    )
     made = CaptionVariant.of(config, model_ref(config.model, ""))
     assert CaptionVariant.recorded({**made.record(), "versions": {"vllm": "1"}}) == made
     retried = made.config(RetryConfig(store="s", budget_tokens=9, base_url="http://elsewhere/v1"))
@@ -201,11 +218,22 @@ def test_what_a_store_is_cut_from_is_on_record(name: str, picture_folder: Any, t
     images = picture_folder({"train/a": 6, "train/b": 6})
     moved = picture_folder({"train/a": 6, "train/b": 6}, name="moved")
     (tmp_path / "names.txt").write_text("an ant\na bee\n")
-    listed = [f'{{"path": "train/{label}/{k:03}.jpg", "label": "{label}"}}\n' for label in "ab" for k in range(6)]
+    listed = [
+        f'{{"path": "train/{label}/{k:03}.jpg", "label": "{label}"}}\n' for label in "ab" for k in range(6)
+    ]
     (images / "list.jsonl").write_text("".join(listed))
-    values = SOURCE | {"images": str(moved), "class_names": str(tmp_path / "names.txt"), "store": "x", "max_failure_rate": 0.5}
+    values = SOURCE | {
+        "images": str(moved),
+        "class_names": str(tmp_path / "names.txt"),
+        "store": "x",
+        "max_failure_rate": 0.5,
+    }
     base = SourceConfig(images=str(images), store="s")
-    changed = {name: values[name]} if name != "source_kind" else {"source_kind": "jsonl", "images": str(images / "list.jsonl")}
+    changed = (
+        {name: values[name]}
+        if name != "source_kind"
+        else {"source_kind": "jsonl", "images": str(images / "list.jsonl")}
+    )
     before, after = plan.make_plan(base).dataset, plan.make_plan(replace(base, **changed)).dataset
     assert (before != after) == (name in SOURCE)
 
@@ -229,12 +257,16 @@ def test_an_import_for_training_keeps_the_name_that_stores_have(make_store: Any,
     (tmp_path / "c.jsonl").write_bytes(content)
     store = make_store(tmp_path / "store")
     made = import_captions.import_captions(
-        ImportConfig(file=str(tmp_path / "c.jsonl"), store=str(store), max_failure_rate=1, ignore_unknown=True)
+        ImportConfig(
+            file=str(tmp_path / "c.jsonl"), store=str(store), max_failure_rate=1, ignore_unknown=True
+        )
     )
     assert (
         made
         == "imported-c-"
         + hashlib.sha256(
-            b'{"engine": "imported", "file": "c.jsonl", "sha256": "' + hashlib.sha256(content).hexdigest().encode() + b'"}'
+            b'{"engine": "imported", "file": "c.jsonl", "sha256": "'
+            + hashlib.sha256(content).hexdigest().encode()
+            + b'"}'
         ).hexdigest()[:10]
     )

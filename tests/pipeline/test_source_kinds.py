@@ -1,4 +1,5 @@
-"""Tars, Parquet files, lists and image folders give the same rows, from a disk, from S3 and from Google's storage."""
+"""Tars, Parquet files, lists and image folders give the same rows, from a disk, from S3 and from Google's
+storage."""
 
 from __future__ import annotations
 
@@ -62,10 +63,13 @@ def as_tars(pictures: Pictures, root: Path) -> str:
 
 
 def as_parquet(pictures: Pictures, root: Path) -> str:
-    """As Hugging Face's data sets write them: a struct of bytes and path, ClassLabel names in the metadata."""
+    """As Hugging Face's data sets write them: a struct of bytes and path, ClassLabel names in the
+    metadata."""
     root.mkdir(parents=True, exist_ok=True)
     labels = ["cat", "dog", "hen"]
-    info = {"info": {"features": {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": labels}}}}
+    info = {
+        "info": {"features": {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": labels}}}
+    }
     for split in ("train", "val"):
         names = [name for name in pictures if name.startswith(split)]
         images = [{"bytes": pictures[name], "path": name.rsplit("/", 1)[1]} for name in names]
@@ -80,27 +84,39 @@ def as_parquet(pictures: Pictures, root: Path) -> str:
 
 def as_jsonl(pictures: Pictures, root: Path) -> str:
     as_folder(pictures, root)
-    rows = [{"path": n, "label": n.split("/")[1], "split": n.split("/")[0], "bytes": len(d)} for n, d in pictures.items()]
+    rows = [
+        {"path": n, "label": n.split("/")[1], "split": n.split("/")[0], "bytes": len(d)}
+        for n, d in pictures.items()
+    ]
     (root / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(root / "list.jsonl")
 
 
 WRITERS: dict[str, Callable[[Pictures, Path], str]] = {
-    "folder": as_folder, "webdataset": as_tars, "parquet": as_parquet, "jsonl": as_jsonl,
-}  # fmt: skip
+    "folder": as_folder,
+    "webdataset": as_tars,
+    "parquet": as_parquet,
+    "jsonl": as_jsonl,
+}
 
 
 def upload(folder: str, uri: str) -> str:
     filesystem, root = locations.resolve(uri)
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file():
-            with filesystem.open_output_stream(f"{root}/{path.relative_to(folder)}", compression=None) as stream:
+            with filesystem.open_output_stream(
+                f"{root}/{path.relative_to(folder)}", compression=None
+            ) as stream:
                 stream.write(path.read_bytes())
     return uri
 
 
 def rows_of(store: Store) -> list[dict[str, Any]]:
-    return [row for shard in range(store.dataset.shards) for row in store.read_shard("images", "", shard).to_pylist()]
+    return [
+        row
+        for shard in range(store.dataset.shards)
+        for row in store.read_shard("images", "", shard).to_pylist()
+    ]
 
 
 def check(store: Store, pictures: Pictures) -> None:
@@ -111,14 +127,23 @@ def check(store: Store, pictures: Pictures) -> None:
     expected = {(d, n.split("/")[0], n.split("/")[1]) for n, d in pictures.items() if "broken" not in n}
     good = [row for row in rows if row["error"] is None]
     found = {
-        (store.picture(r["image"], r["uri"], r["content_hash"]), r["split"], store.dataset.classes[r["label"]]) for r in good
+        (
+            store.picture(r["image"], r["uri"], r["content_hash"]),
+            r["split"],
+            store.dataset.classes[r["label"]],
+        )
+        for r in good
     }
     assert found == expected
-    assert [("damaged" in row["error"], row["split"]) for row in rows if row["error"] is not None] == [(True, "train")]
+    assert [("damaged" in row["error"], row["split"]) for row in rows if row["error"] is not None] == [
+        (True, "train")
+    ]
     for name, split in store.dataset.splits.items():
         shards = range(split.first_shard, split.first_shard + split.num_shards)
         assert sum(len(store.read_shard("images", "", shard)) for shard in shards) == split.rows
-        assert {row["split"] for shard in shards for row in store.read_shard("images", "", shard).to_pylist()} == {name}
+        assert {
+            row["split"] for shard in shards for row in store.read_shard("images", "", shard).to_pylist()
+        } == {name}
 
 
 @pytest.mark.slow
@@ -174,11 +199,15 @@ def test_large_pictures_are_shrunk_before_they_are_packed(tmp_path: Path, ray_se
     assert (rows["a/large.png"]["width"], rows["a/large.png"]["height"]) == (100, 50)
     stored = Image.open(io.BytesIO(rows["a/large.png"]["image"]))
     assert (stored.format, stored.size) == ("JPEG", (100, 50))
-    assert rows["a/small.png"]["image"] == (tmp_path / "in" / "a" / "small.png").read_bytes(), "small ones stay as they are"
+    assert rows["a/small.png"]["image"] == (tmp_path / "in" / "a" / "small.png").read_bytes(), (
+        "small ones stay as they are"
+    )
 
 
 @pytest.mark.slow
-def test_retry_reads_a_mended_picture_at_its_place(pictures: Pictures, tmp_path: Path, ray_session: None) -> None:
+def test_retry_reads_a_mended_picture_at_its_place(
+    pictures: Pictures, tmp_path: Path, ray_session: None
+) -> None:
     images = as_folder(pictures, tmp_path / "in")
     store = str(tmp_path / "store")
     run.ingest(SourceConfig(images=images, store=store, shard_rows=5, max_failure_rate=0.1))
@@ -192,12 +221,19 @@ def test_a_dry_run_takes_a_share_of_each_split(pictures: Pictures, tmp_path: Pat
     few = plan(SourceConfig(images=images, store="unused", limit=9))
     whole = plan(SourceConfig(images=images, store="unused"))
     assert {name: split.rows for name, split in few.dataset.splits.items()} == {"train": 6, "val": 2}
-    assert {row.id for shard in few.shards for row in shard} <= {row.id for shard in whole.shards for row in shard}
+    assert {row.id for shard in few.shards for row in shard} <= {
+        row.id for shard in whole.shards for row in shard
+    }
     assert few.dataset.classes == whole.dataset.classes
 
 
 @pytest.mark.parametrize(
-    "text", ["Katze\nHund\nHenne\n", "dog\tHund\ncat\tKatze\nhen\tHenne\n", '{"cat": "Katze", "dog": "Hund", "hen": "Henne"}']
+    "text",
+    [
+        "Katze\nHund\nHenne\n",
+        "dog\tHund\ncat\tKatze\nhen\tHenne\n",
+        '{"cat": "Katze", "dog": "Hund", "hen": "Henne"}',
+    ],
 )
 def test_class_names_come_from_a_file(text: str, pictures: Pictures, tmp_path: Path) -> None:
     (tmp_path / "names").write_text(text)
@@ -209,7 +245,13 @@ def test_class_names_come_from_a_file(text: str, pictures: Pictures, tmp_path: P
 def test_class_names_of_other_classes_are_refused(pictures: Pictures, tmp_path: Path) -> None:
     (tmp_path / "names").write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=r"2 lines for 3 classes \(cat, dog, hen"):
-        plan(SourceConfig(images=as_folder(pictures, tmp_path / "in"), store="unused", class_names=str(tmp_path / "names")))
+        plan(
+            SourceConfig(
+                images=as_folder(pictures, tmp_path / "in"),
+                store="unused",
+                class_names=str(tmp_path / "names"),
+            )
+        )
 
 
 def test_numbered_labels_are_classes_in_the_order_of_numbers(tmp_path: Path) -> None:
@@ -224,13 +266,18 @@ def test_numbered_labels_are_classes_in_the_order_of_numbers(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: expected a JSON object"), ('{"label": "x"}', "line 2: expected a JSON object"),
-        ('{"path": "a.jpg", "label": "x"}', "a.jpg is there twice"), ('{"path": "b.jpg"}', "no label: give it one"),
+        ("{", "line 2: expected a JSON object"),
+        ('{"label": "x"}', "line 2: expected a JSON object"),
+        ('{"path": "a.jpg", "label": "x"}', "a.jpg is there twice"),
+        ('{"path": "b.jpg"}', "no label: give it one"),
         ('{"path": "b.jpg", "label": ""}', "no label: give it one"),
         ('{"path": "b.jpg", "label": ["x"]}', "a label must be a text or a number, not list"),
-        ('{"path": "b.jpg", "label": "x", "split": "holdout"}', "split 'holdout' is none of train, val and test"),
+        (
+            '{"path": "b.jpg", "label": "x", "split": "holdout"}',
+            "split 'holdout' is none of train, val and test",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_bad_line_is_a_row_with_an_error_and_too_many_are_refused_before_anything_starts(
     line: str, message: str, tmp_path: Path
 ) -> None:
@@ -271,7 +318,9 @@ def test_a_member_of_a_tar_never_becomes_a_path(tmp_path: Path) -> None:
     assert row.place == f"train.tar#512-{10}"
 
 
-@pytest.mark.parametrize("path", ["/etc/hostname", "../outside.jpg", "s3://bucket/key.jpg", "http://127.0.0.1/x.jpg"])
+@pytest.mark.parametrize(
+    "path", ["/etc/hostname", "../outside.jpg", "s3://bucket/key.jpg", "http://127.0.0.1/x.jpg"]
+)
 def test_a_parquet_row_cannot_name_a_file_outside_the_source(path: str, tmp_path: Path) -> None:
     (tmp_path / "outside.jpg").write_bytes(b"x")
     (tmp_path / "in").mkdir()

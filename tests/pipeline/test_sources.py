@@ -38,15 +38,20 @@ def test_splits_come_from_folders_and_shards_never_cross_them(picture_folder: Fo
     images = picture_folder({"train/a": 5, "train/b": 4, "validation/a": 3, "test/b": 2})
     found = plan(config(images, shard_rows=4))
     assert {name: (s.rows, s.first_shard, s.num_shards) for name, s in found.dataset.splits.items()} == {
-        "train": (9, 0, 3), "val": (3, 3, 1), "test": (2, 4, 1),
-    }  # fmt: skip
+        "train": (9, 0, 3),
+        "val": (3, 3, 1),
+        "test": (2, 4, 1),
+    }
     assert all(len({entry.split for entry in shard}) == 1 for shard in found.shards)
     assert sorted(entry.id for shard in found.shards for entry in shard)[0] == "test/b/000.jpg"
 
 
 def test_a_hashed_val_fraction_depends_on_names_alone(picture_folder: Folder) -> None:
     images = picture_folder({"a": 100, "b": 100})
-    first, second = plan(config(images, val_fraction=0.25)), plan(config(images, val_fraction=0.25, shard_rows=7))
+    first, second = (
+        plan(config(images, val_fraction=0.25)),
+        plan(config(images, val_fraction=0.25, shard_rows=7)),
+    )
     assert 30 <= first.dataset.splits["val"].rows <= 70
 
     def val(found: object) -> set[str]:
@@ -60,13 +65,18 @@ def test_bytes_limit_a_shard_too(picture_folder: Folder) -> None:
     sizes = [path.stat().st_size for path in images.rglob("*.jpg")]
     found = plan(config(images, shard_bytes=2 * max(sizes)))
     assert len(found.shards) >= 3
-    assert all(sum((images / row.id).stat().st_size for row in shard) <= 2 * max(sizes) for shard in found.shards)
+    assert all(
+        sum((images / row.id).stat().st_size for row in shard) <= 2 * max(sizes) for shard in found.shards
+    )
 
 
 def test_unicode_names_and_nested_folders_keep_their_names(picture_folder: Folder) -> None:
     images = picture_folder({"train/größe ✓/innen": 1, "train/日本": 1})
     found = plan(config(images))
-    assert {entry.id for shard in found.shards for entry in shard} == {"train/größe ✓/innen/000.jpg", "train/日本/000.jpg"}
+    assert {entry.id for shard in found.shards for entry in shard} == {
+        "train/größe ✓/innen/000.jpg",
+        "train/日本/000.jpg",
+    }
     assert found.dataset.classes == ["größe ✓", "日本"]
 
 

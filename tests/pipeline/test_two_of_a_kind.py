@@ -1,4 +1,5 @@
-"""A second ingest, a second run, settings that changed in between: refused with the reason, or right; no row lost or doubled."""
+"""A second ingest, a second run, settings that changed in between: refused with the reason, or right; no row
+lost or doubled."""
 
 from __future__ import annotations
 
@@ -48,11 +49,15 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_an_ingest_does_not_go_on_with_settings_that_make_other_rows(name: str, picture_folder: Folder, tmp_path: Path) -> None:
+def test_an_ingest_does_not_go_on_with_settings_that_make_other_rows(
+    name: str, picture_folder: Folder, tmp_path: Path
+) -> None:
     images = picture_folder({"dog": 30, "cat": 16})
     (tmp_path / "names").write_text("Katze\nHund\n")
     picture_folder({"dog": 30, "cat": 16}, "elsewhere")
-    lines = [{"path": str(p.relative_to(images)), "label": p.parent.name} for p in sorted(images.rglob("*.jpg"))]
+    lines = [
+        {"path": str(p.relative_to(images)), "label": p.parent.name} for p in sorted(images.rglob("*.jpg"))
+    ]
     (images / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = SourceConfig(images=str(images), store=str(tmp_path / "store"), shard_rows=10)
     plan = make_plan(config)
@@ -63,7 +68,9 @@ def test_an_ingest_does_not_go_on_with_settings_that_make_other_rows(name: str, 
     if name == "source_kind":
         changed["images"] = str(images / "list.jsonl")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=re.escape(f"store={config.store}: was begun with other pictures or settings")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"store={config.store}: was begun with other pictures or settings")
+    ):
         run.ingest(dataclasses.replace(config, **changed))
     assert sorted(tmp_path.rglob("*")) == before, "nothing was written"
 
@@ -81,12 +88,16 @@ def test_settings_that_make_the_same_rows_may_change(picture_folder: Folder, tmp
     images = picture_folder({"train/dog": 5, "val/dog": 5})
     config = SourceConfig(images=str(images), store=str(tmp_path / "store"))
     plan = make_plan(config)
-    free = dataclasses.replace(config, shard_rows=400, shard_bytes=10**6, val_fraction=0.3, max_failure_rate=0.5)
+    free = dataclasses.replace(
+        config, shard_rows=400, shard_bytes=10**6, val_fraction=0.3, max_failure_rate=0.5
+    )
     assert differences(plan.dataset, make_plan(free).dataset) == []
 
 
 def test_a_store_that_an_earlier_release_began_goes_on(picture_folder: Folder, tmp_path: Path) -> None:
-    config = SourceConfig(images=str(picture_folder({"dog": 30})), store=str(tmp_path / "store"), shard_rows=10)
+    config = SourceConfig(
+        images=str(picture_folder({"dog": 30})), store=str(tmp_path / "store"), shard_rows=10
+    )
     now = make_plan(config).dataset
     source = {name: value for name, value in now.source.items() if name != "cut"}
     assert differences(dataclasses.replace(now, source=source), now) == []
@@ -106,7 +117,9 @@ def begin(uri: str, rows: int, barrier: Any, results: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["disk", "s3"])
-def test_of_ingests_that_begin_one_store_at_the_same_time_at_most_one_wins(where: str, tmp_path: Path, bucket: str) -> None:
+def test_of_ingests_that_begin_one_store_at_the_same_time_at_most_one_wins(
+    where: str, tmp_path: Path, bucket: str
+) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         results, barrier = manager.Queue(), manager.Barrier(6)
@@ -124,7 +137,10 @@ def test_of_ingests_that_begin_one_store_at_the_same_time_at_most_one_wins(where
 
 
 def caption_rows(texts: list[str]) -> pa.Table:
-    rows = [{"row": n, "id": f"k{n}", **dict.fromkeys(CAPTIONS.names[1:]), "caption": text} for n, text in enumerate(texts)]
+    rows = [
+        {"row": n, "id": f"k{n}", **dict.fromkeys(CAPTIONS.names[1:]), "caption": text}
+        for n, text in enumerate(texts)
+    ]
     return pa.table({"shard": [0], "redo": [False], "captions": [rows], "seconds": [1.0], "note": [""]})
 
 
@@ -139,7 +155,9 @@ def test_captions_of_the_first_run_to_finish_a_shard_stay(tmp_path: Path, make_s
     assert set(store.read_shard("captions", "two", 0)["caption"].to_pylist()) == {"first"}
 
 
-def test_vectors_of_captions_that_were_written_anew_are_made_again(tmp_path: Path, make_store: Folder) -> None:
+def test_vectors_of_captions_that_were_written_anew_are_made_again(
+    tmp_path: Path, make_store: Folder
+) -> None:
     from pipeline.config import EmbedConfig
     from pipeline.encoders import models
     from pipeline.stages.embed import EmbedCaptions
@@ -147,7 +165,9 @@ def test_vectors_of_captions_that_were_written_anew_are_made_again(tmp_path: Pat
     store = Store(str(make_store(tmp_path / "store")))
     config = EmbedConfig(store=store.uri, captions="test")
     embed = EmbedCaptions(config, models.resolve(config.encoder), "test", "vectors")
-    store.write_variant("embeddings", "vectors", {"captions": "test", "encoder": config.encoder, "versions": {}})
+    store.write_variant(
+        "embeddings", "vectors", {"captions": "test", "encoder": config.encoder, "versions": {}}
+    )
     for shard in range(store.dataset.shards):
         embed(pa.table({"shard": [shard], "redo": [False]}))
     assert store.outdated("vectors", "test") == []
@@ -164,10 +184,14 @@ def test_vectors_of_captions_that_were_written_anew_are_made_again(tmp_path: Pat
     store.write_shard("captions", "test", 1, table, seconds=0)
     embed(pa.table({"shard": [1], "redo": [True]}))
     assert store.outdated("vectors", "test") == []
-    assert np.array_equal(store.read_shard("embeddings", "vectors", 1)["embedding"].to_pylist(), before["embedding"].to_pylist())
+    assert np.array_equal(
+        store.read_shard("embeddings", "vectors", 1)["embedding"].to_pylist(), before["embedding"].to_pylist()
+    )
 
 
-def test_a_damaged_file_is_found_by_its_receipt(tmp_path: Path, make_store: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_found_by_its_receipt(
+    tmp_path: Path, make_store: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
     from pipeline.__main__ import main
 
     folder = make_store(tmp_path / "store")
@@ -183,7 +207,9 @@ def test_a_damaged_file_is_found_by_its_receipt(tmp_path: Path, make_store: Fold
     assert found.keys() == {1, 2} and found[2] == "the file is gone"
     assert main(["status", "--store", str(folder), "--verify"]) == 1
     said = capsys.readouterr().out
-    assert "captions/test/part-00001.parquet" in said and "delete captions/test/receipts/part-00002.json" in said
+    assert (
+        "captions/test/part-00001.parquet" in said and "delete captions/test/receipts/part-00002.json" in said
+    )
 
 
 def test_a_second_driver_of_a_stage_is_refused_while_the_first_is_at_work(

@@ -1,4 +1,5 @@
-"""A picture that kills the engine is found by halving; out of memory brings a smaller engine; deaths by chance change nothing."""
+"""A picture that kills the engine is found by halving; out of memory brings a smaller engine; deaths by
+chance change nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from pipeline.captioners.transformers import TransformersCaptioner
 from pipeline.config import CaptionConfig, RetryConfig, SourceConfig
 from pipeline.encoders.models import ModelRef
 from pipeline.stages.caption import SMALLEST, CaptionPictures
-from pipeline.stages.engine_deaths import LOADING_TRIES, EngineDeadError, Loading, Underway, is_out_of_memory, smaller
+from pipeline.stages.engine_deaths import (
+    LOADING_TRIES,
+    EngineDeadError,
+    Loading,
+    Underway,
+    is_out_of_memory,
+    smaller,
+)
 from pipeline.store import Dataset, Split, Store
 
 DEADLY = {"train/a/03.png", "train/b/01.png"}
@@ -33,8 +41,11 @@ def store(tmp_path: Path) -> Store:
     return Store.create(str(tmp_path / "store"), dataset)
 
 
-def drive(store: Store, rows: list[int], deadly: set[int], *, runs: str = "r") -> tuple[list[Caption], str, list[list[int]]]:
-    """An actor that is started again after every death, until the shard is done; every call's rows are kept."""
+def drive(
+    store: Store, rows: list[int], deadly: set[int], *, runs: str = "r"
+) -> tuple[list[Caption], str, list[list[int]]]:
+    """An actor that is started again after every death, until the shard is done; every call's rows are
+    kept."""
     calls: list[list[int]] = []
 
     def captioner(part: list[int]) -> list[Caption]:
@@ -62,7 +73,9 @@ def test_halving_finds_the_pictures_that_kill_and_keeps_the_rest(store: Store, d
     assert f"{len(deadly)} pictures put aside" in note
     done = [row for part in calls if not deadly & set(part) for row in part]
     assert len(done) == len(set(done)), "what succeeded is not done again"
-    assert len([part for part in calls if deadly & set(part)]) <= 3 + len(deadly) * 5, "three whole, then a halving for each"
+    assert len([part for part in calls if deadly & set(part)]) <= 3 + len(deadly) * 5, (
+        "three whole, then a halving for each"
+    )
 
 
 def test_without_deaths_a_shard_is_one_call_and_leaves_no_note(store: Store) -> None:
@@ -78,7 +91,9 @@ def test_two_deaths_by_chance_change_nothing_nor_do_four_runs(store: Store) -> N
             note = Underway(store, "v", attempt)._begin(0, [0, 1])
             assert not note.todo
             Underway(store, "v", attempt)._write(0, note)
-    assert Underway(store, "v", "fourth")._begin(0, [0, 1]).todo == [[0], [1]], "but three deaths in one run do"
+    assert Underway(store, "v", "fourth")._begin(0, [0, 1]).todo == [[0], [1]], (
+        "but three deaths in one run do"
+    )
 
 
 def test_want_of_memory_does_not_count_against_the_shard(store: Store) -> None:
@@ -122,7 +137,9 @@ def test_the_words_for_want_of_memory() -> None:
 
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert is_out_of_memory(
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
+    )
     assert not is_out_of_memory(RuntimeError("an illegal memory access was encountered"))
 
 
@@ -162,9 +179,15 @@ def test_pictures_that_kill_the_engine_are_put_aside_by_the_real_chain(
     where = str(tmp_path / "store")
     run.ingest(SourceConfig(images=str(tmp_path / "in"), store=where, shard_rows=6))
     monkeypatch.setattr(run, "CaptionPictures", DeadlyCaptionPictures)
-    variant = run.caption(CaptionConfig(store=where, caption_preset="scenes", captioner="transformers", max_failure_rate=0.5))
+    variant = run.caption(
+        CaptionConfig(store=where, caption_preset="scenes", captioner="transformers", max_failure_rate=0.5)
+    )
     store = Store(where)
-    rows = {row["id"]: row for shard in range(2) for row in store.read_shard("captions", variant, shard).to_pylist()}
+    rows = {
+        row["id"]: row
+        for shard in range(2)
+        for row in store.read_shard("captions", variant, shard).to_pylist()
+    }
     assert {key for key, row in rows.items() if row["error"]} == DEADLY
     assert all("the engine died on this picture" in rows[key]["error"] for key in DEADLY)
     assert all(row["caption"] for key, row in rows.items() if key not in DEADLY)
@@ -175,6 +198,10 @@ def test_pictures_that_kill_the_engine_are_put_aside_by_the_real_chain(
     monkeypatch.undo()
     before = {key: row for key, row in rows.items() if key not in DEADLY}
     run.retry(RetryConfig(store=where))  # an engine that bears them: only their rows are asked again
-    rows = {row["id"]: row for shard in range(2) for row in store.read_shard("captions", variant, shard).to_pylist()}
+    rows = {
+        row["id"]: row
+        for shard in range(2)
+        for row in store.read_shard("captions", variant, shard).to_pylist()
+    }
     assert all(row["error"] is None and row["caption"] for row in rows.values())
     assert {key: row for key, row in rows.items() if key not in DEADLY} == before

@@ -31,14 +31,23 @@ def ends(config: TrainConfig) -> tuple[Weights, Weights, Weights]:
 
 def settings(store: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
-        "store": str(store), "backbone": "vit_tiny_patch16_224", "image_size": 32, "epochs": 5, "batch_size": 12,
-        "projection_dim": 4, "warmup_epochs": 0.0, "lr": 1e-3,
-    }  # fmt: skip
+        "store": str(store),
+        "backbone": "vit_tiny_patch16_224",
+        "image_size": 32,
+        "epochs": 5,
+        "batch_size": 12,
+        "projection_dim": 4,
+        "warmup_epochs": 0.0,
+        "lr": 1e-3,
+    }
     return TrainConfig(**values | changes)
 
 
-def test_the_average_of_a_short_run_forgets_where_it_began(tmp_path: Path, make_store: Callable[..., Path]) -> None:
-    """With the decay of a run of 300 epochs of ImageNet, which by itself keeps 99.9 % of the first weights after ten steps."""
+def test_the_average_of_a_short_run_forgets_where_it_began(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
+    """With the decay of a run of 300 epochs of ImageNet, which by itself keeps 99.9 % of the first weights
+    after ten steps."""
     start, end, average = ends(settings(make_store(tmp_path / "store"), ema=0.9999))
     names = [name for name, value in end.items() if value.is_floating_point()]
     way = sum(float((end[name] - start[name]).square().sum()) for name in names) ** 0.5
@@ -46,7 +55,9 @@ def test_the_average_of_a_short_run_forgets_where_it_began(tmp_path: Path, make_
     assert 0 < behind < 0.5 * way
 
 
-def test_without_warm_up_the_average_has_its_decay_from_the_first_step(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_without_warm_up_the_average_has_its_decay_from_the_first_step(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     config = settings(make_store(tmp_path / "store"), ema=0.5, epochs=1, batch_size=24)
     start, end, average = ends(replace(config, ema_warmup=False))
     for name, value in average.items():
@@ -72,7 +83,9 @@ HISTORY = [
 
 @pytest.mark.parametrize("averaged", [True, False])
 def test_the_best_epoch_is_that_of_the_weights_that_are_exported(tmp_path: Path, averaged: bool) -> None:
-    history = HISTORY if averaged else [{k: v for k, v in m.items() if not k.startswith("ema_")} for m in HISTORY]
+    history = (
+        HISTORY if averaged else [{k: v for k, v in m.items() if not k.startswith("ema_")} for m in HISTORY]
+    )
     for count in (1, 2, 3):
         folder = tmp_path / f"checkpoint-{count}"
         folder.mkdir()

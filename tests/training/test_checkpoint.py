@@ -12,7 +12,9 @@ from pipeline.store import locations
 from training.engine import checkpoint
 
 
-def test_what_a_remote_run_says_is_read_without_its_weights(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_remote_run_says_is_read_without_its_weights(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = torch.nn.Linear(3, 2)
     history = [{"epoch": 1.0, "top1": 50.0}]
     run = f"{bucket}/runs/remote"

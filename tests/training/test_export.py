@@ -1,4 +1,5 @@
-"""`export` of runs trained in this process; every format is read by the library that will read it: timm, ONNX Runtime, torch."""
+"""`export` of runs trained in this process; every format is read by the library that will read it: timm, ONNX
+Runtime, torch."""
 
 from __future__ import annotations
 
@@ -41,7 +42,13 @@ def run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(store: Path, run: Path, **changes: Any) -> Path:
-    values: dict[str, Any] = {"backbone": "test_resnet", "image_size": 32, "epochs": 1, "batch_size": 20, "threads": 1}
+    values: dict[str, Any] = {
+        "backbone": "test_resnet",
+        "image_size": 32,
+        "epochs": 1,
+        "batch_size": 20,
+        "threads": 1,
+    }
     config = TrainConfig(store=str(store), **values | changes)
     snapshots: list[checkpoint.Snapshot] = []
     loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: snapshots.append(take()))
@@ -81,10 +88,19 @@ def test_all_formats_answer_as_the_run_does_at_any_batch_size(
     assert main(["export", str(run), "--to", str(to), "--format", "timm,onnx,torch"]) == 0
     told = capsys.readouterr().out
     for name in ("timm", "onnx", "torch"):
-        assert re.search(rf"{name}: loaded again; same top-1 on 44 of 44 pictures \(24 random, 20 real\).* \d\.\de[-+]\d+", told)
+        assert re.search(
+            rf"{name}: loaded again; same top-1 on 44 of 44 pictures \(24 random, 20 real\).* \d\.\de[-+]\d+",
+            told,
+        )
     assert {path.name for path in to.iterdir()} == {
-        "config.json", "model.safetensors", "model.onnx", "model.pt2", "labels.txt", "preprocessing.json", "README.md",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "model.onnx",
+        "model.pt2",
+        "labels.txt",
+        "preprocessing.json",
+        "README.md",
+    }
     session = onnxruntime.InferenceSession(to / "model.onnx", providers=["CPUExecutionProvider"])
     program = torch.export.load(to / "model.pt2").module()
     plain = timm.create_model(f"local-dir:{to}", pretrained=True).eval()
@@ -96,7 +112,9 @@ def test_all_formats_answer_as_the_run_does_at_any_batch_size(
             torch.testing.assert_close(program(images), wanted, rtol=0, atol=1e-5)
         found = session.run(["logits"], {"images": images.numpy()})[0]
         torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=0, atol=1e-5)
-    assert not [name for name in session.get_modelmeta().custom_metadata_map if "/" in name], "no paths of this machine"
+    assert not [name for name in session.get_modelmeta().custom_metadata_map if "/" in name], (
+        "no paths of this machine"
+    )
 
 
 def test_preprocessing_and_labels_say_what_timm_does(run: Path, store: Path, tmp_path: Path) -> None:
@@ -107,7 +125,9 @@ def test_preprocessing_and_labels_say_what_timm_does(run: Path, store: Path, tmp
 
     export.export(ExportConfig(run=str(run), to=str(tmp_path / "model")))
     recipe = json.loads((tmp_path / "model" / "preprocessing.json").read_text())
-    picture = Image.open(io.BytesIO(Store(str(store)).read_shard("images", "", 4)["image"][5].as_py())).convert("RGB")
+    picture = Image.open(
+        io.BytesIO(Store(str(store)).read_shard("images", "", 4)["image"][5].as_py())
+    ).convert("RGB")
     edge, size = recipe["resize_shorter_edge"], recipe["center_crop"]
     wide = (int(edge * picture.width / picture.height), edge)
     resized = picture.resize(wide, getattr(Image.Resampling, recipe["interpolation"].upper()))
@@ -158,7 +178,9 @@ def test_a_recommended_test_size_of_other_weights_is_not_exported(store: Path, t
 )
 def test_every_family_exports_to_every_format(store: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     folder = fresh(store, tmp_path / "run", **settings)
-    found = export.export(ExportConfig(run=str(folder), to=str(tmp_path / "model"), format="torch, onnx,timm"))
+    found = export.export(
+        ExportConfig(run=str(folder), to=str(tmp_path / "model"), format="torch, onnx,timm")
+    )
     assert list(found["checks"]) == ["timm", "onnx", "torch"]
     for check in found["checks"].values():
         assert check["same"] == check["random"] + check["real"] == 44
@@ -171,7 +193,9 @@ def test_every_family_exports_to_every_format(store: Path, tmp_path: Path, setti
 def test_the_card_loads_the_model_as_it_says(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_stem: bool
 ) -> None:
-    folder = trained(store, tmp_path / "run", backbone="resnet18", small_stem=small_stem, alignment_weight=0.0)
+    folder = trained(
+        store, tmp_path / "run", backbone="resnet18", small_stem=small_stem, alignment_weight=0.0
+    )
     to = tmp_path / "model"
     assert main(["export", str(folder), "--to", str(to), "--format", "timm"]) == 0
     assert ("no argument for the small stem" in capsys.readouterr().out) == small_stem
@@ -181,9 +205,14 @@ def test_the_card_loads_the_model_as_it_says(
     assert str(tmp_path) not in card and str(store) not in card, "no paths of this machine"
     code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(code) == 1
-    program = code[0].replace("FOLDER", str(to)) + "\nimport torch; print(float(model(torch.ones(1, 3, 32, 32)).sum()))"
+    program = (
+        code[0].replace("FOLDER", str(to))
+        + "\nimport torch; print(float(model(torch.ones(1, 3, 32, 32)).sum()))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert float(done.stdout) == pytest.approx(float(logits_of(folder, "model", torch.ones(1, 3, 32, 32)).sum()), abs=1e-5)
+    assert float(done.stdout) == pytest.approx(
+        float(logits_of(folder, "model", torch.ones(1, 3, 32, 32)).sum()), abs=1e-5
+    )
 
 
 def test_the_card_of_an_aligned_run_leads_back_to_its_descriptions(run: Path, tmp_path: Path) -> None:
@@ -195,7 +224,9 @@ def test_the_card_of_an_aligned_run_leads_back_to_its_descriptions(run: Path, tm
     assert f"top-1 {last['ema_top1']:.2f} %" in card, "the accuracy of the weights that are exported"
 
 
-def test_a_full_folder_is_left_alone_unless_told_otherwise(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_folder_is_left_alone_unless_told_otherwise(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     to = tmp_path / "model"
     to.mkdir()
     (to / "notes.txt").write_text("mine")
@@ -210,7 +241,9 @@ def test_a_full_folder_is_left_alone_unless_told_otherwise(run: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "no temporary folder is left"
 
 
-def test_what_answers_otherwise_is_not_delivered(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_answers_otherwise_is_not_delivered(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A writer that loses a weight on the way is found by the comparison, and the folder stays empty."""
     from training.export.formats import _timm
 
@@ -229,7 +262,9 @@ def test_without_its_packages_onnx_is_refused_before_anything_is_written(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else found(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else found(name, *rest)
+    )
     assert main(["export", str(run), "--to", str(tmp_path / "model"), "--format", "timm,onnx"]) == 2
     assert "onnxruntime: pip install" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()

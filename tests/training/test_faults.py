@@ -24,9 +24,29 @@ from training.engine import checkpoint
 pytestmark = pytest.mark.slow
 # 57 rows in batches of 12: epochs end inside a batch, most checkpoints lie inside an epoch.
 RECIPE = [
-    "--preset", "smoke", "--projection-dim", "4", "--batch-size", "12", "--epochs", "12", "--drop-path", "0.1", "--mixup", "0.2",
-    "--ema", "0.9", "--checkpoint-steps", "2", "--workers", "2", "--tracking-uri", "none", "--seed", "3",
-]  # fmt: skip
+    "--preset",
+    "smoke",
+    "--projection-dim",
+    "4",
+    "--batch-size",
+    "12",
+    "--epochs",
+    "12",
+    "--drop-path",
+    "0.1",
+    "--mixup",
+    "0.2",
+    "--ema",
+    "0.9",
+    "--checkpoint-steps",
+    "2",
+    "--workers",
+    "2",
+    "--tracking-uri",
+    "none",
+    "--seed",
+    "3",
+]
 STEPS = 57  # of 12 epochs of 57 samples
 ENDS = [-(-epoch * 57 // 12) for epoch in range(13)]
 
@@ -91,15 +111,21 @@ def check_same_weights(run: Path, other: Path) -> None:
             assert torch.equal(value, found[name]), (file, name)
 
 
-def test_an_elastic_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(nodes: TwoNodes, store: Path) -> None:
+def test_an_elastic_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
+    nodes: TwoNodes, store: Path
+) -> None:
     """Two workers on two nodes, then one, then two again; the batches stay what they were.
 
-    The first test: Ray keeps what a killed driver had reserved for three minutes, and an elastic run waits for that.
+    The first test: Ray keeps what a killed driver had reserved for three minutes, and an elastic run waits
+    for that.
     """
     run, epochs = store.parent / "node", 120
     driver = start(nodes, store, run, "--min-workers", "1", "--resize-seconds", "2", "--epochs", str(epochs))
     wait_for_epoch(run, 2, driver)
-    assert len(nodes.actors("RayTrainWorker")) == 2 and len(nodes.actors("RayTrainWorker", worker_node=True)) == 1
+    assert (
+        len(nodes.actors("RayTrainWorker")) == 2
+        and len(nodes.actors("RayTrainWorker", worker_node=True)) == 1
+    )
     nodes.kill_raylet(replace=False)
     wait_for_epoch(run, epochs_done(run) + 3, driver)
     assert len(nodes.actors("RayTrainWorker")) == 1
@@ -119,14 +145,18 @@ def test_pictures_are_decoded_on_a_node_that_does_not_train(nodes: TwoNodes, sto
     flags = ["--workers", "1", "--loader", "actors", "--loader-workers", "1", "--epochs", "4"]
     driver = start(nodes, store, run, *flags)
     wait_for_epoch(run, 1, driver)
-    on_worker_node = [len(nodes.actors(name, worker_node=True)) for name in ("RayTrainWorker", "_DecodingActor")]
+    on_worker_node = [
+        len(nodes.actors(name, worker_node=True)) for name in ("RayTrainWorker", "_DecodingActor")
+    ]
     assert [len(nodes.actors(name)) for name in ("RayTrainWorker", "_DecodingActor")] == [1, 1]
     assert sorted(on_worker_node) == [0, 1]
     assert driver.wait(500) == 0
     check_samples(run, 4)
 
 
-def test_a_run_killed_several_times_ends_with_the_very_same_weights(nodes: TwoNodes, store: Path, uninterrupted: Path) -> None:
+def test_a_run_killed_several_times_ends_with_the_very_same_weights(
+    nodes: TwoNodes, store: Path, uninterrupted: Path
+) -> None:
     """Driver and workers die at once, at random moments under a fixed seed; the same command goes on."""
     run = store.parent / "killed"
     rng = random.Random(1)
@@ -136,8 +166,9 @@ def test_a_run_killed_several_times_ends_with_the_very_same_weights(nodes: TwoNo
         wait_for_epoch(run, epoch, driver)
         time.sleep(rng.uniform(0, 1))
         workers = nodes.actors("RayTrainWorker")
-        # The controller first: one that sees its workers die reserves CPUs anew. When Ray has taken note of the driver's death
-        # before that, nobody frees them (its cleaner asks the dashboard, which does not run here): the next run would wait.
+        # The controller first: one that sees its workers die reserves CPUs anew. When Ray has taken note of
+        # the driver's death before that, nobody frees them (its cleaner asks the dashboard, which does not
+        # run here): the next run would wait.
         for process in [*nodes.actors("TrainController"), *workers]:
             process.kill()
         os.killpg(driver.pid, signal.SIGKILL)
@@ -170,18 +201,42 @@ def test_a_worker_killed_inside_an_epoch_costs_some_steps_and_no_sample(
         assert len(before) == 2
         before[place].kill()
         deadline = time.monotonic() + 120
-        while not {p.pid for p in nodes.actors("RayTrainWorker")} - {p.pid for p in before} and time.monotonic() < deadline:
+        while (
+            not {p.pid for p in nodes.actors("RayTrainWorker")} - {p.pid for p in before}
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.2)
     assert driver.wait(500) == 0
     check_samples(run)
     check_same_weights(run, uninterrupted)
 
 
-def test_a_broken_picture_ends_the_run_with_its_name_and_without_retries(nodes: TwoNodes, store: Path, tmp_path: Path) -> None:
+def test_a_broken_picture_ends_the_run_with_its_name_and_without_retries(
+    nodes: TwoNodes, store: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "broken"
-    command = [sys.executable, "-m", "training", "train", "--store", str(store), "--run", str(run), *RECIPE, "--lr", "1e25"]
+    command = [
+        sys.executable,
+        "-m",
+        "training",
+        "train",
+        "--store",
+        str(store),
+        "--run",
+        str(run),
+        *RECIPE,
+        "--lr",
+        "1e25",
+    ]
     environment = {**os.environ, "RAY_ADDRESS": nodes.address}
-    done = subprocess.run([*command, "--workers", "1"], env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [*command, "--workers", "1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 1
     assert "the loss is no finite number. The batch: train/" in done.stderr and "lower --lr" in done.stderr
     assert "Traceback" not in done.stderr

@@ -28,7 +28,9 @@ def test_calibration_is_the_sum_over_bins_of_the_gap() -> None:
     total = 0.0
     for m in range(15):
         inside = [
-            n for n in range(500) if found.edges[m] < confidence[n] <= found.edges[m + 1] or (m == 0 and confidence[n] == 0)
+            n
+            for n in range(500)
+            if found.edges[m] < confidence[n] <= found.edges[m + 1] or (m == 0 and confidence[n] == 0)
         ]
         assert found.counts[m] == len(inside)
         if inside:
@@ -67,7 +69,9 @@ def test_the_interval_is_wilsons() -> None:
 
 
 @pytest.mark.parametrize("same", [False, True])
-def test_nearest_neighbours_vote_with_the_exponential_of_their_cosine(same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_neighbours_vote_with_the_exponential_of_their_cosine(
+    same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(measures, "_BLOCK", 7 * 60)  # several blocks
     rng = np.random.default_rng(2)
     bank, labels = rng.normal(size=(60, 5)).astype(np.float32) * 3, rng.integers(4, size=60)
@@ -85,7 +89,9 @@ def test_a_bank_smaller_than_k_votes_as_a_whole() -> None:
     assert measures.nearest(bank, bank, np.array([2, 0, 1]), 3).tolist() == [2, 0, 1]
 
 
-def test_a_captions_rank_counts_different_captions_and_ties_against_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captions_rank_counts_different_captions_and_ties_against_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(measures, "_BLOCK", 50)
     rng = np.random.default_rng(3)
     kinds = unit(rng, 12, 6)
@@ -131,7 +137,13 @@ def test_zero_shot_tells_seen_from_unseen_and_leaves_out_what_was_not_asked_for(
     labels, z, prompts = rng.integers(5, size=200), unit(rng, 200, 4), unit(rng, 6, 4)
     z += 0.6 * np.where(asked.of_class[labels, None] >= 0, prompts[asked.of_class[labels]], 0)
     found = zeroshot.judge(z, labels, prompts, asked, seen)
-    hits: dict[str, list[bool]] = {"top1": [], "top5": [], "seen_top1": [], "unseen_top1": [], "unseen_only_top1": []}
+    hits: dict[str, list[bool]] = {
+        "top1": [],
+        "top5": [],
+        "seen_top1": [],
+        "unseen_top1": [],
+        "unseen_only_top1": [],
+    }
     for n, label in enumerate(labels):
         true = int(asked.of_class[label])
         if true < 0:
@@ -146,12 +158,18 @@ def test_zero_shot_tells_seen_from_unseen_and_leaves_out_what_was_not_asked_for(
         assert found[name] == round(100 * sum(values) / len(values), 3), name
     assert found["images"] + found["left_out"] == 200 and found["left_out"] == (labels == 3).sum()
     seen_top1, unseen_top1 = found["seen_top1"], found["unseen_top1"]
-    assert found["harmonic_mean"] == pytest.approx(2 * seen_top1 * unseen_top1 / (seen_top1 + unseen_top1), abs=1e-3)
+    assert found["harmonic_mean"] == pytest.approx(
+        2 * seen_top1 * unseen_top1 / (seen_top1 + unseen_top1), abs=1e-3
+    )
 
 
 def test_a_thousand_classes_and_fifty_thousand_images_take_seconds() -> None:
     rng = np.random.default_rng(5)
-    labels, predicted, confidence = rng.integers(1000, size=50_000), rng.integers(1000, size=50_000), rng.random(50_000)
+    labels, predicted, confidence = (
+        rng.integers(1000, size=50_000),
+        rng.integers(1000, size=50_000),
+        rng.random(50_000),
+    )
     start = time.process_time()
     matrix = measures.confusion(labels, predicted, 1000)
     measures.confused_pairs(matrix, 30)

@@ -40,7 +40,9 @@ def test_cutmixs_weights_are_the_areas(mode: Any, count: int) -> None:
     cut = 0
     for seed in range(5):
         mixed, partner, weights = Mixing(cutmix=1.0, mode=mode)(images, (seed,))
-        assert ((mixed == images) | (mixed == images[partner])).all(), "every pixel is of one of the two pictures"
+        assert ((mixed == images) | (mixed == images[partner])).all(), (
+            "every pixel is of one of the two pictures"
+        )
         own = (mixed == images).float().mean(dim=(1, 2, 3))
         torch.testing.assert_close(own, weights)
         cut += int((weights < 1).sum())
@@ -105,7 +107,11 @@ def test_the_last_of_an_odd_batch_and_a_single_picture_stay_as_they_are() -> Non
     assert (weights[:4] < 1).all()
     for count in (0, 1):
         alone, partner, weights = Mixing(mixup=1.0)(images[:count], SEEDS)
-        assert torch.equal(alone, images[:count]) and partner.tolist() == [0] * count and weights.tolist() == [1.0] * count
+        assert (
+            torch.equal(alone, images[:count])
+            and partner.tolist() == [0] * count
+            and weights.tolist() == [1.0] * count
+        )
 
 
 def test_batches_are_mixed_with_the_given_probability_and_keep_their_memory_format() -> None:
@@ -117,5 +123,7 @@ def test_batches_are_mixed_with_the_given_probability_and_keep_their_memory_form
 
 
 def test_wrong_settings_are_named_together() -> None:
-    with pytest.raises(ValueError, match=r"need one above 0[\s\S]*prob=2: must lie[\s\S]*mode='half': must be"):
+    with pytest.raises(
+        ValueError, match=r"need one above 0[\s\S]*prob=2: must lie[\s\S]*mode='half': must be"
+    ):
         Mixing(prob=2, mode="half")  # type: ignore[arg-type]

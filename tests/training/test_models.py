@@ -25,8 +25,12 @@ from training.objectives import align
 from training.objectives.align import Alignment, AlignTask, Goal, Inputs
 
 BACKBONES = [
-    ("resnet18", 64), ("resnet50", 64), ("vit_tiny_patch16_224", 64), ("convnext_atto", 64), ("hiera_tiny_224", 224),
-]  # fmt: skip
+    ("resnet18", 64),
+    ("resnet50", 64),
+    ("vit_tiny_patch16_224", 64),
+    ("convnext_atto", 64),
+    ("hiera_tiny_224", 224),
+]
 
 
 def goal(texts: torch.Tensor) -> Goal:
@@ -46,7 +50,11 @@ def test_a_backbone_is_built_and_takes_one_step(name: str, size: int) -> None:
     parts = task(Inputs(images, labels, goal(texts)))
     parts["loss"].backward()
     optimizer.step()
-    still = [key for key, value in task.named_parameters() if torch.equal(value, before[key]) and value.grad is None]
+    still = [
+        key
+        for key, value in task.named_parameters()
+        if torch.equal(value, before[key]) and value.grad is None
+    ]
     assert still == [], "every parameter trains, or DDP would wait for it"
     assert torch.isfinite(parts["loss"]) and parts["alignment"] > 0
     torch.testing.assert_close(parts["loss"].detach(), parts["cross_entropy"] + 0.3 * parts["alignment"])
@@ -79,16 +87,21 @@ def test_the_baseline_has_no_head_and_starts_from_the_same_weights() -> None:
     plain = align.build_task(TrainConfig(**common, alignment_weight=0), 5, 0)  # type: ignore[arg-type]
     aligned = align.build_task(TrainConfig(**common, alignment_weight=1), 5, 16)  # type: ignore[arg-type]
     assert plain.head is None
-    for (name, mine), (_, other) in zip(plain.backbone.named_parameters(), aligned.backbone.named_parameters(), strict=True):
+    for (name, mine), (_, other) in zip(
+        plain.backbone.named_parameters(), aligned.backbone.named_parameters(), strict=True
+    ):
         assert torch.equal(mine, other), name
 
 
 def test_the_papers_head() -> None:
-    """Linear, BatchNorm, ReLU, Linear for ResNets (6,296,576 parameters for 2048 to 1024); without BatchNorm for ViTs."""
+    """Linear, BatchNorm, ReLU, Linear for ResNets (6,296,576 parameters for 2048 to 1024); without BatchNorm
+    for ViTs."""
     from training.models.heads import ProjectionHead
 
     head = ProjectionHead(2048, 1024, "mlp", batch_norm=True)
-    assert sum(p.numel() for p in head.parameters()) == 2048 * 2048 + 2 * 2048 + 2048 * 1024 + 1024 == 6_296_576
+    assert (
+        sum(p.numel() for p in head.parameters()) == 2048 * 2048 + 2 * 2048 + 2048 * 1024 + 1024 == 6_296_576
+    )
     vit = ProjectionHead(768, 1024, "mlp", batch_norm=False)
     assert sum(p.numel() for p in vit.parameters()) == 768 * 2048 + 2048 + 2048 * 1024 + 1024 == 3_673_088
     out = head(torch.randn(3, 2048))
@@ -106,7 +119,9 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     parts["loss"].backward()
     optimizer.step()
     ema.update(task)
-    state = checkpoint.State(step=7, history=[{"epoch": 1.0, "top1": 10.0}], sums={"loss": 0.1 + 0.2}, seconds=1.5)
+    state = checkpoint.State(
+        step=7, history=[{"epoch": 1.0, "top1": 10.0}], sums={"loss": 0.1 + 0.2}, seconds=1.5
+    )
     snapshot = checkpoint.Snapshot.take(task, optimizer, ema, state)
     expected = {name: value.clone() for name, value in task.state_dict().items()}
     averaged = {name: value.clone() for name, value in ema.module.state_dict().items()}
@@ -125,14 +140,19 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     assert mine["param_groups"] == found["param_groups"]
     for key, values in mine["state"].items():
         for name, value in values.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(found["state"][key][name])), (key, name)
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(found["state"][key][name])), (
+                key,
+                name,
+            )
 
 
 class StopError(Exception):
     """Stands for a kill."""
 
 
-def run_alone(config: TrainConfig, folder: Path, resume: str | None = None, stop_at: int | None = None) -> Path:
+def run_alone(
+    config: TrainConfig, folder: Path, resume: str | None = None, stop_at: int | None = None
+) -> Path:
     """The per-worker loop in this process; returns the last checkpoint's folder."""
     last: list[Path] = []
 
@@ -150,9 +170,18 @@ def run_alone(config: TrainConfig, folder: Path, resume: str | None = None, stop
 
 
 EVERYTHING = {
-    "mixup": 0.8, "cutmix": 1.0, "erase": 0.5, "drop_path": 0.2, "ema": 0.9, "accumulate": 2, "store_negatives": 5, "repeats": 2,
-    "learn_temperature": True, "clip_grad": 1.0, "text_projection": "learned",
-}  # fmt: skip
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "erase": 0.5,
+    "drop_path": 0.2,
+    "ema": 0.9,
+    "accumulate": 2,
+    "store_negatives": 5,
+    "repeats": 2,
+    "learn_temperature": True,
+    "clip_grad": 1.0,
+    "text_projection": "learned",
+}
 
 
 @pytest.mark.parametrize("kind", ["plain", "everything"])
@@ -162,9 +191,16 @@ def test_a_run_stopped_anywhere_ends_with_the_weights_of_an_uninterrupted_one(
     """Bit for bit, also from inside an epoch; 50 rows in batches of 16, so that epochs end inside a batch."""
     store = make_store(tmp_path / "s", train=50)
     config = TrainConfig(
-        store=str(store), backbone="test_resnet" if kind == "plain" else "vit_tiny_patch16_224", image_size=32, epochs=3,
-        batch_size=16, projection_dim=4, warmup_epochs=1.0, checkpoint_steps=1, **(EVERYTHING if kind == "everything" else {}),
-    )  # fmt: skip
+        store=str(store),
+        backbone="test_resnet" if kind == "plain" else "vit_tiny_patch16_224",
+        image_size=32,
+        epochs=3,
+        batch_size=16,
+        projection_dim=4,
+        warmup_epochs=1.0,
+        checkpoint_steps=1,
+        **(EVERYTHING if kind == "everything" else {}),
+    )
     straight = run_alone(config, tmp_path / "straight")
     assert straight.name == "step-10", "150 samples"
     from safetensors.torch import load_file
@@ -178,23 +214,39 @@ def test_a_run_stopped_anywhere_ends_with_the_weights_of_an_uninterrupted_one(
             assert expected.keys() == found.keys()
             for name, value in expected.items():
                 assert torch.equal(value, found[name]), (stop, file, name)
-        measured = [[m["cross_entropy"], m["top1"], m["samples"]] for m in checkpoint.read_state(str(resumed))["history"]]
+        measured = [
+            [m["cross_entropy"], m["top1"], m["samples"]]
+            for m in checkpoint.read_state(str(resumed))["history"]
+        ]
         assert measured == [
-            [m["cross_entropy"], m["top1"], m["samples"]] for m in checkpoint.read_state(str(straight))["history"]
+            [m["cross_entropy"], m["top1"], m["samples"]]
+            for m in checkpoint.read_state(str(straight))["history"]
         ]
     assert [m["samples"] for m in checkpoint.read_state(str(straight))["history"]] == [64, 48, 48]
 
 
-def test_a_batch_computed_in_parts_has_the_gradient_of_the_whole(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_a_batch_computed_in_parts_has_the_gradient_of_the_whole(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     """Without BatchNorm, whose statistics are a part's own; with learned temperature and text projection."""
     store = make_store(tmp_path / "s", train=48)
     ends = {}
     for parts in (1, 3):
         config = TrainConfig(
-            store=str(store), backbone="vit_tiny_patch16_224", image_size=32, epochs=1, batch_size=24, projection_dim=4,
-            optimizer="momentum", lr=0.1, warmup_epochs=0, accumulate=parts, learn_temperature=True, text_projection="learned",
+            store=str(store),
+            backbone="vit_tiny_patch16_224",
+            image_size=32,
+            epochs=1,
+            batch_size=24,
+            projection_dim=4,
+            optimizer="momentum",
+            lr=0.1,
+            warmup_epochs=0,
+            accumulate=parts,
+            learn_temperature=True,
+            text_projection="learned",
             alignment_weight=1.0,
-        )  # fmt: skip
+        )
         ends[parts] = run_alone(config, tmp_path / f"parts-{parts}")
     from safetensors.torch import load_file
 
@@ -208,7 +260,8 @@ def test_a_batch_computed_in_parts_has_the_gradient_of_the_whole(tmp_path: Path,
 
 
 SWITCHES: dict[str, tuple[str, dict[str, Any], float]] = {
-    # name: (backbone, settings, how far the weights may end from those of the plain run, as a share of the way they went)
+    # name: (backbone, settings, how far the weights may end from those of the plain run, as a share of the
+    # way they went)
     "activations computed again": ("vit_tiny_patch16_224", {"checkpoint_activations": True}, 1e-4),
     "contiguous memory": ("test_resnet", {"channels_last": False}, 1e-2),
     "bfloat16": ("vit_tiny_patch16_224", {"precision": "bfloat16"}, 0.5),
@@ -216,13 +269,23 @@ SWITCHES: dict[str, tuple[str, dict[str, Any], float]] = {
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_what_only_saves_time_or_memory_changes_nothing_else(tmp_path: Path, make_store: Callable[..., Path], name: str) -> None:
+def test_what_only_saves_time_or_memory_changes_nothing_else(
+    tmp_path: Path, make_store: Callable[..., Path], name: str
+) -> None:
     backbone, changed, tolerance = SWITCHES[name]
     store = make_store(tmp_path / "s", train=32)
     config = TrainConfig(
-        store=str(store), backbone=backbone, image_size=32, epochs=1, batch_size=16, projection_dim=4, warmup_epochs=0,
-        optimizer="momentum", lr=0.05, weight_decay=0.0,
-    )  # fmt: skip
+        store=str(store),
+        backbone=backbone,
+        image_size=32,
+        epochs=1,
+        batch_size=16,
+        projection_dim=4,
+        warmup_epochs=0,
+        optimizer="momentum",
+        lr=0.05,
+        weight_decay=0.0,
+    )
     from safetensors.torch import load_file
 
     plain = load_file(run_alone(config, tmp_path / "plain") / "model.safetensors")
@@ -238,14 +301,28 @@ def test_what_only_saves_time_or_memory_changes_nothing_else(tmp_path: Path, mak
 @pytest.mark.parametrize(
     "changed",
     [
-        {"loss": "bce", "label_smoothing": 0.1, "mixup": 0.5}, {"clip_grad": 0.02, "clip_mode": "agc"}, {"optimizer": "lamb"},
-        {"alignment": "sigmoid"}, {"alignment": "cosine"}, {"alignment": "image-to-text", "store_negatives": 8},
-        {"small_stem": True, "backbone": "resnet18"}, {"layer_decay": 0.7, "backbone": "vit_tiny_patch16_224"},
+        {"loss": "bce", "label_smoothing": 0.1, "mixup": 0.5},
+        {"clip_grad": 0.02, "clip_mode": "agc"},
+        {"optimizer": "lamb"},
+        {"alignment": "sigmoid"},
+        {"alignment": "cosine"},
+        {"alignment": "image-to-text", "store_negatives": 8},
+        {"small_stem": True, "backbone": "resnet18"},
+        {"layer_decay": 0.7, "backbone": "vit_tiny_patch16_224"},
     ],
-)  # fmt: skip
-def test_other_ways_learn_too(tmp_path: Path, make_store: Callable[..., Path], changed: dict[str, Any]) -> None:
+)
+def test_other_ways_learn_too(
+    tmp_path: Path, make_store: Callable[..., Path], changed: dict[str, Any]
+) -> None:
     store = make_store(tmp_path / "s", train=60, val=30)
-    settings = {"backbone": "test_resnet", "image_size": 32, "epochs": 5, "batch_size": 20, "projection_dim": 4, "lr": 3e-3}
+    settings = {
+        "backbone": "test_resnet",
+        "image_size": 32,
+        "epochs": 5,
+        "batch_size": 20,
+        "projection_dim": 4,
+        "lr": 3e-3,
+    }
     last = run_alone(TrainConfig(store=str(store), **(settings | changed)), tmp_path / "run")
     history = checkpoint.read_state(str(last))["history"]
     assert history[-1]["cross_entropy"] < history[0]["cross_entropy"]
@@ -253,7 +330,9 @@ def test_other_ways_learn_too(tmp_path: Path, make_store: Callable[..., Path], c
 
 
 def test_layers_below_learn_more_slowly_and_norms_do_not_decay() -> None:
-    config = TrainConfig(store="s", backbone="vit_tiny_patch16_224", layer_decay=0.5, image_size=32, learn_temperature=True)
+    config = TrainConfig(
+        store="s", backbone="vit_tiny_patch16_224", layer_decay=0.5, image_size=32, learn_temperature=True
+    )
     task = align.build_task(config, 3, 4)
     optimizer = optimizers.optimizer(config, task)
     of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -270,7 +349,9 @@ def test_layers_below_learn_more_slowly_and_norms_do_not_decay() -> None:
 
 def test_a_collapsed_model_ranks_its_captions_last() -> None:
     """As `evaluate` does it: five pictures, four different captions, one picture without any."""
-    texts = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    texts = torch.nn.functional.normalize(
+        torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     groups = torch.tensor([3, 3, 7, -1, 9, 11])
     texts[1] = texts[0]
     assert align.caption_ranks(texts, texts, groups).tolist() == [1] * 5
@@ -278,7 +359,9 @@ def test_a_collapsed_model_ranks_its_captions_last() -> None:
     assert align.caption_ranks(torch.full((6, 8), torch.nan), texts, groups).tolist() == [4] * 5
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_pictures(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_pictures(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     store = make_store(tmp_path / "s", train=48)
     config = TrainConfig(
         store=str(store),
@@ -291,7 +374,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_pictures(tmp_path:
         warmup_epochs=0,
     )
     with pytest.raises(
-        NotFiniteError, match=r"step \d+: the loss is no finite number. The batch: train/\d/\d-\d\.jpg, .*lower --lr"
+        NotFiniteError,
+        match=r"step \d+: the loss is no finite number. The batch: train/\d/\d-\d\.jpg, .*lower --lr",
     ):
         run_alone(config, tmp_path / "run")
 
@@ -339,7 +423,11 @@ def test_every_preset_is_valid_and_builds() -> None:
         config = TrainConfig(store="s", **preset(name))
         assert timm.is_model(config.backbone), name
         backbones.probe(
-            config.backbone, config.image_size, config.patch_size, small_stem=config.small_stem, drop_path=config.drop_path
+            config.backbone,
+            config.image_size,
+            config.patch_size,
+            small_stem=config.small_stem,
+            drop_path=config.drop_path,
         )
         optimizers.check_optimizer(config.optimizer)
     with pytest.raises(ValueError, match="choose one of small-64"):
@@ -352,14 +440,21 @@ def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path: Path, make_store:
     from safetensors.torch import load_file
 
     config = TrainConfig(
-        store=str(make_store(tmp_path / "s", train=32)), backbone="test_resnet", image_size=32, epochs=2, batch_size=16,
-        projection_dim=4, warmup_epochs=0.0,
-    )  # fmt: skip
+        store=str(make_store(tmp_path / "s", train=32)),
+        backbone="test_resnet",
+        image_size=32,
+        epochs=2,
+        batch_size=16,
+        projection_dim=4,
+        warmup_epochs=0.0,
+    )
     plain = run_alone(config, tmp_path / "plain")
     compiled = run_alone(replace(config, compile=True), tmp_path / "compiled")
     expected, found = (load_file(folder / "model.safetensors") for folder in (plain, compiled))
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_stochastic_depth_that_a_backbone_does_not_have_is_told_before_anything_starts() -> None:

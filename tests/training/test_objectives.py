@@ -33,12 +33,15 @@ def goal(count: int, matched: bool, images: Tensor) -> Goal:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_binary_cross_entropy_pulls_at_the_true_class_as_cross_entropy_does(smoothing: float) -> None:
-    """At logits that say what a model says that knows nothing, one in a hundred, both have the very same gradient."""
+    """At logits that say what a model says that knows nothing, one in a hundred, both have the very same
+    gradient."""
     classes = torch.arange(8)
     gradients = {}
     for loss in ("cross-entropy", "bce"):
         logits = torch.full((8, 100), -math.log(99.0), requires_grad=True)
-        task_of(loss=loss, label_smoothing=smoothing, alignment_weight=0).criterion(logits, classes).backward()
+        task_of(loss=loss, label_smoothing=smoothing, alignment_weight=0).criterion(
+            logits, classes
+        ).backward()
         assert logits.grad is not None
         gradients[loss] = logits.grad
     torch.testing.assert_close(gradients["bce"], gradients["cross-entropy"])
@@ -53,7 +56,9 @@ def test_a_learned_temperature_comes_back_from_its_bound() -> None:
     task.after_step()
     assert float(task.log_temperature.detach().exp()) == pytest.approx(0.01)
     optimizer = torch.optim.SGD([task.log_temperature], lr=0.01)  # type: ignore[list-item]
-    images = torch.nn.functional.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    images = torch.nn.functional.normalize(
+        torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     task.align(images, goal(8, False, images)).backward()
     optimizer.step()
     task.after_step()
@@ -75,12 +80,24 @@ def test_no_step_of_a_run_leaves_a_learned_temperature_below_its_bound(
 
     monkeypatch.setattr(align, "build_task", build_task)
     config = TrainConfig(
-        store=str(make_store(tmp_path / "s", train=24, val=9)), backbone="test_resnet", image_size=32, epochs=2, batch_size=12,
-        projection_dim=4, learn_temperature=True, optimizer="sgd", lr=10.0, alignment_weight=0.1, accumulate=accumulate,
-        warmup_epochs=0, clip_grad=1.0,
-    )  # fmt: skip
+        store=str(make_store(tmp_path / "s", train=24, val=9)),
+        backbone="test_resnet",
+        image_size=32,
+        epochs=2,
+        batch_size=12,
+        projection_dim=4,
+        learn_temperature=True,
+        optimizer="sgd",
+        lr=10.0,
+        alignment_weight=0.1,
+        accumulate=accumulate,
+        warmup_epochs=0,
+        clip_grad=1.0,
+    )
     loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: None)
-    assert tasks[0].log_temperature is not None and float(tasks[0].log_temperature.detach().exp()) == pytest.approx(0.01)
+    assert tasks[0].log_temperature is not None and float(
+        tasks[0].log_temperature.detach().exp()
+    ) == pytest.approx(0.01)
 
 
 def test_a_fixed_temperature_is_the_one_given() -> None:
@@ -91,7 +108,8 @@ def test_a_fixed_temperature_is_the_one_given() -> None:
 
 @pytest.mark.parametrize(("batch", "negatives"), [(64, 0), (16, 48), (32768, 0)])
 def test_the_sigmoids_bias_starts_at_the_share_of_matches(batch: int, negatives: int) -> None:
-    """Then no image is pulled or pushed on the whole; with -10 for small batches it would be pulled with its full weight."""
+    """Then no image is pulled or pushed on the whole; with -10 for small batches it would be pulled with its
+    full weight."""
     task = task_of(alignment="sigmoid", batch_size=batch, store_negatives=negatives)
     assert task.bias is not None
     texts = batch + negatives
@@ -100,5 +118,7 @@ def test_the_sigmoids_bias_starts_at_the_share_of_matches(batch: int, negatives:
         assert float(task.bias.detach()) == pytest.approx(-10, abs=0.5), "SigLIP's own"
     if not negatives and batch < 100:
         z = torch.nn.functional.normalize(torch.randn(batch, 4096), dim=1)
-        task.align(z, goal(batch, False, torch.nn.functional.normalize(torch.randn(batch, 4096), dim=1))).backward()
+        task.align(
+            z, goal(batch, False, torch.nn.functional.normalize(torch.randn(batch, 4096), dim=1))
+        ).backward()
         assert task.bias.grad is not None and abs(float(task.bias.grad)) < 0.1

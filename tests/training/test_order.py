@@ -24,7 +24,9 @@ def rows_of(folder: Path, make_store: MakeStore, **sizes: int) -> Rows:
     return Rows(Store(str(make_store(folder, **sizes))), "train")
 
 
-def test_a_pass_holds_every_row_once_in_an_order_of_seed_and_pass_alone(tmp_path: Path, make_store: MakeStore) -> None:
+def test_a_pass_holds_every_row_once_in_an_order_of_seed_and_pass_alone(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
     rows = rows_of(tmp_path / "s", make_store, train=57, shard_rows=10)
     first = rows.shuffled(0, 0, 2)
     assert len({tuple(pair) for pair in first}) == len(first) == 57
@@ -45,7 +47,8 @@ def test_rows_mix_within_a_window_of_shards_only(tmp_path: Path, make_store: Mak
 def test_every_sample_comes_once_an_epoch_whatever_the_workers(
     tmp_path: Path, make_store: MakeStore, batch: int, world: int
 ) -> None:
-    """All steps of four epochs visit each row four times, but for what fills up the last batch; and no batch is short."""
+    """All steps of four epochs visit each row four times, but for what fills up the last batch; and no batch
+    is short."""
     sequence = Sequence(rows_of(tmp_path / "s", make_store, train=57), seed=3, window=2, batch=batch)
     steps = sequence.steps(4)
     assert (steps - 1) * batch < 4 * 57 <= steps * batch
@@ -59,7 +62,9 @@ def test_every_sample_comes_once_an_epoch_whatever_the_workers(
     assert len(whole) == 4 * 57 and len(seen) == steps * batch
 
 
-def test_a_step_is_the_same_batch_for_any_number_of_workers_and_from_any_start(tmp_path: Path, make_store: MakeStore) -> None:
+def test_a_step_is_the_same_batch_for_any_number_of_workers_and_from_any_start(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
     rows = rows_of(tmp_path / "s", make_store, train=57, shard_rows=10)
     alone = Sequence(rows, seed=3, window=2, batch=10)
     for step in (0, 4, 5, 6, 17):
@@ -69,9 +74,13 @@ def test_a_step_is_the_same_batch_for_any_number_of_workers_and_from_any_start(t
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_dealt_by_place_the_batches_are_the_same_ones(tmp_path: Path, make_store: MakeStore, world: int) -> None:
+def test_dealt_by_place_the_batches_are_the_same_ones(
+    tmp_path: Path, make_store: MakeStore, world: int
+) -> None:
     rows = rows_of(tmp_path / "s", make_store, train=57, shard_rows=10)
-    by_shard, by_place = (Sequence(rows, seed=3, window=2, batch=19, repeats=2, by=by) for by in ("shard", "place"))
+    by_shard, by_place = (
+        Sequence(rows, seed=3, window=2, batch=19, repeats=2, by=by) for by in ("shard", "place")
+    )
     for step in range(7):
         shares = [by_place.share(step, rank, world) for rank in range(world)]
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -93,7 +102,9 @@ def test_every_worker_sees_all_classes_of_a_parquet_source_sorted_by_class() -> 
     assert min(classes_of_shares("parquet")) >= 14
     # Within a share views of a picture, and rows of a shard, still come one after the other.
     share = Sequence(rows, seed=0, window=16, batch=256, repeats=3, by="place").share(0, 1, 4)
-    assert (np.diff(share[:, SHARD]) >= 0).all() and len(np.unique(share[:, [SHARD, ROW]], axis=0)) <= len(share) / 3 + 2
+    assert (np.diff(share[:, SHARD]) >= 0).all() and len(np.unique(share[:, [SHARD, ROW]], axis=0)) <= len(
+        share
+    ) / 3 + 2
     # A loss that looks at single pictures and at the whole batch does not mind who has which.
     assert deal({"kind": "parquet"}, looks_across=False) == deal({}, looks_across=True) == "shard"
 
@@ -103,7 +114,12 @@ def test_every_worker_sees_all_classes_of_a_parquet_source_sorted_by_class() -> 
     [("test_resnet", {}, "place"), ("test_vit", {}, "shard"), ("test_vit", {"mixup": 0.2}, "place")],
 )
 def test_a_run_deals_a_parquet_source_out_as_its_model_needs_it(
-    tmp_path: Path, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, backbone: str, settings: dict[str, Any], by: str
+    tmp_path: Path,
+    make_store: MakeStore,
+    monkeypatch: pytest.MonkeyPatch,
+    backbone: str,
+    settings: dict[str, Any],
+    by: str,
 ) -> None:
     store = make_store(tmp_path / "s", train=16, val=4)
     recorded = json.loads((store / "dataset.json").read_text())
@@ -117,7 +133,13 @@ def test_a_run_deals_a_parquet_source_out_as_its_model_needs_it(
 
     monkeypatch.setattr(build, "Sequence", sequence)
     config = TrainConfig(
-        store=str(store), backbone=backbone, image_size=32, epochs=1, batch_size=16, alignment_weight=0, **settings
+        store=str(store),
+        backbone=backbone,
+        image_size=32,
+        epochs=1,
+        batch_size=16,
+        alignment_weight=0,
+        **settings,
     )
     loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: None)
     assert made[0].by == by

@@ -1,4 +1,5 @@
-"""A method of one file outside the project: trained, resumed, in parts, swept and exported, without a change elsewhere."""
+"""A method of one file outside the project: trained, resumed, in parts, swept and exported, without a change
+elsewhere."""
 
 from __future__ import annotations
 
@@ -24,9 +25,16 @@ NAME = "tests.toy_objective"
 
 def settings(store: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
-        "store": str(store), "objective": NAME, "backbone": "test_resnet", "image_size": 32, "epochs": 3, "batch_size": 12,
-        "warmup_epochs": 0, "threads": 1, "ema": 0.5,
-    }  # fmt: skip
+        "store": str(store),
+        "objective": NAME,
+        "backbone": "test_resnet",
+        "image_size": 32,
+        "epochs": 3,
+        "batch_size": 12,
+        "warmup_epochs": 0,
+        "threads": 1,
+        "ema": 0.5,
+    }
     return TrainConfig(**values | changes)
 
 
@@ -40,7 +48,9 @@ def trained(config: TrainConfig, folder: Path, resume_from: str | None = None) -
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_it_learns_and_goes_on_bit_for_bit(tmp_path: Path, make_store: Callable[..., Path], accumulate: int) -> None:
+def test_it_learns_and_goes_on_bit_for_bit(
+    tmp_path: Path, make_store: Callable[..., Path], accumulate: int
+) -> None:
     config = settings(make_store(tmp_path / "store"), accumulate=accumulate)
     for name in ("straight", "resumed"):
         (tmp_path / name).mkdir()
@@ -50,12 +60,16 @@ def test_it_learns_and_goes_on_bit_for_bit(tmp_path: Path, make_store: Callable[
     assert straight[-1]["colour_error"] < straight[0]["colour_error"]
     first = str(tmp_path / "straight" / "checkpoint_2")
     assert trained(config, tmp_path / "resumed", first)[-1]["colour_error"] == straight[-1]["colour_error"]
-    ends = [load_file(tmp_path / name / "checkpoint_6" / "model.safetensors") for name in ("straight", "resumed")]
+    ends = [
+        load_file(tmp_path / name / "checkpoint_6" / "model.safetensors") for name in ("straight", "resumed")
+    ]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     assert float(ends[0]["steps"]) == 6
 
 
-def test_its_metric_says_what_is_best_and_its_backbone_is_exported(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_its_metric_says_what_is_best_and_its_backbone_is_exported(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     config = settings(make_store(tmp_path / "store"))
     (tmp_path / "run").mkdir()
     history = trained(config, tmp_path / "run")
@@ -64,13 +78,17 @@ def test_its_metric_says_what_is_best_and_its_backbone_is_exported(tmp_path: Pat
     found = export(ExportConfig(run=str(tmp_path / "run"), to=str(tmp_path / "model")))
     model = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     weights = load_file(tmp_path / "run" / "checkpoint_6" / "ema.safetensors")
-    assert found["weights"] == "ema" and all(torch.equal(v, weights[f"backbone.{k}"]) for k, v in model.state_dict().items())
+    assert found["weights"] == "ema" and all(
+        torch.equal(v, weights[f"backbone.{k}"]) for k, v in model.state_dict().items()
+    )
 
 
 def test_what_is_told_of_built_in_methods_is_theirs() -> None:
     for name, metric in METRICS.items():
         assert objective_named(name).metric == metric
-    with pytest.raises(ValueError, match=r"objective='nothing\.there': No module named 'nothing'; known are align"):
+    with pytest.raises(
+        ValueError, match=r"objective='nothing\.there': No module named 'nothing'; known are align"
+    ):
         objective_named("nothing.there")
 
 
@@ -82,13 +100,36 @@ def test_it_is_trained_by_several_workers_and_swept(
 
     store, sweep = make_store(tmp_path / "store", train=36), tmp_path / "sweep"
     command = [
-        "tune", "--store", str(store), "--preset", "smoke", "--objective", NAME, "--batch-size", "12", "--workers", "2",
-        "--tracking-uri", "none", "--seeds", "0", "1", "--sweep", str(sweep), "--concurrent", "1",
-    ]  # fmt: skip
+        "tune",
+        "--store",
+        str(store),
+        "--preset",
+        "smoke",
+        "--objective",
+        NAME,
+        "--batch-size",
+        "12",
+        "--workers",
+        "2",
+        "--tracking-uri",
+        "none",
+        "--seeds",
+        "0",
+        "1",
+        "--sweep",
+        str(sweep),
+        "--concurrent",
+        "1",
+    ]
     assert main(command) == 0
     told = capsys.readouterr()
     assert "error" in told.out and "toy_objective-s0" in told.err
     content = json.loads((sweep / "sweep.json").read_text())
-    scores = {trial["name"]: run_folder.headline(trial["result"]["last"], "colour_error") for trial in content["trials"]}
-    assert len(scores) == 2 and content["exported_from"]["trial"] == min(scores, key=lambda name: scores[name])
+    scores = {
+        trial["name"]: run_folder.headline(trial["result"]["last"], "colour_error")
+        for trial in content["trials"]
+    }
+    assert len(scores) == 2 and content["exported_from"]["trial"] == min(
+        scores, key=lambda name: scores[name]
+    )
     assert run.prepare(settings(store, run=str(sweep / "new"), workers=1))[1] == {}

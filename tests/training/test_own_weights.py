@@ -1,4 +1,5 @@
-"""Training that starts from a model of the hub or of a folder: pinned, from safetensors alone, and needed for the start only."""
+"""Training that starts from a model of the hub or of a folder: pinned, from safetensors alone, and needed for
+the start only."""
 
 from __future__ import annotations
 
@@ -35,13 +36,24 @@ def saved(folder: Path, name: str = "test_resnet", **arguments: Any) -> nn.Modul
     model: nn.Module = timm.create_model(name, num_classes=7, **arguments)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
-    data: dict[str, Any] = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.5, "interpolation": "bilinear"}
+    data: dict[str, Any] = {
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+        "crop_pct": 0.5,
+        "interpolation": "bilinear",
+    }
     save_for_hf(model, str(folder), safe_serialization=True, model_args=arguments or None, data_config=data)
     return model
 
 
 def settings(store: Path | str, backbone: str, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {"image_size": 32, "epochs": 2, "batch_size": 12, "projection_dim": 4, "threads": 1}
+    values: dict[str, Any] = {
+        "image_size": 32,
+        "epochs": 2,
+        "batch_size": 12,
+        "projection_dim": 4,
+        "threads": 1,
+    }
     return TrainConfig(store=str(store), backbone=backbone, **values | changes)
 
 
@@ -68,7 +80,11 @@ def same_but_for_the_classifier(model: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("name", "arguments", "size"),
-    [("test_resnet", {}, 32), ("test_vit", {"img_size": 48, "patch_size": 8}, 48), ("test_convnext", {"patch_size": 2}, 32)],
+    [
+        ("test_resnet", {}, 32),
+        ("test_vit", {"img_size": 48, "patch_size": 8}, 48),
+        ("test_convnext", {"patch_size": 2}, 32),
+    ],
 )
 def test_a_run_starts_from_the_weights_and_the_normalisation_of_a_folder(
     tmp_path: Path, name: str, arguments: dict[str, Any], size: int
@@ -80,7 +96,10 @@ def test_a_run_starts_from_the_weights_and_the_normalisation_of_a_folder(
     same_but_for_the_classifier(task.backbone, model)
     norm = build.make_norm(task.backbone, torch.device("cpu"))
     torch.testing.assert_close(norm.mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
-    assert build.data_config(task.backbone)["crop_pct"] == 0.5 and build.data_config(task.backbone)["interpolation"] == "bilinear"
+    assert (
+        build.data_config(task.backbone)["crop_pct"] == 0.5
+        and build.data_config(task.backbone)["interpolation"] == "bilinear"
+    )
 
 
 def test_a_transformer_is_taken_to_another_size(tmp_path: Path) -> None:
@@ -93,7 +112,9 @@ def test_a_transformer_is_taken_to_another_size(tmp_path: Path) -> None:
     assert arguments["img_size"] == 32 and arguments["patch_size"] == 8
 
 
-def test_after_its_start_a_run_needs_the_folder_no_more(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_after_its_start_a_run_needs_the_folder_no_more(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     """It resumes, is evaluated and is exported as if the folder were still there."""
     saved(tmp_path / "mine")
     store = make_store(tmp_path / "store", train=30, val=12)
@@ -112,7 +133,11 @@ def test_after_its_start_a_run_needs_the_folder_no_more(tmp_path: Path, make_sto
     written = json.loads((tmp_path / "model" / "config.json").read_text())
     assert written["architecture"] == "test_resnet" and written["pretrained_cfg"]["mean"] == [0.1, 0.2, 0.3]
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "# test_resnet, 3 classes" in card and "| backbone | local-dir:mine (files-" in card and str(tmp_path) not in card
+    assert (
+        "# test_resnet, 3 classes" in card
+        and "| backbone | local-dir:mine (files-" in card
+        and str(tmp_path) not in card
+    )
 
 
 @pytest.mark.parametrize("small_stem", [False, True])
@@ -123,7 +148,10 @@ def test_an_export_of_ours_is_where_the_next_run_starts(
     first = settings(store, "resnet18" if small_stem else "test_resnet", epochs=1, small_stem=small_stem)
     export.export(ExportConfig(run=str(fitted(first, tmp_path / "first")), to=str(tmp_path / "model")))
     config = backbones.resolved(settings(store, f"local-dir:{tmp_path / 'model'}", small_stem=small_stem))
-    task, weights = align.build_task(config, 5, 4), load_file(tmp_path / "first" / "epoch-1" / "model.safetensors")
+    task, weights = (
+        align.build_task(config, 5, 4),
+        load_file(tmp_path / "first" / "epoch-1" / "model.safetensors"),
+    )
     for name, value in task.backbone.state_dict().items():
         assert name.startswith("fc.") or torch.equal(value, weights[f"backbone.{name}"]), name
     again = outputs.load(config, str(tmp_path / "first" / "epoch-1"), 3)
@@ -134,12 +162,15 @@ def test_a_small_stem_that_is_not_told_is_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = backbones.build("resnet18", num_classes=3, image_size=32, small_stem=True)
     save_for_hf(model, str(tmp_path / "mine"), safe_serialization=True)
-    with pytest.raises(ValueError, match=r"weights do not fit .*conv1\.weight.*give --patch-size and --small-stem"):
+    with pytest.raises(
+        ValueError, match=r"weights do not fit .*conv1\.weight.*give --patch-size and --small-stem"
+    ):
         backbones.resolved(settings("s", f"local-dir:{tmp_path / 'mine'}"))
 
 
 def test_files_that_changed_before_the_first_checkpoint_are_refused(tmp_path: Path) -> None:
-    """A run that was killed so early must not begin anew with other weights; a finished step makes the folder needless."""
+    """A run that was killed so early must not begin anew with other weights; a finished step makes the folder
+    needless."""
     model = saved(tmp_path / "mine")
     config = backbones.resolved(settings("s", f"local-dir:{tmp_path / 'mine'}"))
     nn.init.zeros_(model.get_classifier().weight)  # type: ignore[operator]
@@ -149,7 +180,9 @@ def test_files_that_changed_before_the_first_checkpoint_are_refused(tmp_path: Pa
     align.build_task(replace(config, pretrained=False), 3, 4)
 
 
-def test_what_is_no_model_of_timms_in_safetensors_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_model_of_timms_in_safetensors_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = saved(tmp_path / "mine")
     refused = tmp_path / "refused"
 
@@ -195,8 +228,11 @@ def test_a_model_of_the_hub_is_pinned_to_its_commit(hub: Path) -> None:
     config = backbones.resolved(settings("s", "hf-hub:acme/tiny"))
     assert config.backbone == f"hf-hub:acme/tiny@{COMMIT}" and architecture_of(config) == "test_resnet"
     task = align.build_task(config, 3, 4)
-    same_but_for_the_classifier(task.backbone, timm.create_model(f"local-dir:{hub / 'snapshots' / COMMIT}", pretrained=True))
-    # The model moves on; a run that was begun keeps what it was begun with, whichever way the same model is named.
+    same_but_for_the_classifier(
+        task.backbone, timm.create_model(f"local-dir:{hub / 'snapshots' / COMMIT}", pretrained=True)
+    )
+    # The model moves on; a run that was begun keeps what it was begun with, whichever way the same model is
+    # named.
     saved(hub / "snapshots" / LATER, "test_convnext")
     (hub / "refs" / "main").write_text(LATER)
     for name in ("acme/tiny", "acme/tiny@main", f"acme/tiny@{COMMIT}"):
@@ -229,11 +265,24 @@ def test_train_records_what_it_started_from_and_goes_on_without_it(
 ) -> None:
     model = saved(tmp_path / "mine")
     store = make_store(tmp_path / "store", train=24, val=9)
-    command = ["train", "--store", str(store), "--preset", "smoke", "--projection-dim", "4", "--batch-size", "12", "--workers"]
+    command = [
+        "train",
+        "--store",
+        str(store),
+        "--preset",
+        "smoke",
+        "--projection-dim",
+        "4",
+        "--batch-size",
+        "12",
+        "--workers",
+    ]
     command += ["1", "--tracking-uri", "none", "--lr", "1e-9", "--min-lr", "0", "--weight-decay", "0"]
     command += ["--backbone", f"local-dir:{tmp_path / 'mine'}", "--run", str(tmp_path / "run")]
     assert main(command) == 0
-    trained = outputs.load(run_folder.read(str(tmp_path / "run")), checkpoint.find(str(tmp_path / "run")), 3).task.backbone
+    trained = outputs.load(
+        run_folder.read(str(tmp_path / "run")), checkpoint.find(str(tmp_path / "run")), 3
+    ).task.backbone
     for (name, value), start in zip(trained.named_parameters(), model.parameters(), strict=True):
         assert name.startswith("fc.") or torch.allclose(value, start, atol=1e-6), name
     shutil.rmtree(tmp_path / "mine")
@@ -244,7 +293,18 @@ def test_pre_trained_weights_that_are_not_to_be_had_end_a_run_before_it_begins(
     tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = str(make_store(tmp_path / "store"))
-    command = ["train", "--store", store, "--preset", "smoke", "--batch-size", "12", "--pretrained", "--run", str(tmp_path / "r")]
+    command = [
+        "train",
+        "--store",
+        store,
+        "--preset",
+        "smoke",
+        "--batch-size",
+        "12",
+        "--pretrained",
+        "--run",
+        str(tmp_path / "r"),
+    ]
     assert main([*command, "--backbone", "resnet18", "--alignment-weight", "0"]) == 2
     assert "pretrained: the weights of resnet18 (timm/resnet18" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()

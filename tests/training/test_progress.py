@@ -17,7 +17,9 @@ def write(run: Path, epochs: int) -> None:
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_a_run_that_goes_on_says_so_and_prints_only_new_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_goes_on_says_so_and_prints_only_new_epochs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path, 3)
     with Follower(str(tmp_path), 6, show=True):
         write(tmp_path, 5)
@@ -26,9 +28,13 @@ def test_a_run_that_goes_on_says_so_and_prints_only_new_epochs(tmp_path: Path, c
     assert [line.split("/")[0].split()[-1] for line in said[1:]] == ["4", "5"], said
 
 
-def test_the_accuracy_printed_is_that_of_the_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_accuracy_printed_is_that_of_the_average(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Follower(str(tmp_path), 2, show=True):
-        (tmp_path / "metrics.jsonl").write_text(json.dumps({**EPOCH, "epoch": 1, "ema_top1": 61.0, "ema_top5": 91.0}) + "\n")
+        (tmp_path / "metrics.jsonl").write_text(
+            json.dumps({**EPOCH, "epoch": 1, "ema_top1": 61.0, "ema_top5": 91.0}) + "\n"
+        )
     assert "top-1 61.0 (without averaging 50.0)  top-5 91.0" in capsys.readouterr().err
 
 

@@ -28,7 +28,9 @@ SMALL = ["--preset", "smoke", "--projection-dim", "4", "--batch-size", "12", "--
 
 
 @pytest.fixture(scope="module")
-def trained(ray_session: None, tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Path]) -> Path:
+def trained(
+    ray_session: None, tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Path]
+) -> Path:
     """Two epochs of an aligned run by two workers; the folder of the run."""
     root = tmp_path_factory.mktemp("trained")
     make_store(root / "store", train=60, val=30)
@@ -40,15 +42,22 @@ def trained(ray_session: None, tmp_path_factory: pytest.TempPathFactory, make_st
 def test_a_run_leaves_settings_metrics_and_checkpoints_without_pickles(trained: Path) -> None:
     result = json.loads((trained / "result.json").read_text())
     assert result["epochs"] == 2
-    assert {"loss", "cross_entropy", "alignment", "top1", "top5", "images_per_s", "lr", "seconds"} <= result["last"].keys()
+    assert {"loss", "cross_entropy", "alignment", "top1", "top5", "images_per_s", "lr", "seconds"} <= result[
+        "last"
+    ].keys()
     assert len((trained / "metrics.jsonl").read_text().splitlines()) == 2
     assert run_folder.read(str(trained)).workers == 2
     folder = Path(checkpoint.find(str(trained)))
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    }
 
 
 def test_two_workers_end_where_one_process_ends(trained: Path, tmp_path: Path) -> None:
-    """Same order, same augmentation, exact loss: what differs is batch norm, whose statistics are each worker's own."""
+    """Same order, same augmentation, exact loss: what differs is batch norm, whose statistics are each
+    worker's own."""
     config = run_folder.read(str(trained))
     history = loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: None)
     two = json.loads((trained / "result.json").read_text())["history"]
@@ -59,8 +68,18 @@ def test_two_workers_end_where_one_process_ends(trained: Path, tmp_path: Path) -
 def test_a_run_on_an_object_store_with_decoding_actors_ends_with_the_same_weights(
     trained: Path, bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where pictures are decoded and where a run is kept changes nothing; the same command there finds it complete."""
-    command = ["train", "--store", run_folder.read(str(trained)).store, *SMALL, "--epochs", "2", "--run", f"{bucket}/runs/there"]
+    """Where pictures are decoded and where a run is kept changes nothing; the same command there finds it
+    complete."""
+    command = [
+        "train",
+        "--store",
+        run_folder.read(str(trained)).store,
+        *SMALL,
+        "--epochs",
+        "2",
+        "--run",
+        f"{bucket}/runs/there",
+    ]
     command += ["--loader", "actors", "--loader-workers", "1", "--tracking-uri", "none"]
     assert main(command) == 0
     weights = []
@@ -78,12 +97,34 @@ def test_a_run_on_an_object_store_with_decoding_actors_ends_with_the_same_weight
 
 
 def test_timms_augmentation_runs_in_actors_by_itself(trained: Path, tmp_path: Path) -> None:
-    command = ["train", "--store", run_folder.read(str(trained)).store, *SMALL, "--run", str(tmp_path / "run")]
-    assert main([*command, "--auto-augment", "rand-m9-mstd0.5-inc1", "--loader-workers", "1", "--tracking-uri", "none"]) == 0
+    command = [
+        "train",
+        "--store",
+        run_folder.read(str(trained)).store,
+        *SMALL,
+        "--run",
+        str(tmp_path / "run"),
+    ]
+    assert (
+        main(
+            [
+                *command,
+                "--auto-augment",
+                "rand-m9-mstd0.5-inc1",
+                "--loader-workers",
+                "1",
+                "--tracking-uri",
+                "none",
+            ]
+        )
+        == 0
+    )
     assert run_folder.read(str(tmp_path / "run")).loader == "actors"
 
 
-def test_the_same_command_again_finds_the_run_complete(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_command_again_finds_the_run_complete(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = run_folder.read(str(trained))
     command = ["train", "--store", config.store, *SMALL, "--epochs", "2", "--run", str(trained)]
     assert main(command) == 0
@@ -112,7 +153,10 @@ def test_evaluate_gives_what_training_measured(trained: Path, capsys: pytest.Cap
     assert main(["evaluate", str(trained), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     last = json.loads((trained / "result.json").read_text())["last"]
-    assert (found["top1"], found["top5"]) == (pytest.approx(last["top1"], abs=1e-3), pytest.approx(last["top5"], abs=1e-3))
+    assert (found["top1"], found["top5"]) == (
+        pytest.approx(last["top1"], abs=1e-3),
+        pytest.approx(last["top5"], abs=1e-3),
+    )
     assert found["images"] == 30 and found["epoch"] == 2
 
 
@@ -146,7 +190,15 @@ def test_export_is_a_plain_timm_model_with_the_same_logits(trained: Path, tmp_pa
 def test_wrong_settings_end_with_2_before_anything_starts(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], complaint: str
 ) -> None:
-    command = ["train", "--store", run_folder.read(str(trained)).store, *SMALL, "--run", str(tmp_path / "run"), *flags]
+    command = [
+        "train",
+        "--store",
+        run_folder.read(str(trained)).store,
+        *SMALL,
+        "--run",
+        str(tmp_path / "run"),
+        *flags,
+    ]
     assert main(command) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -157,12 +209,26 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 ) -> None:
     make_store(tmp_path / "store", train=60, val=30)
     run = tmp_path / "run"
-    command = ["train", "--store", str(tmp_path / "store"), *SMALL, "--epochs", "40", "--run", str(run), "--tracking-uri", "none"]
+    command = [
+        "train",
+        "--store",
+        str(tmp_path / "store"),
+        *SMALL,
+        "--epochs",
+        "40",
+        "--run",
+        str(run),
+        "--tracking-uri",
+        "none",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     child = subprocess.Popen(
-        [sys.executable, "-m", "training", *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "training", *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 240
     while child.poll() is None and time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 2:
@@ -182,15 +248,32 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
 def test_a_picture_that_is_gone_ends_a_run_with_its_name_and_the_run_goes_on_when_it_is_back(
     ray_session: None, tmp_path: Path, picture_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One worker meets it, and the others wait for that one; Ray Train's three further tries would meet it again."""
+    """One worker meets it, and the others wait for that one; Ray Train's three further tries would meet it
+    again."""
     images = picture_folder({"train/a": 12, "train/b": 12, "val/a": 2, "val/b": 2})
     store, run = str(tmp_path / "store"), str(tmp_path / "run")
     assert cli.main(["ingest", "--images", str(images), "--store", store, "--no-pack"]) == 0
-    command = ["train", "--store", store, *SMALL, "--batch-size", "8", "--epochs", "1", "--run", run, "--alignment-weight", "0"]
+    command = [
+        "train",
+        "--store",
+        store,
+        *SMALL,
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+        "--run",
+        run,
+        "--alignment-weight",
+        "0",
+    ]
     os.rename(images / "train/a/005.jpg", tmp_path / "away.jpg")
     assert main([*command, "--tracking-uri", "none"]) == 1
     told = capsys.readouterr().err
-    assert "train: picture train/a/005.jpg cannot be read any more" in told and "Traceback" not in told.rpartition("train: ")[2]
+    assert (
+        "train: picture train/a/005.jpg cannot be read any more" in told
+        and "Traceback" not in told.rpartition("train: ")[2]
+    )
     assert (tmp_path / "run" / "stopped.json").exists()
     os.rename(tmp_path / "away.jpg", images / "train/a/005.jpg")
     assert main([*command, "--tracking-uri", "none"]) == 0

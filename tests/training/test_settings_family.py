@@ -1,4 +1,5 @@
-"""What a run's config.json promises: which settings a resumption may change, and how records of other releases are read."""
+"""What a run's config.json promises: which settings a resumption may change, and how records of other
+releases are read."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from training.data import text_targets
 from training.engine import checkpoint, loop
 from training.tracking.journal import Journal
 
-BASE = TrainConfig(store="/store", run="/run", embeddings="first", alignment_weight=0.5, batch_size=64, workers=2, ema=0.5)
+BASE = TrainConfig(
+    store="/store", run="/run", embeddings="first", alignment_weight=0.5, batch_size=64, workers=2, ema=0.5
+)
 HINTS = typing.get_type_hints(TrainConfig)
 OLD_RUN = Path(__file__).resolve().parent.parent / "golden" / "run-55880e0"
 
@@ -56,7 +59,9 @@ def test_every_setting_is_either_deciding_or_free() -> None:
 
 @pytest.mark.parametrize("name", sorted(DECIDING))
 def test_a_run_does_not_go_on_with_a_deciding_setting_changed(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"(?s)begun with other settings; pass another --run.*\n  {name}: .* then, .* now"):
+    with pytest.raises(
+        ValueError, match=rf"(?s)begun with other settings; pass another --run.*\n  {name}: .* then, .* now"
+    ):
         run_folder.resumed(replace(BASE, **{name: another(name)}), recorded(BASE))
 
 
@@ -66,7 +71,9 @@ def test_a_run_goes_on_with_a_free_setting_changed(name: str) -> None:
     assert run_folder.resumed(now, recorded(BASE)) == now
 
 
-@pytest.mark.parametrize("name", sorted(field.name for field in fields(TrainConfig) if field.default is not MISSING))
+@pytest.mark.parametrize(
+    "name", sorted(field.name for field in fields(TrainConfig) if field.default is not MISSING)
+)
 def test_a_record_without_a_setting_is_of_a_run_that_had_its_default(name: str) -> None:
     """As of a release before the setting: the run goes on with it as it was, and not with it switched on."""
     content = recorded(replace(BASE, embeddings=""))
@@ -78,7 +85,9 @@ def test_a_record_without_a_setting_is_of_a_run_that_had_its_default(name: str) 
 
 
 def test_a_record_of_a_later_release_is_refused_with_what_is_unknown() -> None:
-    with pytest.raises(ValueError, match=r"begun by another release.*settings unknown here: warp_factor. Use the release"):
+    with pytest.raises(
+        ValueError, match=r"begun by another release.*settings unknown here: warp_factor. Use the release"
+    ):
         run_folder.resumed(BASE, recorded(BASE) | {"warp_factor": 9})
     with pytest.raises(ValueError, match=r"version 99, this one reads up to \d"):
         run_folder.settings("/run", recorded(BASE) | {"version": 99})
@@ -105,7 +114,9 @@ def begun(config: TrainConfig, **changes: Any) -> Path:
     return folder
 
 
-def test_a_run_records_which_embeddings_it_found_and_goes_on_with_them(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_a_run_records_which_embeddings_it_found_and_goes_on_with_them(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     store = make_store(tmp_path / "store")
     flags = [
         "--store",
@@ -130,23 +141,33 @@ def test_a_run_records_which_embeddings_it_found_and_goes_on_with_them(tmp_path:
         run.prepare(parse_train([*flags, "--embeddings", "another"]))
 
 
-def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(tmp_path: Path, two_embeddings: Path) -> None:
-    config = TrainConfig(store=str(two_embeddings), run=str(tmp_path / "run"), batch_size=12, projection_dim=4)
+def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(
+    tmp_path: Path, two_embeddings: Path
+) -> None:
+    config = TrainConfig(
+        store=str(two_embeddings), run=str(tmp_path / "run"), batch_size=12, projection_dim=4
+    )
     folder = begun(config)
-    Journal(str(folder / "tracking")).append({"kind": "create", "tags": {"embeddings": "test", "captions": "test"}})
+    Journal(str(folder / "tracking")).append(
+        {"kind": "create", "tags": {"embeddings": "test", "captions": "test"}}
+    )
     assert run.prepare(config)[0].embeddings == "test"
     assert run_folder.read(str(folder)).embeddings == "test"
 
 
 def test_an_early_run_that_told_nobody_is_given_its_embeddings(tmp_path: Path, two_embeddings: Path) -> None:
-    config = TrainConfig(store=str(two_embeddings), run=str(tmp_path / "run"), batch_size=12, projection_dim=4)
+    config = TrainConfig(
+        store=str(two_embeddings), run=str(tmp_path / "run"), batch_size=12, projection_dim=4
+    )
     begun(config)
     with pytest.raises(ValueError, match=r"one of: another \(of captions test\), test \("):
         run.prepare(config)
     assert run.prepare(replace(config, embeddings="test"))[0].embeddings == "test"
 
 
-def test_paths_are_recorded_whole(tmp_path: Path, make_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_recorded_whole(
+    tmp_path: Path, make_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Workers have working directories of their own."""
     make_store(tmp_path / "store")
     monkeypatch.chdir(tmp_path)
@@ -159,18 +180,40 @@ def old_run(tmp_path: Path, make_store: Callable[..., Path], **changes: Any) -> 
     store, folder = make_store(tmp_path / "store"), tmp_path / "run"
     shutil.copytree(OLD_RUN, folder)
     content = json.loads((OLD_RUN / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | {"store": str(store), "run": str(folder)} | changes))
+    (folder / "config.json").write_text(
+        json.dumps(content | {"store": str(store), "run": str(folder)} | changes)
+    )
     return folder, [
-        "--store", str(store), "--run", str(folder), "--preset", "smoke", "--backbone", "test_efficientnet", "--epochs", "40",
-        "--batch-size", "12", "--projection-dim", "4", "--head", "linear", "--optimizer", "momentum", "--workers", "1",
-        "--tracking-uri", "none",
-    ]  # fmt: skip
+        "--store",
+        str(store),
+        "--run",
+        str(folder),
+        "--preset",
+        "smoke",
+        "--backbone",
+        "test_efficientnet",
+        "--epochs",
+        "40",
+        "--batch-size",
+        "12",
+        "--projection-dim",
+        "4",
+        "--head",
+        "linear",
+        "--optimizer",
+        "momentum",
+        "--workers",
+        "1",
+        "--tracking-uri",
+        "none",
+    ]
 
 
 def test_a_run_that_an_early_release_began_goes_on(
     tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its settings, its checkpoint, and what evaluation makes of it; two more epochs in this process, without Ray."""
+    """Its settings, its checkpoint, and what evaluation makes of it; two more epochs in this process, without
+    Ray."""
     folder, flags = old_run(tmp_path, make_store)
     config, _ = run.prepare(parse_train(flags))
     latest = checkpoint.find(str(folder))
@@ -197,29 +240,46 @@ def test_an_early_run_is_exported_whatever_the_store_holds_by_now(
 def test_the_command_of_an_early_release_ends_its_run(
     tmp_path: Path, make_store: Callable[..., Path], ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.05")  # 39 epochs of two steps, each waiting for its report
+    monkeypatch.setenv(
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.05"
+    )  # 39 epochs of two steps, each waiting for its report
     folder, flags = old_run(tmp_path, make_store)
     first = (folder / "metrics.jsonl").read_text()
     assert main(["train", *flags]) == 0
     assert (folder / "metrics.jsonl").read_text().startswith(first), "the first epoch was not trained again"
     assert json.loads((folder / "result.json").read_text())["epochs"] == 40
-    assert set(json.loads((folder / "config.json").read_text())) == {"version", "store_contents", *asdict(BASE)}
+    assert set(json.loads((folder / "config.json").read_text())) == {
+        "version",
+        "store_contents",
+        *asdict(BASE),
+    }
 
 
-def test_a_second_driver_of_a_run_is_refused_while_the_first_is_at_work(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_a_second_driver_of_a_run_is_refused_while_the_first_is_at_work(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     from pipeline.errors import SettingsError
     from pipeline.store import lock
 
     config = TrainConfig(
-        store=str(make_store(tmp_path / "store")), run=str(tmp_path / "run"), alignment_weight=0.0, image_size=32,
-        backbone="test_resnet", batch_size=8,
-    )  # fmt: skip
-    with lock.held(config.run, "run"), pytest.raises(SettingsError, match=r"process \d+ on .* is at work in it"):
+        store=str(make_store(tmp_path / "store")),
+        run=str(tmp_path / "run"),
+        alignment_weight=0.0,
+        image_size=32,
+        backbone="test_resnet",
+        batch_size=8,
+    )
+    with (
+        lock.held(config.run, "run"),
+        pytest.raises(SettingsError, match=r"process \d+ on .* is at work in it"),
+    ):
         run.train(config)
     assert not (tmp_path / "run" / "config.json").exists(), "nothing was written"
 
 
-def test_a_run_does_not_go_on_with_a_store_that_was_made_anew(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_a_run_does_not_go_on_with_a_store_that_was_made_anew(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     make_store(tmp_path / "store")
     config, _ = run.prepare(
         TrainConfig(store=str(tmp_path / "store"), run=str(tmp_path / "run"), batch_size=12, projection_dim=4)
@@ -228,7 +288,9 @@ def test_a_run_does_not_go_on_with_a_store_that_was_made_anew(tmp_path: Path, ma
     assert run.prepare(config)[0] == config
     shutil.rmtree(tmp_path / "store")
     make_store(tmp_path / "store", train=36)
-    with pytest.raises(OtherSettingsError, match="other pictures, classes, splits or shards now than when the run began"):
+    with pytest.raises(
+        OtherSettingsError, match="other pictures, classes, splits or shards now than when the run began"
+    ):
         run.prepare(config)
     with pytest.raises(OtherSettingsError, match="was begun on another store"):
         run_folder.read(config.run)
@@ -238,12 +300,23 @@ def test_a_run_does_not_go_on_with_a_store_that_was_made_anew(tmp_path: Path, ma
     assert run.prepare(config)[0] == config
 
 
-def test_texts_are_reduced_by_what_the_split_that_is_trained_on_holds(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_texts_are_reduced_by_what_the_split_that_is_trained_on_holds(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     store = Store(str(make_store(tmp_path / "store", train=40, val=20)))
-    fresh = {split: text_targets.load(store, embeddings="test", dim=3, split=split).basis for split in ("train", "val")}
-    assert fresh["train"] is not None and fresh["val"] is not None and not np.array_equal(fresh["train"], fresh["val"])
+    fresh = {
+        split: text_targets.load(store, embeddings="test", dim=3, split=split).basis
+        for split in ("train", "val")
+    }
+    assert (
+        fresh["train"] is not None
+        and fresh["val"] is not None
+        and not np.array_equal(fresh["train"], fresh["val"])
+    )
     for split in ("val", "train"):
-        assert np.array_equal(text_targets.load(store, embeddings="test", dim=3, split=split).basis, fresh[split])
+        assert np.array_equal(
+            text_targets.load(store, embeddings="test", dim=3, split=split).basis, fresh[split]
+        )
     table = store.read_shard("embeddings", "test", 0)
     rows = [row | {"embedding": np.roll(row["embedding"], n)} for n, row in enumerate(table.to_pylist())]
     store.write_shard("embeddings", "test", 0, embeddings_table(rows, 8), seconds=0)
@@ -252,7 +325,9 @@ def test_texts_are_reduced_by_what_the_split_that_is_trained_on_holds(tmp_path: 
     assert np.array_equal(text_targets.load(store, embeddings="test", dim=3, split="val").basis, fresh["val"])
 
 
-def test_a_val_split_without_a_usable_picture_is_found_before_training(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_a_val_split_without_a_usable_picture_is_found_before_training(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     store = Store(str(make_store(tmp_path / "store", val=4)))
     (shard,) = store.split_shards("val")
     rows = [row | {"error": "damaged"} for row in store.read_shard("images", "", shard).to_pylist()]

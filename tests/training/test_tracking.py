@@ -1,4 +1,5 @@
-"""Tracking against a real MLflow server that is there, down, killed, frozen or slow; what a caller's call costs meanwhile."""
+"""Tracking against a real MLflow server that is there, down, killed, frozen or slow; what a caller's call
+costs meanwhile."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Server:
-    """`mlflow server` on loopback over one SQLite file, which can be killed and started again on the same store."""
+    """`mlflow server` on loopback over one SQLite file, which can be killed and started again on the same
+    store."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as probe:
@@ -49,10 +51,17 @@ class Server:
         place = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         with open(self._folder / "server.log", "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *store, *place], stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                [sys.executable, "-m", "mlflow", "server", *store, *place],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={
+                    **os.environ,
+                    "MLFLOW_DISABLE_TELEMETRY": "true",
+                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                },
                 cwd=self._folder,
-            )  # fmt: skip
+            )
 
     def wait(self) -> None:
         deadline = time.monotonic() + 60
@@ -129,11 +138,19 @@ def test_parameters_tags_metrics_files_and_status_arrive(server: Server, tmp_pat
     assert run.data.params["p149"] == "149" and run.data.params["max_tokens"] == "77"
     assert run.data.params["hub_token"] == "***" and len(run.data.params["note"]) == 6000
     assert history(server.uri, run_id, "loss") == [(step, 1 / (step + 1)) for step in range(1200)]
-    assert all(before - 1 <= m.timestamp <= time.time() * 1000 for m in client(server.uri).get_metric_history(run_id, "top1"))
+    assert all(
+        before - 1 <= m.timestamp <= time.time() * 1000
+        for m in client(server.uri).get_metric_history(run_id, "top1")
+    )
     assert {"odd", "odd name ___"} <= run.data.metrics.keys()
-    got = download_artifacts(run_id=run_id, artifact_path="checkpoint/sub/a.bin", tracking_uri=server.uri, dst_path=str(tmp_path))
+    got = download_artifacts(
+        run_id=run_id, artifact_path="checkpoint/sub/a.bin", tracking_uri=server.uri, dst_path=str(tmp_path)
+    )
     assert Path(got).read_bytes() == b"weights" * 100_000
-    assert list((tmp_path / "spool" / "outbox").iterdir()) == [] and not (tmp_path / "spool" / "rejected.jsonl").exists()
+    assert (
+        list((tmp_path / "spool" / "outbox").iterdir()) == []
+        and not (tmp_path / "spool" / "rejected.jsonl").exists()
+    )
 
 
 @pytest.mark.slow
@@ -150,7 +167,10 @@ def test_what_is_sent_twice_is_there_once(server: Server, tmp_path: Path) -> Non
     assert tracker.finish(wait_s=30)
     Journal(str(spool)).save(State())
     assert tracking.send(str(spool), wait_s=30)
-    assert tracking.actual_run_id("", str(spool)) == "" and tracking.actual_run_id("pending-x", str(spool)) == run_id
+    assert (
+        tracking.actual_run_id("", str(spool)) == ""
+        and tracking.actual_run_id("pending-x", str(spool)) == run_id
+    )
     assert history(server.uri, run_id, "loss") == [(step, step / 7) for step in range(50)]
     assert len(history(server.uri, run_id, "odd")) == 50
     assert len(client(server.uri).search_model_versions("name = 'twice'")) == 1
@@ -179,7 +199,9 @@ def test_an_exported_model_becomes_versions_of_a_registered_one(server: Server, 
 
 
 @pytest.mark.slow
-def test_system_metrics_arrive_under_the_names_that_the_page_of_mlflow_groups(server: Server, tmp_path: Path) -> None:
+def test_system_metrics_arrive_under_the_names_that_the_page_of_mlflow_groups(
+    server: Server, tmp_path: Path
+) -> None:
     run_id = start(server.uri, tmp_path / "spool")
     for _ in range(2):  # the second goes on counting
         tracker = tracking.Tracker(server.uri, run_id, spool=str(tmp_path / "spool"), system_metrics_s=0.2)
@@ -197,7 +219,8 @@ def test_system_metrics_arrive_under_the_names_that_the_page_of_mlflow_groups(se
 
 @pytest.mark.slow
 def test_a_restarted_training_goes_on_in_the_same_run(server: Server, tmp_path: Path) -> None:
-    """The first process is killed right after it logged; what it had no time to send, the second one sends."""
+    """The first process is killed right after it logged; what it had no time to send, the second one
+    sends."""
     spool = str(tmp_path / "spool")
     run_id = start(server.uri, tmp_path / "spool")
     code = (
@@ -227,7 +250,8 @@ def test_a_restarted_training_goes_on_in_the_same_run(server: Server, tmp_path: 
 def test_a_server_that_dies_and_comes_back_has_every_point_once(
     server: Server, tmp_path: Path, impatient: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Three outages: killed in the middle, down at the start of two nested runs, frozen. No call waits for any of them."""
+    """Three outages: killed in the middle, down at the start of two nested runs, frozen. No call waits for
+    any of them."""
     spool, parent_spool, child_spool = (tmp_path / name for name in ("spool", "parent", "child"))
     far_spool = tmp_path / "far"  # of a rank 0 on a machine that does not see the driver's folder
     run_id = start(server.uri, spool)
@@ -272,12 +296,19 @@ def test_a_server_that_dies_and_comes_back_has_every_point_once(
     assert send_by_hand([str(child_spool)]) == 0
     assert far.finish(wait_s=20)
     child_id = tracking.actual_run_id(child, str(child_spool))
-    assert history(server.uri, child_id, "loss") == [(1, 5.0)] and history(server.uri, child_id, "far") == [(1, 6.0)]
+    assert history(server.uri, child_id, "loss") == [(1, 5.0)] and history(server.uri, child_id, "far") == [
+        (1, 6.0)
+    ]
     found = client(server.uri).get_run(child_id)
     assert found.data.params == {"lr": "0.1"} and far.run_id == child_id
-    assert len(client(server.uri).search_runs([found.info.experiment_id], "attributes.run_name = 'child'")) == 1
+    assert (
+        len(client(server.uri).search_runs([found.info.experiment_id], "attributes.run_name = 'child'")) == 1
+    )
     deadline = time.monotonic() + 20  # the parent is created by the thread that start_run left behind
-    while "mlflow.parentRunId" not in client(server.uri).get_run(child_id).data.tags and time.monotonic() < deadline:
+    while (
+        "mlflow.parentRunId" not in client(server.uri).get_run(child_id).data.tags
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     parent_id = client(server.uri).get_run(child_id).data.tags["mlflow.parentRunId"]
     assert parent_id == tracking.actual_run_id(parent, str(parent_spool))
@@ -285,7 +316,8 @@ def test_a_server_that_dies_and_comes_back_has_every_point_once(
 
 
 class Proxy:
-    """Passes connections on to a server and holds each answer back; without a server it takes them and never answers."""
+    """Passes connections on to a server and holds each answer back; without a server it takes them and never
+    answers."""
 
     def __init__(self, port: int | None, delay_s: float) -> None:
         self._port, self._delay_s = port, delay_s
@@ -328,7 +360,9 @@ class Proxy:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["slow", "silent"])
-def test_a_slow_server_costs_the_caller_nothing(server: Server, tmp_path: Path, impatient: None, kind: str) -> None:
+def test_a_slow_server_costs_the_caller_nothing(
+    server: Server, tmp_path: Path, impatient: None, kind: str
+) -> None:
     proxy = Proxy(server.port if kind == "slow" else None, 2.0)
     before = time.monotonic()
     run_id = start(proxy.uri, tmp_path / "spool")
@@ -387,7 +421,9 @@ def test_processes_that_share_one_sqlite_file_all_get_through(tmp_path: Path) ->
     (tmp_path / "best" / "a.txt").write_text("a")
     arguments = [sys.executable, "-c", code, uri]
     children = [
-        subprocess.Popen([*arguments, str(n), str(tmp_path / "best")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*arguments, str(n), str(tmp_path / "best")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         for n in range(3)
     ]
     runs = [child.communicate(timeout=120)[0].split()[-1] for child in children]
@@ -442,11 +478,16 @@ def test_a_line_cut_off_spoils_no_other(tmp_path: Path) -> None:
     assert list(journal.read(records[0][0], records[1][0])) == [records[1]]
 
 
-def test_the_time_limits_of_the_user_stand_and_ours_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_limits_of_the_user_stand_and_ours_leave_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     before = dict(os.environ)
     with patience(0):
-        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10" and os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
+        assert (
+            os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+            and os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
+        )
     with patience(9):
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "120"
     assert dict(os.environ) == before
@@ -463,12 +504,17 @@ def test_one_sender_at_a_time(tmp_path: Path) -> None:
 def test_no_password_and_no_token_is_printed_or_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, impatient: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Down to every file of the journal's folder, with a server that is not there to provoke every message."""
+    """Down to every file of the journal's folder, with a server that is not there to provoke every
+    message."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-thirteen-owls")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         uri = f"http://ada:pass-w0rd@127.0.0.1:{probe.getsockname()[1]}"
-    params = {"base_url": "https://eve:hidden-1@example.org/v1", "api_key": "abc-secret", "note": "with sk-thirteen-owls"}
+    params = {
+        "base_url": "https://eve:hidden-1@example.org/v1",
+        "api_key": "abc-secret",
+        "note": "with sk-thirteen-owls",
+    }
     run_id = start(uri, tmp_path / "spool", params=params)
     tracker = tracking.Tracker(uri, run_id, spool=str(tmp_path / "spool"))
     tracker.metrics({"loss": 1.0}, 1)
@@ -485,7 +531,10 @@ def test_no_password_and_no_token_is_printed_or_recorded(
 
 
 def test_masking_leaves_the_rest_as_it_is() -> None:
-    assert masked("postgresql://u:p@ss@db/mlflow?sslmode=on&password=x1") == "postgresql://***@db/mlflow?sslmode=on&password=***"
+    assert (
+        masked("postgresql://u:p@ss@db/mlflow?sslmode=on&password=x1")
+        == "postgresql://***@db/mlflow?sslmode=on&password=***"
+    )
     assert masked("sqlite:////data/a@b/mlflow.db") == "sqlite:////data/a@b/mlflow.db"
     assert masked("mail me@example.org: http://h/a") == "mail me@example.org: http://h/a"
     kept = {"max_tokens": 5, "prompt_tokens": 3, "keyboard": "k", "hf_token": ""}

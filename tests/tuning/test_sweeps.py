@@ -1,4 +1,5 @@
-"""A sweep's folder: what may be given again, what is exported, who may work in it. Trials are trained here, without Ray."""
+"""A sweep's folder: what may be given again, what is exported, who may work in it. Trials are trained here,
+without Ray."""
 
 from __future__ import annotations
 
@@ -40,12 +41,24 @@ def weights(store: Path) -> Path:
 
 def command(store: Path, sweep: object, *seeds: str) -> list[str]:
     """`tune` of baselines with these seeds."""
-    flags = ["--preset", "smoke", "--batch-size", "20", "--threads", "1", "--tracking-uri", "none", "--alignment-weights", "0"]
+    flags = [
+        "--preset",
+        "smoke",
+        "--batch-size",
+        "20",
+        "--threads",
+        "1",
+        "--tracking-uri",
+        "none",
+        "--alignment-weights",
+        "0",
+    ]
     return ["tune", "--store", str(store), "--sweep", str(sweep), *flags, "--seeds", *seeds]
 
 
 def begun(command: list[str], weights: Path, sweep: Path, **ends: float | str) -> None:
-    """Makes trials' folders as `train` leaves them: `s0=51.0` is a result, `s1="step 3: ..."` a divergence."""
+    """Makes trials' folders as `train` leaves them: `s0=51.0` is a result, `s1="step 3: ..."` a
+    divergence."""
     for trial in space.trials(parse_tune(command[1:]), str(sweep)):
         end = ends.get(trial.run.rpartition("-")[2])
         if end is None:
@@ -54,8 +67,18 @@ def begun(command: list[str], weights: Path, sweep: Path, **ends: float | str) -
         shutil.copytree(weights, run / "checkpoint")
         (run / "config.json").write_text(json.dumps(asdict(trial) | {"workers": 7}))
         last = {"epoch": 1, "top1": end, "top5": 90.0, "images_per_s": 9.0}
-        result = {"run": trial.run, "run_id": "", "epochs": 1, "last": last, "best_epoch": 1, "best_top1": end, "history": [last]}
-        file, content = ("failure.json", {"message": end}) if isinstance(end, str) else ("result.json", result)
+        result = {
+            "run": trial.run,
+            "run_id": "",
+            "epochs": 1,
+            "last": last,
+            "best_epoch": 1,
+            "best_top1": end,
+            "history": [last],
+        }
+        file, content = (
+            ("failure.json", {"message": end}) if isinstance(end, str) else ("result.json", result)
+        )
         (run / file).write_text(json.dumps(content))
 
 
@@ -78,7 +101,10 @@ def test_a_better_trial_of_a_grown_grid_is_exported_anew_and_finished_trials_sta
     assert main(command(store, sweep, "0")) == 0, "a smaller grid is served by what is there"
     content = content_of(sweep)
     assert [trial["result"]["last"]["top1"] for trial in content["trials"]] == [51.0, 63.0]
-    assert content["exported_from"]["trial"] == "test_resnet-baseline-s1" and exported.stat().st_mtime_ns == before
+    assert (
+        content["exported_from"]["trial"] == "test_resnet-baseline-s1"
+        and exported.stat().st_mtime_ns == before
+    )
     timm.create_model(f"local-dir:{content['exported']}", pretrained=True)
 
 
@@ -93,7 +119,11 @@ def test_other_settings_are_refused_and_what_is_told_of_a_trial_is_its_own_recor
     before = (sweep / "sweep.json").read_bytes()
     assert main([*again, "--lr", "0.5", "--epochs", "9"]) == 2
     told = capsys.readouterr().err
-    assert "pass another --sweep" in told and "epochs: 1 then, 9 now" in told and "lr: 0.001 then, 0.5 now" in told
+    assert (
+        "pass another --sweep" in told
+        and "epochs: 1 then, 9 now" in told
+        and "lr: 0.001 then, 0.5 now" in told
+    )
     assert (sweep / "sweep.json").read_bytes() == before
 
 
@@ -106,7 +136,10 @@ def test_trials_of_an_earlier_grid_are_not_compared_with_ones_of_other_settings(
     assert main([*first, "--no-export"]) == 0
     assert main([*command(store, sweep, "1"), "--no-export", "--epochs", "9"]) == 2
     told = capsys.readouterr().err
-    assert "its trial test_resnet-baseline-s0 was begun with other settings" in told and "epochs: 1 then, 9 now" in told
+    assert (
+        "its trial test_resnet-baseline-s0 was begun with other settings" in told
+        and "epochs: 1 then, 9 now" in told
+    )
 
 
 def test_a_trial_is_named_by_its_folder_whatever_its_backbone_is_pinned_to() -> None:
@@ -117,14 +150,18 @@ def test_a_trial_is_named_by_its_folder_whatever_its_backbone_is_pinned_to() -> 
     from tuning.config import TuneConfig
 
     train = TrainConfig(store="s")
-    config = TuneConfig(train=train, backbones=("local-dir:models/own",), alignment_weights=(0.1,), projection_dims=(0,))
+    config = TuneConfig(
+        train=train, backbones=("local-dir:models/own",), alignment_weights=(0.1,), projection_dims=(0,)
+    )
     [trial] = space.trials(config, "s3://bucket/sweep?region=eu-west-1")
     pinned = replace(trial, backbone="local-dir:/home/somebody/models/own")
     assert space.trial_name(pinned) == space.trial_name(trial)
     assert trial.run == f"s3://bucket/sweep/{space.trial_name(trial)}?region=eu-west-1"
 
 
-def test_the_width_that_a_baseline_was_begun_with_decides_nothing(store: Path, weights: Path, tmp_path: Path) -> None:
+def test_the_width_that_a_baseline_was_begun_with_decides_nothing(
+    store: Path, weights: Path, tmp_path: Path
+) -> None:
     sweep = tmp_path / "sweep"
     again = command(store, sweep, "0")
     begun(again, weights, sweep, s0=51.0)
@@ -155,7 +192,11 @@ def test_the_best_trial_is_that_of_the_weights_that_are_exported() -> None:
     def trial(name: str, **last: float) -> dict[str, Any]:
         return {"name": name, "config": {}, "result": {"last": last}}
 
-    trials = [trial("raw", top1=60.0, ema_top1=20.0), trial("average", top1=40.0, ema_top1=50.0), trial("none", top1=45.0)]
+    trials = [
+        trial("raw", top1=60.0, ema_top1=20.0),
+        trial("average", top1=40.0, ema_top1=50.0),
+        trial("none", top1=45.0),
+    ]
     best = best_trial({"trials": [*trials, {"name": "failed", "result": None}]})
     assert best is not None and best["name"] == "average"
     assert best_trial({"trials": [{"name": "failed", "result": None}]}) is None
@@ -174,7 +215,12 @@ def test_a_second_sweep_in_the_same_folder_is_refused(
 
 
 def test_a_sweep_on_an_object_store_is_served_from_there(
-    store: Path, weights: Path, tmp_path: Path, bucket: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    store: Path,
+    weights: Path,
+    tmp_path: Path,
+    bucket: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sweep, there = tmp_path / "sweep", f"{bucket}/sweeps/first"
     begun(command(store, sweep, "0"), weights, sweep, s0=51.0)
@@ -188,7 +234,9 @@ def test_a_sweep_on_an_object_store_is_served_from_there(
     timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True)
     assert main(["report", there]) == 0
     assert "test_resnet" in capsys.readouterr().out
-    assert {each.name for each in tmp_path.iterdir()} == {"sweep", "best"}, "nothing is written into a folder named s3:"
+    assert {each.name for each in tmp_path.iterdir()} == {"sweep", "best"}, (
+        "nothing is written into a folder named s3:"
+    )
 
 
 def test_every_setting_of_a_sweep_says_whether_it_may_differ_when_the_sweep_goes_on() -> None:
@@ -199,15 +247,23 @@ def test_every_setting_of_a_sweep_says_whether_it_may_differ_when_the_sweep_goes
 def test_what_the_sweep_sets_is_no_flag_of_it_and_is_refused_with_the_flag_that_is_meant(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shared = TrainConfig(store="s", run="x", backbone="b", alignment_weight=9, projection_dim=9, seed=9, log_artifacts="all")
+    shared = TrainConfig(
+        store="s", run="x", backbone="b", alignment_weight=9, projection_dim=9, seed=9, log_artifacts="all"
+    )
     (trial,) = space.trials(
         TuneConfig(
-            train=SharedConfig(**asdict(shared)), alignment_weights=(1,), projection_dims=(3,), backbones=("a",), seeds=(2,)
+            train=SharedConfig(**asdict(shared)),
+            alignment_weights=(1,),
+            projection_dims=(3,),
+            backbones=("a",),
+            seeds=(2,),
         ),
         "/sweep",
     )
     owned = {name for name, value in asdict(trial).items() if value != getattr(shared, name)}
-    assert owned | {"parent_run"} == {flag.removeprefix("--").replace("-", "_") for flag in tuning_config.INSTEAD}
+    assert owned | {"parent_run"} == {
+        flag.removeprefix("--").replace("-", "_") for flag in tuning_config.INSTEAD
+    }
     assert owned == set(SharedConfig.__annotations__), "hidden from the help"
     with pytest.raises(SystemExit):
         main(["tune", "--help"])
@@ -221,7 +277,8 @@ def test_what_the_sweep_sets_is_no_flag_of_it_and_is_refused_with_the_flag_that_
 
 def test_a_trial_is_a_plain_training_run() -> None:
     (trial,) = space.trials(
-        TuneConfig(train=SharedConfig(store="s"), alignment_weights=(0,), projection_dims=(3, 4), seeds=(0,)), "/sweep"
+        TuneConfig(train=SharedConfig(store="s"), alignment_weights=(0,), projection_dims=(3, 4), seeds=(0,)),
+        "/sweep",
     )
     assert type(trial) is TrainConfig and trial == replace(trial, projection_dim=0)
 

@@ -18,9 +18,21 @@ from tuning.significance import paired
 
 
 def trial(backbone: str, weight: float, dim: int, seed: int, top1: float) -> dict[str, Any]:
-    config = {"backbone": backbone, "alignment_weight": weight, "projection_dim": dim, "seed": seed, "embeddings": ""}
+    config = {
+        "backbone": backbone,
+        "alignment_weight": weight,
+        "projection_dim": dim,
+        "seed": seed,
+        "embeddings": "",
+    }
     last = {"epoch": 1, "top1": top1, "top5": 100.0, "images_per_s": 50.0}
-    result = {"last": last, "best_top1": top1 + 1, "best_epoch": 1, "history": [last], "run_id": "0123456789abcdef"}
+    result = {
+        "last": last,
+        "best_top1": top1 + 1,
+        "best_epoch": 1,
+        "history": [last],
+        "run_id": "0123456789abcdef",
+    }
     return {"name": "t", "config": config, "result": result}
 
 
@@ -35,7 +47,9 @@ def test_the_baseline_is_trained_once_whatever_the_dimensions() -> None:
     found = space.trials(config, "/sweep")
     assert len(found) == 2 * 2 * (1 + 2 * 2)
     assert len({t.run for t in found}) == len(found)
-    assert {space.trial_name(t) for t in found if t.alignment_weight == 0} == {f"{b}-baseline-s{s}" for b in "ab" for s in (0, 1)}
+    assert {space.trial_name(t) for t in found if t.alignment_weight == 0} == {
+        f"{b}-baseline-s{s}" for b in "ab" for s in (0, 1)
+    }
 
 
 def test_the_command_line_takes_the_recipes_flags_and_the_grids() -> None:
@@ -87,7 +101,9 @@ def test_a_gain_a_loss_and_too_few_seeds_are_named_so() -> None:
     assert paired(gain) == [], "without a baseline there is nothing to compare with"
 
 
-def test_the_page_is_self_contained_and_escapes_what_models_wrote(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_the_page_is_self_contained_and_escapes_what_models_wrote(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
     import pyarrow as pa
 
     from pipeline.store import CAPTIONS, Store
@@ -96,11 +112,21 @@ def test_the_page_is_self_contained_and_escapes_what_models_wrote(tmp_path: Path
     rows = store.read_shard("captions", "test", 0).to_pylist()
     rows[0]["caption"] = "<script>alert('caption')</script>"
     store.write_shard("captions", "test", 0, pa.Table.from_pylist(rows, schema=CAPTIONS), seconds=0)
-    trials = [trial("resnet18", w, d, s, 50 + w + s) for w in (0, 0.3, 1.0) for d in (64, 0) for s in (1, 2, 3) if w or d]
+    trials = [
+        trial("resnet18", w, d, s, 50 + w + s)
+        for w in (0, 0.3, 1.0)
+        for d in (64, 0)
+        for s in (1, 2, 3)
+        if w or d
+    ]
     content = {
-        "sweep": str(tmp_path / "sweep"), "store": store.uri, "tracking_uri": "sqlite:///x.db", "parent_run": "parent",
-        "exported": "", "trials": trials,
-    }  # fmt: skip
+        "sweep": str(tmp_path / "sweep"),
+        "store": store.uri,
+        "tracking_uri": "sqlite:///x.db",
+        "parent_run": "parent",
+        "exported": "",
+        "trials": trials,
+    }
     page.write(str(tmp_path / "report.html"), [content], pictures=6)
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text and "&lt;script&gt;" in text
@@ -126,10 +152,27 @@ def test_a_sweep_trains_tracks_exports_resumes_and_reports(
     make_store(tmp_path / "store", train=60, val=30)
     sweep = tmp_path / "runs" / "sweep"
     command = [
-        "tune", "--store", str(tmp_path / "store"), "--preset", "smoke", "--batch-size", "12", "--workers", "1",
-        "--alignment-weights", "0", "0.5", "--projection-dims", "4", "--sweep", str(sweep), "--concurrent", "2",
-        "--checkpoint-steps", "2",
-    ]  # fmt: skip
+        "tune",
+        "--store",
+        str(tmp_path / "store"),
+        "--preset",
+        "smoke",
+        "--batch-size",
+        "12",
+        "--workers",
+        "1",
+        "--alignment-weights",
+        "0",
+        "0.5",
+        "--projection-dims",
+        "4",
+        "--sweep",
+        str(sweep),
+        "--concurrent",
+        "2",
+        "--checkpoint-steps",
+        "2",
+    ]
     assert main(command) == 0
     told = capsys.readouterr()
     assert "best model" in told.out and "on one seed" in told.out
@@ -140,19 +183,26 @@ def test_a_sweep_trains_tracks_exports_resumes_and_reports(
 
     client = MlflowClient(tracking_uri=content["tracking_uri"])
     experiment = client.get_experiment_by_name("gpt4image")
-    nested = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{content['parent_run']}'")
+    nested = client.search_runs(
+        [experiment.experiment_id], f"tags.mlflow.parentRunId = '{content['parent_run']}'"
+    )
     assert {run.info.run_id for run in nested} == {t["result"]["run_id"] for t in content["trials"]}
     assert all("top1" in run.data.metrics and run.info.status == "FINISHED" for run in nested)
-    assert "model.safetensors" in {Path(item.path).name for item in client.list_artifacts(content["parent_run"], "best")}
+    assert "model.safetensors" in {
+        Path(item.path).name for item in client.list_artifacts(content["parent_run"], "best")
+    }
 
-    # MLflow's address may hold a password; where it stands it is masked, and Tune's own files know nothing of it.
+    # MLflow's address may hold a password; where it stands it is masked, and Tune's own files know nothing of
+    # it.
     files = [path for path in (sweep / "tune").rglob("*") if path.is_file()]
     assert len(files) > 4 and not [path for path in files if b"sqlite" in path.read_bytes()]
 
     before = {path: path.stat().st_mtime_ns for path in sweep.glob("test_resnet*/**/*") if path.is_file()}
     assert main(command) == 0
     assert "2 trials, 2 done before" in capsys.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in sweep.glob("test_resnet*/**/*") if path.is_file()} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in sweep.glob("test_resnet*/**/*") if path.is_file()
+    } == before
 
     assert main(["report", str(sweep), "--html", str(tmp_path / "report.html")]) == 0
     assert "test_resnet" in capsys.readouterr().out
@@ -161,17 +211,39 @@ def test_a_sweep_trains_tracks_exports_resumes_and_reports(
 
 @pytest.mark.slow
 def test_a_sweep_on_an_object_store_with_a_trial_that_diverges_exports_the_best_of_the_others(
-    ray_session: None, bucket: str, tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+    ray_session: None,
+    bucket: str,
+    tmp_path: Path,
+    make_store: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """The store's path is relative to the working directory, which trials have another one of."""
     make_store(tmp_path / "store", train=24, val=9)
     monkeypatch.chdir(tmp_path)
     sweep = f"{bucket}/runs/diverging"
     command = [
-        "tune", "--store", "store", "--preset", "smoke", "--batch-size", "12", "--workers", "1", "--tracking-uri", "none",
-        "--alignment-weights", "0", "1e39", "--projection-dims", "4", "--sweep", sweep, "--concurrent", "2",
-    ]  # fmt: skip
+        "tune",
+        "--store",
+        "store",
+        "--preset",
+        "smoke",
+        "--batch-size",
+        "12",
+        "--workers",
+        "1",
+        "--tracking-uri",
+        "none",
+        "--alignment-weights",
+        "0",
+        "1e39",
+        "--projection-dims",
+        "4",
+        "--sweep",
+        sweep,
+        "--concurrent",
+        "2",
+    ]
     assert main(command) == 1
     told = capsys.readouterr()
     assert f"best model, of test_resnet-baseline-s0: {sweep}/best" in told.out
@@ -179,5 +251,8 @@ def test_a_sweep_on_an_object_store_with_a_trial_that_diverges_exports_the_best_
     assert "Diverged: test_resnet-w1e+39-d4-s0" in told.err
     assert main(command) == 1
     again = capsys.readouterr()
-    assert "2 trials, 2 done before" in again.err and "test_resnet-w1e+39-d4-s0 diverged: step 1: the loss" in again.out
+    assert (
+        "2 trials, 2 done before" in again.err
+        and "test_resnet-w1e+39-d4-s0 diverged: step 1: the loss" in again.out
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["store"]

@@ -1,4 +1,5 @@
-"""What a method reads from the store beside pictures and labels: columns of a shard, row for row those of its pictures."""
+"""What a method reads from the store beside pictures and labels: columns of a shard, row for row those of its
+pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Samples to arrays: shards of all stages read side by side, pictures decoded and augmented. Knows neither threads nor Ray."""
+"""Samples to arrays: shards of all stages read side by side, pictures decoded and augmented. Knows neither
+threads nor Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from training.data.order import ROW, SHARD
 
 Array = npt.NDArray[Any]
 Part = dict[str, Array]
-"""Of some samples: images [n, S, S, 3] uint8, labels [n], and the columns that the method reads, [n, ...] each."""
+"""Of some samples: images [n, S, S, 3] uint8, labels [n], and the columns that the method reads, [n, ...]
+each."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class _Shard:
 
 
 class ShardReader:
-    """Reads shards of all stages side by side and keeps the most recent ones; ids are checked to be the same rows.
+    """Reads shards of all stages side by side and keeps the most recent ones; ids are checked to be the same
+    rows.
 
     Any thread may ask; a shard is read once, by the thread that asks first.
     """
@@ -64,9 +67,13 @@ class ShardReader:
         return future.result()
 
     def _read(self, shard: int) -> _Shard:
-        table = self._store.read_shard("images", "", shard, ["id", "content_hash", "image", "uri", "label", "width", "height"])
+        table = self._store.read_shard(
+            "images", "", shard, ["id", "content_hash", "image", "uri", "label", "width", "height"]
+        )
         labels = table["label"].to_numpy().astype(np.int64)
-        sizes = np.array([table["width"].to_pylist(), table["height"].to_pylist()], dtype=np.float64).T  # nan where it failed
+        sizes = np.array(
+            [table["width"].to_pylist(), table["height"].to_pylist()], dtype=np.float64
+        ).T  # nan where it failed
         columns: dict[str, Array] = {}
         for each in self._columns:
             columns |= each.read(self._store, shard, table["id"])
@@ -91,7 +98,9 @@ class Decoder:
             data = self._bytes(shard, row)
             if train:
                 width, height = (int(edge) for edge in shard.sizes[row])
-                for place, view in zip(views, self._augment.train(data, width, height, samples[views]), strict=True):
+                for place, view in zip(
+                    views, self._augment.train(data, width, height, samples[views]), strict=True
+                ):
                     pictures[place] = view
             else:
                 pictures[views] = self._augment.evaluate(data)
@@ -104,13 +113,15 @@ class Decoder:
         return part
 
     def _bytes(self, shard: _Shard, row: int) -> bytes:
-        image, uri, content_hash = (column[row].as_py() for column in (shard.pictures, shard.uris, shard.hashes))
+        image, uri, content_hash = (
+            column[row].as_py() for column in (shard.pictures, shard.uris, shard.hashes)
+        )
         try:
             return self._store.picture(image, uri, content_hash)
         except OSError as error:  # of a store that keeps places and no pictures
             message = (
-                f"picture {uri} cannot be read any more ({error}). Put it back, and the same command goes on; a store that is "
-                "ingested without --no-pack holds its pictures itself."
+                f"picture {uri} cannot be read any more ({error}). Put it back, and the same command goes "
+                "on; a store that is ingested without --no-pack holds its pictures itself."
             )
             raise RunStoppedError(message) from None
 

@@ -1,7 +1,8 @@
 """Batches from the store, decoded ahead of the step.
 
-Decoding runs in threads of the training process, or in actors on any node of the cluster (`run.py`); either way each decoder
-gets its own slice of every batch, which `order.Sequence` deals out by shard, so that it keeps few shards in memory.
+Decoding runs in threads of the training process, or in actors on any node of the cluster (`run.py`); either
+way each decoder gets its own slice of every batch, which `order.Sequence` deals out by shard, so that it
+keeps few shards in memory.
 """
 
 from __future__ import annotations
@@ -60,12 +61,14 @@ class Decoding(Protocol):
 def _executor(threads: int, name: str) -> ThreadPoolExecutor:
     """Threads that compute alone.
 
-    Resizing a picture would otherwise start a team of OpenMP threads for each decoder, and with more threads than cores libgomp
-    sleeps at every barrier of the training step.
+    Resizing a picture would otherwise start a team of OpenMP threads for each decoder, and with more threads
+    than cores libgomp sleeps at every barrier of the training step.
     """
     # torch counts threads for each thread: the one that trains, which is this one, takes its number now.
     torch.get_num_threads()
-    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=functools.partial(torch.set_num_threads, 1))
+    return ThreadPoolExecutor(
+        threads, thread_name_prefix=name, initializer=functools.partial(torch.set_num_threads, 1)
+    )
 
 
 class ThreadDecoding:
@@ -90,17 +93,22 @@ class Loader:
     """This worker's batches."""
 
     def __init__(self, decoding: Decoding, *, lookahead: int, pin: bool = False) -> None:
-        """`lookahead` is how many batches before its first use a shard is fetched; `pin` puts batches into page-locked memory."""
+        """`lookahead` is how many batches before its first use a shard is fetched; `pin` puts batches into
+        page-locked memory."""
         self._decoding, self._lookahead, self._pin = decoding, max(lookahead, AHEAD), pin
-        # Joining the decoders' parts is a copy of the whole batch: one thread, and not the training step, makes it.
+        # Joining the decoders' parts is a copy of the whole batch: one thread, and not the training step,
+        # makes it.
         self._joiner = _executor(1, "join")
 
     def train(self, sequence: Sequence, start: int, stop: int, rank: int, world: int) -> Iterator[Batch]:
         """Steps `start` to `stop` of a sequence."""
-        yield from self._ahead((sequence.share(step, rank, world) for step in range(start, stop)), self._lookahead, train=True)
+        yield from self._ahead(
+            (sequence.share(step, rank, world) for step in range(start, stop)), self._lookahead, train=True
+        )
 
     def evaluate(self, samples: Array, batch: int, rank: int, world: int) -> Iterator[Batch]:
-        """This worker's batches of some rows: the same ones whatever the number of workers, each on exactly one of them."""
+        """This worker's batches of some rows: the same ones whatever the number of workers, each on exactly
+        one of them."""
         batches = [samples[start : start + batch] for start in range(0, len(samples), batch)]
         mine = [batches[number] for number in np.array_split(np.arange(len(batches)), world)[rank]]
         # These batches are small and read shard after shard: two shards are fetched ahead.
@@ -136,7 +144,9 @@ class Loader:
 
     def _join(self, share: Array, waits: list[Callable[[], Part]]) -> Batch:
         parts = [wait() for wait in waits]
-        columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+        columns = {
+            name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]
+        }
         if self._pin:
             columns = {name: column.pin_memory() for name, column in columns.items()}
         images, labels = columns.pop("images").permute(0, 3, 1, 2), columns.pop("labels")

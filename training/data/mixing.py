@@ -1,8 +1,8 @@
 """Mixup and cutmix through timm, with class targets and text targets mixed by the same weights.
 
-timm (`timm.data.Mixup`) pairs picture i of a batch of b with picture b - 1 - i and returns mixed one-hot labels. Given the
-pictures' numbers in place of their labels, it returns the weights of the pictures themselves, which then mix any kind of target.
-Sources: mixup, arXiv 1710.09412; cutmix, arXiv 1905.04899.
+timm (`timm.data.Mixup`) pairs picture i of a batch of b with picture b - 1 - i and returns mixed one-hot
+labels. Given the pictures' numbers in place of their labels, it returns the weights of the pictures
+themselves, which then mix any kind of target. Sources: mixup, arXiv 1710.09412; cutmix, arXiv 1905.04899.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ class Mixing:
     def __post_init__(self) -> None:
         faults = []
         if min(self.mixup, self.cutmix) < 0 or self.mixup == self.cutmix == 0:
-            faults.append(f"mixup={self.mixup}, cutmix={self.cutmix}: need one above 0 and none below, such as mixup=0.2.")
+            faults.append(
+                f"mixup={self.mixup}, cutmix={self.cutmix}: need one above 0 and none below, such as "
+                "mixup=0.2."
+            )
         for name in ("prob", "switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"{name}={getattr(self, name)}: must lie between 0 and 1.")
@@ -55,8 +58,8 @@ class Mixing:
             seeds: numbers of at least 0 that all draws depend on, and nothing else.
 
         Returns:
-            The mixed images, the partner of each picture ([b] int64), and the weight of its own content ([b] float32); the
-            partner's is the rest. A picture that was not mixed may have a partner, of weight 0.
+            The mixed images, the partner of each picture ([b] int64), and the weight of its own content ([b]
+            float32); the partner's is the rest. A picture that was not mixed may have a partner, of weight 0.
         """
         import torch
         from timm.data import Mixup
@@ -68,9 +71,14 @@ class Mixing:
         if count == 0:
             return mixed, partner, weights
         mixup = Mixup(
-            mixup_alpha=self.mixup, cutmix_alpha=self.cutmix, prob=self.prob, switch_prob=self.switch_prob, mode=self.mode,
-            label_smoothing=0.0, num_classes=count,
-        )  # fmt: skip
+            mixup_alpha=self.mixup,
+            cutmix_alpha=self.cutmix,
+            prob=self.prob,
+            switch_prob=self.switch_prob,
+            mode=self.mode,
+            label_smoothing=0.0,
+            num_classes=count,
+        )
         # timm draws from numpy's global state; whatever else uses that goes on as if nothing had been drawn.
         before = np.random.get_state()
         np.random.seed(np.random.SeedSequence(seeds).generate_state(4))
@@ -83,7 +91,9 @@ class Mixing:
         return mixed, partner, weights
 
 
-def class_targets(labels: Tensor, partner: Tensor, weights: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
+def class_targets(
+    labels: Tensor, partner: Tensor, weights: Tensor, classes: int, smoothing: float = 0.0
+) -> Tensor:
     """[b, classes] soft targets of mixed pictures, smoothed as timm's `mixup_target` does it.
 
     Args:
@@ -100,8 +110,11 @@ def class_targets(labels: Tensor, partner: Tensor, weights: Tensor, classes: int
     return weights[:, None] * own + (1 - weights[:, None]) * own[partner]
 
 
-def text_targets(groups: Tensor, partner: Tensor | None = None, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(`target_groups_bK`, `target_weights_bK`) of `alignment_loss`: K = 2 for mixed pictures, 1 without `partner` and `weights`.
+def text_targets(
+    groups: Tensor, partner: Tensor | None = None, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(`target_groups_bK`, `target_weights_bK`) of `alignment_loss`: K = 2 for mixed pictures, 1 without
+    `partner` and `weights`.
 
     Args:
         groups: [b] text group of each picture, -1 for none.

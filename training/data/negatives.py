@@ -1,7 +1,8 @@
-"""Further negatives from the store: texts are frozen, so random ones cost no forward pass and no communication.
+"""Further negatives from the store: texts are frozen, so random ones cost no forward pass and no
+communication.
 
-Every worker draws the same texts at a step, from a pool of shards that changes every `PERIOD` steps; both depend on (seed, step)
-alone, so that a resumed run draws what the uninterrupted one would have drawn.
+Every worker draws the same texts at a step, from a pool of shards that changes every `PERIOD` steps; both
+depend on (seed, step) alone, so that a resumed run draws what the uninterrupted one would have drawn.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Negatives:
         return vectors[groups >= 0], groups[groups >= 0]
 
     def _columns(self, shard: int) -> tuple[Array, Array]:
-        captions = self._store.read_shard("captions", self._targets.captions, shard, ["id", "caption", "others"])
+        captions = self._store.read_shard(
+            "captions", self._targets.captions, shard, ["id", "caption", "others"]
+        )
         vectors = self._store.read_shard("embeddings", self._targets.embeddings, shard, ["id", "embedding"])
         return text_columns(self._targets, captions, vectors)

@@ -1,9 +1,11 @@
-"""Which samples a step sees: an endless, seeded sequence of passes over the usable rows, cut into global batches.
+"""Which samples a step sees: an endless, seeded sequence of passes over the usable rows, cut into global
+batches.
 
-Pass p visits every row once (`repeats` times in a row under repeated augmentation), in an order that is a function of (seed, p)
-alone: shards are shuffled, and rows are shuffled within windows of shards. Global batch n is samples [n B, (n + 1) B) of the
-sequence, whatever the number of workers; so a run resumed at step n, on more or fewer workers, goes on with the very next
-sample. A batch may reach into the next pass, so that none is short and no row is left out.
+Pass p visits every row once (`repeats` times in a row under repeated augmentation), in an order that is a
+function of (seed, p) alone: shards are shuffled, and rows are shuffled within windows of shards. Global batch
+n is samples [n B, (n + 1) B) of the sequence, whatever the number of workers; so a run resumed at step n, on
+more or fewer workers, goes on with the very next sample. A batch may reach into the next pass, so that none
+is short and no row is left out.
 """
 
 from __future__ import annotations
@@ -48,15 +50,20 @@ class Rows:
         shards = rng.permutation(list(self.rows))
         parts = []
         for start in range(0, len(shards), window):
-            pairs = np.concatenate([_pairs(shard, self.rows[shard]) for shard in shards[start : start + window]])
+            pairs = np.concatenate(
+                [_pairs(shard, self.rows[shard]) for shard in shards[start : start + window]]
+            )
             parts.append(rng.permutation(pairs))
         return np.concatenate(parts)
 
 
 class Sequence:
-    """All samples of a run, in order; `batch` is the global batch size B, `by` what `share` deals it out by."""
+    """All samples of a run, in order; `batch` is the global batch size B, `by` what `share` deals it out
+    by."""
 
-    def __init__(self, rows: Rows, *, seed: int, window: int, batch: int, repeats: int = 1, by: Deal = "shard") -> None:
+    def __init__(
+        self, rows: Rows, *, seed: int, window: int, batch: int, repeats: int = 1, by: Deal = "shard"
+    ) -> None:
         self.batch, self.epoch_samples, self.by = batch, len(rows), by
         self._rows, self._seed, self._window, self._repeats = rows, seed, window, repeats
         self._passes: dict[int, Array] = {}
@@ -68,8 +75,8 @@ class Sequence:
     def share(self, step: int, rank: int, world: int) -> Array:
         """[b, 4] samples of one worker at a step; b differs by at most one between workers.
 
-        Dealt out by shard, a worker opens about 1/world of a window's shards and not all of them; dealt out by place in the
-        sequence, its share is a random sample of the window.
+        Dealt out by shard, a worker opens about 1/world of a window's shards and not all of them; dealt out
+        by place in the sequence, its share is a random sample of the window.
         """
         whole = self._slice(step * self.batch, (step + 1) * self.batch)
         if self.by == "place":
@@ -90,19 +97,23 @@ class Sequence:
         if number not in self._passes:
             for old in [n for n in self._passes if n < number - 1]:
                 del self._passes[old]
-            self._passes[number] = _samples(number, self._rows.shuffled(self._seed, number, self._window), self._repeats)
+            self._passes[number] = _samples(
+                number, self._rows.shuffled(self._seed, number, self._window), self._repeats
+            )
         return self._passes[number]
 
 
 def deal(source: dict[str, Any], *, looks_across: bool) -> Deal:
     """How to deal batches out: by shard, but where that would show.
 
-    Shards are random samples of their split, but for those of Parquet files, which keep row groups together: in a file sorted by
-    class a worker would see few classes at a time. An exact loss does not mind; what looks across a worker's share does.
+    Shards are random samples of their split, but for those of Parquet files, which keep row groups together:
+    in a file sorted by class a worker would see few classes at a time. An exact loss does not mind; what
+    looks across a worker's share does.
 
     Args:
         source: of the store's `dataset.json`.
-        looks_across: BatchNorm's statistics are each worker's own, or pictures are mixed with others of the share.
+        looks_across: BatchNorm's statistics are each worker's own, or pictures are mixed with others of the
+            share.
     """
     return "place" if looks_across and source.get("kind") == "parquet" else "shard"
 

@@ -1,7 +1,9 @@
-"""Text targets of training: which embedding variant, how wide, and PCA for a shared space narrower than the embeddings.
+"""Text targets of training: which embedding variant, how wide, and PCA for a shared space narrower than the
+embeddings.
 
-PCA is fitted once for an embedding variant and the split that is trained on, streaming over its shards in float64, and kept in
-the store beside the vectors (`pca.safetensors`), so that every trial and every resumed run projects alike.
+PCA is fitted once for an embedding variant and the split that is trained on, streaming over its shards in
+float64, and kept in the store beside the vectors (`pca.safetensors`), so that every trial and every resumed
+run projects alike.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What training needs to know of its texts; `mean` and `basis` ([D], [D, dim]) are None where texts stay as they are."""
+    """What training needs to know of its texts; `mean` and `basis` ([D], [D, dim]) are None where texts stay
+    as they are."""
 
     embeddings: str
     captions: str
@@ -57,10 +60,13 @@ def load(store: Store, *, embeddings: str, dim: int, split: str) -> Targets:
     name = store.only_variant("embeddings", embeddings)
     store.require_complete("embeddings", name)
     captions = str(store.variant("embeddings", name)["captions"])
-    width = int(store.read_shard("embeddings", name, 0, ["embedding"]).schema.field("embedding").type.list_size)
+    width = int(
+        store.read_shard("embeddings", name, 0, ["embedding"]).schema.field("embedding").type.list_size
+    )
     if dim > width:
         message = (
-            f"projection_dim={dim}: the embeddings of {name} have {width} dimensions; pass --projection-dim {width} or less."
+            f"projection_dim={dim}: the embeddings of {name} have {width} dimensions; pass --projection-dim "
+            f"{width} or less."
         )
         raise SettingsError(message)
     if dim in (0, width):
@@ -76,18 +82,23 @@ class TextColumns:
     targets: Targets
 
     def read(self, store: Store, shard: int, ids: pa.ChunkedArray) -> dict[str, Array]:
-        """[n, d] float32 text targets of unit length, zero where there is no text, and [n] int64 groups, -1 there."""
+        """[n, d] float32 text targets of unit length, zero where there is no text, and [n] int64 groups, -1
+        there."""
         captions = store.read_shard("captions", self.targets.captions, shard, ["id", "caption", "others"])
         vectors = store.read_shard("embeddings", self.targets.embeddings, shard, ["id", "embedding"])
         if not ids.equals(captions["id"]) or not ids.equals(vectors["id"]):
-            message = f"shard {shard}: images, captions and embeddings hold different rows; was the store copied in part?"
+            message = (
+                f"shard {shard}: images, captions and embeddings hold different rows; was the store copied "
+                "in part?"
+            )
             raise SettingsError(message)
         texts, groups = text_columns(self.targets, captions, vectors)
         return {"texts": texts, "groups": groups}
 
 
 def text_columns(targets: Targets, captions: pa.Table, vectors: pa.Table) -> tuple[Array, Array]:
-    """([n, d] float32 text targets, [n] int64 groups) of a shard's captions and vectors; zero and -1 where there is no text."""
+    """([n, d] float32 text targets, [n] int64 groups) of a shard's captions and vectors; zero and -1 where
+    there is no text."""
     wide = vectors_of(vectors["embedding"])
     present = np.abs(wide).sum(1) > 0
     texts = np.where(present[:, None], targets.project(wide), 0).astype(np.float32)
@@ -101,7 +112,9 @@ def _group(caption: str | None, others: list[str] | None) -> int:
     if caption is None:
         return -1
     text = "\n".join([caption, *(others or [])])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1  # 63 bits: never negative
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    )  # 63 bits: never negative
 
 
 def vectors_of(column: Any) -> Array:
@@ -118,7 +131,8 @@ def _pca(store: Store, name: str, split: str, width: int) -> tuple[Array, Array]
     path = f"embeddings/{name}/pca{'' if split == 'train' else f'-{split}'}.safetensors"
     of = _vectors_of_split(store, name, split)
     data = store.read_file(path)
-    # Vectors that were made anew have another basis; files of earlier releases do not say of which they are, and are believed.
+    # Vectors that were made anew have another basis; files of earlier releases do not say of which they are,
+    # and are believed.
     if data is None or _made_of(data) not in ("", of):
         mean, basis, variance = _fit(store, name, split, width)
         data = to_bytes({"mean": mean, "basis": basis, "variance": variance}, metadata={"vectors": of})
@@ -136,7 +150,8 @@ def _vectors_of_split(store: Store, name: str, split: str) -> str:
 
 
 def _made_of(data: bytes) -> str:
-    """What a file of safetensors says of its vectors: its header, JSON behind the length of it in eight bytes."""
+    """What a file of safetensors says of its vectors: its header, JSON behind the length of it in eight
+    bytes."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return str(header.get("__metadata__", {}).get("vectors", ""))
 
@@ -144,13 +159,17 @@ def _made_of(data: bytes) -> str:
 def _fit(store: Store, name: str, split: str, width: int) -> tuple[Array, Array, Array]:
     count, total, second = 0, np.zeros(width), np.zeros((width, width))
     for shard in store.split_shards(split):
-        vectors = vectors_of(store.read_shard("embeddings", name, shard, ["embedding"])["embedding"]).astype(np.float64)
+        vectors = vectors_of(store.read_shard("embeddings", name, shard, ["embedding"])["embedding"]).astype(
+            np.float64
+        )
         vectors = vectors[np.abs(vectors).sum(1) > 0]
         count += len(vectors)
         total += vectors.sum(0)
         second += vectors.T @ vectors
     if count < 2:
-        message = f"embeddings={name}: {count} vectors in split {split}, too few for PCA; pass --projection-dim 0."
+        message = (
+            f"embeddings={name}: {count} vectors in split {split}, too few for PCA; pass --projection-dim 0."
+        )
         raise SettingsError(message)
     mean = total / count
     variance, basis = np.linalg.eigh(second / count - np.outer(mean, mean))
@@ -158,4 +177,8 @@ def _fit(store: Store, name: str, split: str, width: int) -> tuple[Array, Array,
     basis = basis[:, order]
     # Eigenvectors have no sign of their own; the largest component positive makes two fits agree.
     basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(width)])
-    return mean.astype(np.float32), np.ascontiguousarray(basis, dtype=np.float32), variance[order].astype(np.float32)
+    return (
+        mean.astype(np.float32),
+        np.ascontiguousarray(basis, dtype=np.float32),
+        variance[order].astype(np.float32),
+    )

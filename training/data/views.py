@@ -1,4 +1,5 @@
-"""What happens to a batch on the device, for any method: normalising, erasing, mixing; and a step's random draws."""
+"""What happens to a batch on the device, for any method: normalising, erasing, mixing; and a step's random
+draws."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Draw:
-    """Whose turn it is: all random draws of a step depend on (seed, step, part, worker), so no generator's state is kept."""
+    """Whose turn it is: all random draws of a step depend on (seed, step, part, worker), so no generator's
+    state is kept."""
 
     seed: int
     step: int
@@ -46,7 +48,8 @@ class Draw:
         return -(-self.batch_size // self.world)
 
     def begin(self, part: int) -> None:
-        """Seeds Python's and torch's generators; part 0 is the preparation, and n + 1 the n-th forward pass."""
+        """Seeds Python's and torch's generators; part 0 is the preparation, and n + 1 the n-th forward
+        pass."""
         draw = int(np.random.SeedSequence([self.seed, self.step, part, self.rank]).generate_state(1)[0])
         random.seed(draw)
         torch.manual_seed(draw)
@@ -76,10 +79,15 @@ class Views:
         self._mixing: Mixing | None = None
         if config.mixes:
             self._mixing = Mixing(
-                mixup=config.mixup, cutmix=config.cutmix, prob=config.mix_prob, switch_prob=config.mix_switch_prob
+                mixup=config.mixup,
+                cutmix=config.cutmix,
+                prob=config.mix_prob,
+                switch_prob=config.mix_switch_prob,
             )
         device = norm.mean.device.type
-        self._erase: Any = RandomErasing(probability=config.erase, mode="pixel", device=device) if config.erase else None
+        self._erase: Any = (
+            RandomErasing(probability=config.erase, mode="pixel", device=device) if config.erase else None
+        )
         # Cross entropy smooths what it is given; timm's binary one does so only with class numbers.
         self._smoothing = config.label_smoothing if config.loss == "bce" else 0.0
 
@@ -91,4 +99,6 @@ class Views:
         if self._mixing is None:
             return Viewed(images, labels)
         images, partner, weights = self._mixing(images, (draw.seed, draw.step, draw.rank))
-        return Viewed(images, class_targets(labels, partner, weights, self._classes, self._smoothing), partner, weights)
+        return Viewed(
+            images, class_targets(labels, partner, weights, self._classes, self._smoothing), partner, weights
+        )

@@ -50,9 +50,13 @@ class Run:
 
     @classmethod
     def of(
-        cls, config: TrainConfig, device: torch.device, rank: int, resume_from: str | None,
+        cls,
+        config: TrainConfig,
+        device: torch.device,
+        rank: int,
+        resume_from: str | None,
         decode: Callable[[DecoderSpec, int], Decoding] | None,
-    ) -> Run:  # fmt: skip
+    ) -> Run:
         """Makes it of a run's settings, and a checkpoint's folder to go on from; see `loop.fit`."""
         store, world = Store(config.store), world_size()
         objective = objective_of(config)
@@ -72,11 +76,22 @@ class Run:
         norm = make_norm(task.backbone, device, channels_last=config.channels_last)
         by = order.deal(store.dataset.source, looks_across=config.mixes or has_own_statistics(task))
         sharing = 1 if by == "place" else world  # workers that share the shards of a window
-        spec = decoder_spec(config, facts.columns, task.backbone, sharing * config.loader_workers if decode else sharing)
-        decoding = decode(spec, config.loader_workers) if decode else ThreadDecoding(spec.build(), config.loader_workers)
+        spec = decoder_spec(
+            config, facts.columns, task.backbone, sharing * config.loader_workers if decode else sharing
+        )
+        decoding = (
+            decode(spec, config.loader_workers)
+            if decode
+            else ThreadDecoding(spec.build(), config.loader_workers)
+        )
         train_rows, eval_rows = Rows(store, config.train_split), Rows(store, config.eval_split)
         sequence = Sequence(
-            train_rows, seed=config.seed, window=config.shuffle_shards, batch=config.batch_size, repeats=config.repeats, by=by
+            train_rows,
+            seed=config.seed,
+            window=config.shuffle_shards,
+            batch=config.batch_size,
+            repeats=config.repeats,
+            by=by,
         )
         ahead = lookahead(sequence, len(train_rows) / max(1, len(train_rows.rows)), config.shuffle_shards)
         loader = Loader(decoding, lookahead=ahead, pin=device.type == "cuda")
@@ -84,17 +99,38 @@ class Run:
             task.compile()
         model: nn.Module = task
         if world > 1:
-            model = DistributedDataParallel(task, device_ids=[device.index] if device.type == "cuda" else None)
+            model = DistributedDataParallel(
+                task, device_ids=[device.index] if device.type == "cuda" else None
+            )
         precision = make_precision(config, device)
         stepper = Stepper(
-            config=config, task=task, model=model, optimizer=optimizer, ema=ema,
-            views=Views(config, norm, len(store.dataset.classes)), rank=rank, world=world, steps=sequence.steps(config.epochs),
-            warmup_steps=round(config.warmup_epochs * len(train_rows) / config.batch_size), precision=precision,
-        )  # fmt: skip
+            config=config,
+            task=task,
+            model=model,
+            optimizer=optimizer,
+            ema=ema,
+            views=Views(config, norm, len(store.dataset.classes)),
+            rank=rank,
+            world=world,
+            steps=sequence.steps(config.epochs),
+            warmup_steps=round(config.warmup_epochs * len(train_rows) / config.batch_size),
+            precision=precision,
+        )
         return cls(
-            device=device, rank=rank, world=world, store=store, task=task, model=model, optimizer=optimizer, ema=ema, state=state,
-            loader=loader, sequence=sequence, eval_rows=eval_rows, stepper=stepper,
-        )  # fmt: skip
+            device=device,
+            rank=rank,
+            world=world,
+            store=store,
+            task=task,
+            model=model,
+            optimizer=optimizer,
+            ema=ema,
+            state=state,
+            loader=loader,
+            sequence=sequence,
+            eval_rows=eval_rows,
+            stepper=stepper,
+        )
 
 
 def to_device(task: Any, device: torch.device, *, channels_last: bool = True) -> Any:
@@ -120,14 +156,23 @@ def make_norm(model: nn.Module, device: torch.device, *, channels_last: bool = T
     return Norm(mean, std, channels_last)
 
 
-def decoder_spec(config: TrainConfig, columns: tuple[Columns, ...], model: nn.Module, decoders: int) -> DecoderSpec:
-    """What a decoder needs to know; evaluation crops as timm's for this backbone. `decoders` share the work of a batch."""
+def decoder_spec(
+    config: TrainConfig, columns: tuple[Columns, ...], model: nn.Module, decoders: int
+) -> DecoderSpec:
+    """What a decoder needs to know; evaluation crops as timm's for this backbone. `decoders` share the work
+    of a batch."""
     from_timm = data_config(model)
     augment = Augment(
-        size=config.image_size, crop_scale=config.crop_scale, flip=config.flip, seed=config.seed,
-        crop_pct=float(from_timm["crop_pct"]), interpolation=str(from_timm["interpolation"]), mean=tuple(from_timm["mean"]),
-        auto_augment=config.auto_augment, color_jitter=config.color_jitter,
-    )  # fmt: skip
+        size=config.image_size,
+        crop_scale=config.crop_scale,
+        flip=config.flip,
+        seed=config.seed,
+        crop_pct=float(from_timm["crop_pct"]),
+        interpolation=str(from_timm["interpolation"]),
+        mean=tuple(from_timm["mean"]),
+        auto_augment=config.auto_augment,
+        color_jitter=config.color_jitter,
+    )
     # Of the window in use and of the next one, each decoder opens its part; one shard more at either end.
     keep = 2 * (math.ceil(config.shuffle_shards / decoders) + 2)
     return DecoderSpec(store=config.store, columns=columns, augment=augment, keep=keep)
@@ -135,11 +180,14 @@ def decoder_spec(config: TrainConfig, columns: tuple[Columns, ...], model: nn.Mo
 
 def make_loader(config: TrainConfig, columns: tuple[Columns, ...], model: nn.Module) -> Loader:
     """A loader that decodes in threads of this process, for evaluation."""
-    return Loader(ThreadDecoding(decoder_spec(config, columns, model, 1).build(), config.loader_workers), lookahead=4)
+    return Loader(
+        ThreadDecoding(decoder_spec(config, columns, model, 1).build(), config.loader_workers), lookahead=4
+    )
 
 
 def make_precision(config: TrainConfig, device: torch.device) -> Precision:
-    """The context of forward passes: bfloat16 where torch's autocast says so, if the run or its device is for that."""
+    """The context of forward passes: bfloat16 where torch's autocast says so, if the run or its device is for
+    that."""
     wanted = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
@@ -155,5 +203,8 @@ def moving_average(config: TrainConfig, task: nn.Module) -> Any:
         return None
     from timm.utils import ModelEmaV3
 
-    # Decay n / (10 + n) after n steps, so that the last tenth counts, until it reaches --ema; the first step's is 0.
-    return ModelEmaV3(task, decay=config.ema, use_warmup=config.ema_warmup, warmup_gamma=10.0, warmup_power=1.0)
+    # Decay n / (10 + n) after n steps, so that the last tenth counts, until it reaches --ema; the first
+    # step's is 0.
+    return ModelEmaV3(
+        task, decay=config.ema, use_warmup=config.ema_warmup, warmup_gamma=10.0, warmup_power=1.0
+    )

@@ -1,8 +1,10 @@
-"""Checkpoints as safetensors plus JSON: model, optimizer, moving average and where the run stands, and the way back.
+"""Checkpoints as safetensors plus JSON: model, optimizer, moving average and where the run stands, and the
+way back.
 
-Nothing is pickled, so a checkpoint from anywhere can be opened. A folder holds model.safetensors, optimizer.safetensors,
-ema.safetensors where there is an average, and state.json, which is written last: a folder without it is no checkpoint. There is
-no state of random generators, since every step seeds its own (see `step`).
+Nothing is pickled, so a checkpoint from anywhere can be opened. A folder holds model.safetensors,
+optimizer.safetensors, ema.safetensors where there is an average, and state.json, which is written last: a
+folder without it is no checkpoint. There is no state of random generators, since every step seeds its own
+(see `step`).
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ STATE = "state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Where a run stands: steps done, the metrics of each finished epoch, and what the present one has summed up."""
+    """Where a run stands: steps done, the metrics of each finished epoch, and what the present one has summed
+    up."""
 
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -69,15 +72,25 @@ class Snapshot:
             filesystem.create_dir(path, recursive=True)
             for name in [*self.files, STATE]:
                 local = os.path.join(folder, name)
-                fs.copy_files(local, f"{path}/{name}", source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem)
+                fs.copy_files(
+                    local,
+                    f"{path}/{name}",
+                    source_filesystem=fs.LocalFileSystem(),
+                    destination_filesystem=filesystem,
+                )
 
 
-def load(folder: str, task: nn.Module, optimizer: torch.optim.Optimizer | None = None, ema: Any = None) -> State:
-    """Fills the task, and optimizer and moving average if given, from a checkpoint folder; returns where the run stands."""
+def load(
+    folder: str, task: nn.Module, optimizer: torch.optim.Optimizer | None = None, ema: Any = None
+) -> State:
+    """Fills the task, and optimizer and moving average if given, from a checkpoint folder; returns where the
+    run stands."""
     task.load_state_dict(load_file(os.path.join(folder, "model.safetensors")))
     content = read_state(folder)
     if optimizer is not None:
-        optimizer.load_state_dict(_unflatten(load_file(os.path.join(folder, "optimizer.safetensors")), content["optimizer"]))
+        optimizer.load_state_dict(
+            _unflatten(load_file(os.path.join(folder, "optimizer.safetensors")), content["optimizer"])
+        )
         _match_layouts(optimizer)
     if ema is not None:
         ema.module.load_state_dict(load_file(os.path.join(folder, "ema.safetensors")))
@@ -91,7 +104,8 @@ def read_state(folder: str) -> dict[str, Any]:
 
 
 def find(run: str, which: str = "last") -> str:
-    """The checkpoint folder of a run: the last one, or the finished epoch whose model is the best; its path or address.
+    """The checkpoint folder of a run: the last one, or the finished epoch whose model is the best; its path
+    or address.
 
     Raises:
         FileNotFoundError: the run has none.
@@ -99,7 +113,9 @@ def find(run: str, which: str = "last") -> str:
     filesystem, root = locations.resolve(run)
     found = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
     folders = [info.path for info in found if info.type == fs.FileType.Directory]
-    both = {path: filesystem.get_file_info([f"{path}/{STATE}", f"{path}/model.safetensors"]) for path in folders}
+    both = {
+        path: filesystem.get_file_info([f"{path}/{STATE}", f"{path}/model.safetensors"]) for path in folders
+    }
     paths = [path for path, infos in both.items() if all(info.type == fs.FileType.File for info in infos)]
     states: dict[str, dict[str, Any]] = {}
     for path in paths:
@@ -139,10 +155,15 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Lays moments out as their parameters are: fused optimizers walk both in memory order and do not look at strides."""
+    """Lays moments out as their parameters are: fused optimizers walk both in memory order and do not look at
+    strides."""
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+            if (
+                isinstance(value, Tensor)
+                and value.shape == parameter.shape
+                and value.stride() != parameter.stride()
+            ):
                 values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
@@ -154,7 +175,9 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             (tensors if isinstance(value, Tensor) else scalars)[f"{index}.{name}"] = value
     groups = []
     for number, group in enumerate(state["param_groups"]):
-        tensors |= {f"group-{number}.{name}": value for name, value in group.items() if isinstance(value, Tensor)}
+        tensors |= {
+            f"group-{number}.{name}": value for name, value in group.items() if isinstance(value, Tensor)
+        }
         groups.append({name: value for name, value in group.items() if not isinstance(value, Tensor)})
     return tensors, {"groups": groups, "scalars": scalars}
 

@@ -11,7 +11,8 @@ from training.losses.alignment import world_size
 
 
 def agree_on_buffers(task: nn.Module, ema: Any) -> None:
-    """Rank 0's batch-norm statistics for all: they are what the checkpoint holds, so they are what is evaluated."""
+    """Rank 0's batch-norm statistics for all: they are what the checkpoint holds, so they are what is
+    evaluated."""
     if world_size() > 1:
         for model in (task,) if ema is None else (task, ema.module):
             for buffer in model.buffers():

@@ -1,4 +1,5 @@
-"""What a run keeps an eye on between steps: sums for the log, a loss that is no number, the time for a checkpoint.
+"""What a run keeps an eye on between steps: sums for the log, a loss that is no number, the time for a
+checkpoint.
 
 Workers agree every `TOGETHER` steps, in one small reduction; nothing else here makes the device wait.
 """
@@ -30,7 +31,9 @@ NAMED = 12
 class Watch:
     """One worker's view; methods from `look` on are called by all workers at the same step."""
 
-    def __init__(self, config: TrainConfig, store: Store, device: torch.device, rank: int, state: State, steps: int) -> None:
+    def __init__(
+        self, config: TrainConfig, store: Store, device: torch.device, rank: int, state: State, steps: int
+    ) -> None:
         """`steps` are those of the whole run."""
         self._config, self._store, self._device, self._rank, self._steps = config, store, device, rank, steps
         self._state = state
@@ -71,7 +74,9 @@ class Watch:
         bad = ~torch.isfinite(torch.stack([loss for _, _, loss in self._recent]))
         waited = time.monotonic() - self._checkpointed > 60 * config.checkpoint_minutes
         wanted = self._rank == 0 and not config.checkpoint_steps and config.checkpoint_minutes > 0 and waited
-        notes = torch.stack([bad.any(), torch.tensor(wanted, device=bad.device)]).to(self._device, torch.float32)
+        notes = torch.stack([bad.any(), torch.tensor(wanted, device=bad.device)]).to(
+            self._device, torch.float32
+        )
         if world_size() > 1:
             dist.all_reduce(notes, op=dist.ReduceOp.MAX)
         any_bad, due = (bool(note) for note in notes.tolist())
@@ -79,7 +84,12 @@ class Watch:
             raise NotFiniteError(self._accusation(bad.tolist()))
         if progress is not None:
             done = (step + 1 - self._first_step) * config.batch_size
-            now = {"step": step + 1, "steps": self._steps, "batch": config.batch_size, "images_per_s": done / self._seconds()}
+            now = {
+                "step": step + 1,
+                "steps": self._steps,
+                "batch": config.batch_size,
+                "images_per_s": done / self._seconds(),
+            }
             progress({**now, "loss": float(self._recent[-1][2])})
         self._recent.clear()
         due = due or by_steps
@@ -132,10 +142,14 @@ class Watch:
         ids = [key for at, keys in guilty if at == step for key in keys]
         more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
         return (
-            f"step {step + 1}: the loss is no finite number. The batch: {', '.join(ids[:NAMED])}{more}. Look at these pictures "
-            f"and their captions, or try a lower --lr (now {self._config.lr}), a longer --warmup-epochs or --clip-grad 1."
+            f"step {step + 1}: the loss is no finite number. The batch: {', '.join(ids[:NAMED])}{more}. Look "
+            f"at these pictures and their captions, or try a lower --lr (now {self._config.lr}), a longer "
+            "--warmup-epochs or --clip-grad 1."
         )
 
     def _ids(self, samples: Array) -> list[str]:
-        ids = {s: self._store.read_shard("images", "", s, ["id"])["id"] for s in np.unique(samples[:, SHARD]).tolist()}
+        ids = {
+            s: self._store.read_shard("images", "", s, ["id"])["id"]
+            for s in np.unique(samples[:, SHARD]).tolist()
+        }
         return list(dict.fromkeys(ids[int(row[SHARD])][int(row[ROW])].as_py() for row in samples))

@@ -1,7 +1,8 @@
 """A step in parts: the gradient of the whole batch with the memory of one part (GradCache, arXiv 2101.06983).
 
-First the features of all parts without a graph, then the joint loss and its gradient with respect to them, then each part again
-with its gradient. Both passes of a part draw the same dropout and use the same batch statistics.
+First the features of all parts without a graph, then the joint loss and its gradient with respect to them,
+then each part again with its gradient. Both passes of a part draw the same dropout and use the same batch
+statistics.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from training.data.views import Draw
 from training.objectives.protocol import Contrastive, Gradient, Inputs, Losses, Precision, Task
 
 
-def in_parts(task: Task, model: Any, inputs: Inputs, parts: int, share: float, draw: Draw, precision: Precision) -> Losses:
+def in_parts(
+    task: Task, model: Any, inputs: Inputs, parts: int, share: float, draw: Draw, precision: Precision
+) -> Losses:
     """Forward and backward; the losses of the whole batch.
 
     Args:
@@ -39,7 +42,9 @@ def in_parts(task: Task, model: Any, inputs: Inputs, parts: int, share: float, d
         features.requires_grad_()
         joint = contrastive.contrast(features, inputs)
         found, *own = torch.autograd.grad(joint, [features, *contrastive.loss_parameters()])
-        gradients = [Gradient(found[place], own if n == len(cut) - 1 else None) for n, place in enumerate(cut)]
+        gradients = [
+            Gradient(found[place], own if n == len(cut) - 1 else None) for n, place in enumerate(cut)
+        ]
     sums: Losses = {}
     for n, (place, gradient) in enumerate(zip(cut, gradients, strict=True)):
         draw.begin(1 + n)
@@ -58,7 +63,9 @@ def in_parts(task: Task, model: Any, inputs: Inputs, parts: int, share: float, d
     return sums if joint is None else contrastive.joined(sums, joint.detach())
 
 
-def _features(task: Contrastive, inputs: Inputs, cut: list[slice], draw: Draw, precision: Precision) -> Tensor | None:
+def _features(
+    task: Contrastive, inputs: Inputs, cut: list[slice], draw: Draw, precision: Precision
+) -> Tensor | None:
     found = []
     with torch.no_grad(), precision(), frozen_statistics(cast(nn.Module, task)):
         for n, place in enumerate(cut):
@@ -73,7 +80,9 @@ def _features(task: Contrastive, inputs: Inputs, cut: list[slice], draw: Draw, p
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """BatchNorm uses the batch's statistics, as in training, without adding them to the running ones."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     for norm in norms:
         norm.track_running_stats = False
     try:

@@ -1,4 +1,5 @@
-"""The per-worker loop, one page: load, step, evaluate, report. Knows torch.distributed, not Ray; `run.py` brings the rest."""
+"""The per-worker loop, one page: load, step, evaluate, report. Knows torch.distributed, not Ray; `run.py`
+brings the rest."""
 
 from __future__ import annotations
 
@@ -18,19 +19,27 @@ from training.engine.epoch_log import Watch
 
 Metrics = dict[str, float]
 Report = Callable[[Metrics | None, Callable[[], checkpoint.Snapshot]], None]
-"""Called by all workers after every epoch with its metrics, and between epochs with None, when a checkpoint is due; the function
-takes a copy of everything that is to be kept, which may be written while training goes on (rank 0's is used)."""
+"""Called by all workers after every epoch with its metrics, and between epochs with None, when a checkpoint
+is due; the function takes a copy of everything that is to be kept, which may be written while training goes
+on (rank 0's is used)."""
 Progress = Callable[[Metrics], None]
 
-# Pictures that are evaluated at a time. A batch of training may be of thousands over all workers, whose activations one of them
-# cannot hold; and one size, dealt out whole, gives the same figures whatever the batch and the number of workers.
+# Pictures that are evaluated at a time. A batch of training may be of thousands over all workers, whose
+# activations one of them cannot hold; and one size, dealt out whole, gives the same figures whatever the
+# batch and the number of workers.
 EVALUATED = 128
 
 
 def fit(
-    config: TrainConfig, device: torch.device, rank: int, resume_from: str | None, report: Report, *,
-    decode: Callable[[DecoderSpec, int], Decoding] | None = None, progress: Progress | None = None,
-) -> list[Metrics]:  # fmt: skip
+    config: TrainConfig,
+    device: torch.device,
+    rank: int,
+    resume_from: str | None,
+    report: Report,
+    *,
+    decode: Callable[[DecoderSpec, int], Decoding] | None = None,
+    progress: Progress | None = None,
+) -> list[Metrics]:
     """Trains on this worker; every worker of the group calls it. Returns the metrics of all epochs.
 
     Args:
@@ -39,11 +48,13 @@ def fit(
         rank: of this worker.
         resume_from: a checkpoint's folder, or None to begin.
         report: see `Report`.
-        decode: makes decoders elsewhere, for a specification and a number of them; None: threads of this process.
+        decode: makes decoders elsewhere, for a specification and a number of them; None: threads of this
+            process.
         progress: told every few steps how far the run is.
 
     Raises:
-        NotFiniteError: the loss is no number any more; on all workers, with the ids of the batch that it came from.
+        NotFiniteError: the loss is no number any more; on all workers, with the ids of the batch that it came
+            from.
     """
     run = Run.of(config, device, rank, resume_from, decode)
     task, loader, sequence, stepper, state = run.task, run.loader, run.sequence, run.stepper, run.state
@@ -57,7 +68,9 @@ def fit(
         run.model.train()
         watch.begin()
         stop = sequence.steps(epoch)
-        for step, host_batch in enumerate(loader.train(sequence, state.step, stop, rank, run.world), start=state.step):
+        for step, host_batch in enumerate(
+            loader.train(sequence, state.step, stop, rank, run.world), start=state.step
+        ):
             batch = host_batch.to(device)
             watch.add(step, batch, stepper(batch, step))
             due = watch.look(step, stop, progress)
@@ -77,7 +90,8 @@ def fit(
 
 @torch.inference_mode()
 def evaluate(run: Run, task: Any) -> Metrics:
-    """What the evaluator of a task, or of its moving average, finds over the eval split; each row counts once."""
+    """What the evaluator of a task, or of its moving average, finds over the eval split; each row counts
+    once."""
     task.eval()
     evaluator = task.evaluator(run.device)
     for host_batch in run.loader.evaluate(run.eval_rows.in_order(), EVALUATED, run.rank, run.world):

@@ -1,7 +1,9 @@
-"""One training step: preparation of the batch, forward and backward (in parts, if wanted), clipping, optimizer, moving average.
+"""One training step: preparation of the batch, forward and backward (in parts, if wanted), clipping,
+optimizer, moving average.
 
-Random draws of a step (mixing, erasing, dropout, stochastic depth) are seeded by (seed, step, part, worker). So a resumed run
-draws what the uninterrupted one would have drawn, and no state of any generator has to be kept.
+Random draws of a step (mixing, erasing, dropout, stochastic depth) are seeded by (seed, step, part, worker).
+So a resumed run draws what the uninterrupted one would have drawn, and no state of any generator has to be
+kept.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ class Stepper:
         if step < self.warmup_steps:
             return config.warmup_lr + (config.lr - config.warmup_lr) * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
-        return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return config.min_lr + (config.lr - config.min_lr) * 0.5 * (
+            1 + math.cos(math.pi * min(1.0, progress))
+        )
 
     def _clip(self) -> None:
         config = self.config
@@ -77,5 +81,7 @@ class Stepper:
         from timm.utils.clip_grad import dispatch_clip_grad
 
         adaptive = config.clip_mode == "agc"
-        limited = model_parameters(self.task.backbone, exclude_head=True) if adaptive else self.task.parameters()
+        limited = (
+            model_parameters(self.task.backbone, exclude_head=True) if adaptive else self.task.parameters()
+        )
         dispatch_clip_grad(list(limited), config.clip_grad, config.clip_mode)

@@ -1,7 +1,8 @@
 """`evaluate`: what a run's model can do on a split, in this process, on a GPU if there is one.
 
-Pictures are resized, cropped and normalised as timm validates the exported model, and arithmetic is float32 wherever it runs, so
-top-1 and top-5 are timm's own to the image (of pictures with an EXIF rotation the store uses the upright view; timm does not).
+Pictures are resized, cropped and normalised as timm validates the exported model, and arithmetic is float32
+wherever it runs, so top-1 and top-5 are timm's own to the image (of pictures with an EXIF rotation the store
+uses the upright view; timm does not).
 """
 
 from __future__ import annotations
@@ -45,27 +46,39 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
 
     Raises:
         FileNotFoundError: no run, or no checkpoint in it.
-        ValueError: no such split, or zero-shot of a run without alignment or with an encoder that is not to be had.
+        ValueError: no such split, or zero-shot of a run without alignment or with an encoder that is not to
+            be had.
     """
     config = run_folder.read(settings.run)
     if settings.to:
         locations.check_writable("to", settings.to)
     if settings.asks_zero_shot and not config.alignment_weight:
-        message = f"zero_shot: {settings.run} is a baseline, without a head into the texts' space; evaluate an aligned run."
+        message = (
+            f"zero_shot: {settings.run} is a baseline, without a head into the texts' space; evaluate an "
+            "aligned run."
+        )
         raise SettingsError(message)
     store = Store(config.store)
     classes = store.dataset.classes
     asked = zeroshot.candidates(classes, settings.classes_file) if settings.asks_zero_shot else None
     with checkpoint.opened(settings.run, settings.checkpoint) as folder:
         loaded = load(config, folder, len(classes), settings.weights)
-    found = _targets(settings.run, config, store) if config.alignment_weight and (settings.retrieval or asked) else None
+    found = (
+        _targets(settings.run, config, store)
+        if config.alignment_weight and (settings.retrieval or asked)
+        else None
+    )
     judge, split = Judge(config, loaded), settings.split or config.eval_split
     outputs = judge.outputs(split, found if settings.retrieval else None, features=settings.knn)
     judgement = _judged(outputs, classes)
     summary: Found = {
-        "run": settings.run, "split": split, "checkpoint": settings.checkpoint, "weights": loaded.weights,
-        "epoch": int(loaded.state["epoch"]), **judgement.summary,
-    }  # fmt: skip
+        "run": settings.run,
+        "split": split,
+        "checkpoint": settings.checkpoint,
+        "weights": loaded.weights,
+        "epoch": int(loaded.state["epoch"]),
+        **judgement.summary,
+    }
     if settings.knn:
         summary["knn"] = _knn(judge, outputs, split)
     if found is not None and settings.retrieval:
@@ -87,7 +100,8 @@ def _targets(run: str, config: TrainConfig, store: Store) -> text_targets.Target
     names = store.variants("embeddings")
     if not config.embeddings and len(names) > 1:
         message = (
-            f"run={run}: does not say which embeddings it was trained on, and the store has several: {', '.join(names)}; write "
+            f"run={run}: does not say which embeddings it was trained on, and the store has several: "
+            f"{', '.join(names)}; write "
             'the name into "embeddings" of its config.json, or pass --no-retrieval.'
         )
         raise SettingsError(message)
@@ -106,19 +120,27 @@ def _judged(outputs: Outputs, classes: list[str]) -> Judgement:
     worst = np.lexsort((present, shares))[:WORST]
     low, high = measures.interval(int(correct.sum()), len(correct))
     summary: Found = {
-        "images": len(correct), "classes": len(classes), "top1": round(100 * float(correct.mean()), 3),
-        "top1_interval": [round(100 * low, 3), round(100 * high, 3)], "top5": round(100 * float(outputs.top5.mean()), 3),
-        "mean_per_class": round(float(shares.mean()), 3), "ece": round(100 * calibrated.ece, 3),
+        "images": len(correct),
+        "classes": len(classes),
+        "top1": round(100 * float(correct.mean()), 3),
+        "top1_interval": [round(100 * low, 3), round(100 * high, 3)],
+        "top5": round(100 * float(outputs.top5.mean()), 3),
+        "mean_per_class": round(float(shares.mean()), 3),
+        "ece": round(100 * calibrated.ece, 3),
         "confidence": round(100 * float(outputs.confidence.mean()), 3),
         "worst_classes": [
-            {"class": class_name(classes[present[n]]), "accuracy": round(float(shares[n]), 3), "images": int(images[present[n]])}
+            {
+                "class": class_name(classes[present[n]]),
+                "accuracy": round(float(shares[n]), 3),
+                "images": int(images[present[n]]),
+            }
             for n in worst
         ],
         "confused": [
             {"true": class_name(classes[true]), "predicted": class_name(classes[other]), "images": count}
             for true, other, count in measures.confused_pairs(matrix, PAIRS)
         ],
-    }  # fmt: skip
+    }
     return Judgement(summary=summary, classes=classes, outputs=outputs, matrix=matrix, calibration=calibrated)
 
 
@@ -127,9 +149,14 @@ def _knn(judge: Judge, outputs: Outputs, split: str) -> Found:
     bank = outputs if split == train else judge.outputs(train, features=True)
     assert outputs.features is not None and bank.features is not None
     predicted = measures.nearest(
-        outputs.features, bank.features, bank.labels, len(judge.store.dataset.classes), k=K, temperature=TEMPERATURE,
+        outputs.features,
+        bank.features,
+        bank.labels,
+        len(judge.store.dataset.classes),
+        k=K,
+        temperature=TEMPERATURE,
         same=split == train,
-    )  # fmt: skip
+    )
     top1 = round(100 * float((predicted == outputs.labels).mean()), 3)
     return {"top1": top1, "k": K, "temperature": TEMPERATURE, "bank": len(bank.labels)}
 
@@ -144,6 +171,8 @@ def _retrieval(task: AlignTask, outputs: Outputs) -> Found | None:
     one_of, own = measures.different_texts(texts, groups)
     if len(one_of) < 2:
         return None
-    ranks = measures.caption_ranks(outputs.projected[described], zeroshot.shared_space(task, texts[one_of]), own)
+    ranks = measures.caption_ranks(
+        outputs.projected[described], zeroshot.shared_space(task, texts[one_of]), own
+    )
     found = {name: round(value, 3) for name, value in measures.retrieval(ranks).items()}
     return found | {"images": len(own), "captions": len(one_of)}

@@ -1,4 +1,5 @@
-"""Pictures of an evaluation: confusion matrix and reliability diagram, drawn by matplotlib without a display."""
+"""Pictures of an evaluation: confusion matrix and reliability diagram, drawn by matplotlib without a
+display."""
 
 from __future__ import annotations
 
@@ -17,8 +18,11 @@ Array = npt.NDArray[Any]
 MOST_LABELS = 30  # classes; beyond it their names would run into each other
 
 
-def confusion_figure(matrix: Array, names: list[str], pairs: list[tuple[int, int, int]], title: str) -> Figure:
-    """The confusion matrix [C, C], each row as shares of its class, and beside it the commonest mistakes (see `judging`)."""
+def confusion_figure(
+    matrix: Array, names: list[str], pairs: list[tuple[int, int, int]], title: str
+) -> Figure:
+    """The confusion matrix [C, C], each row as shares of its class, and beside it the commonest mistakes (see
+    `judging`)."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
@@ -26,7 +30,9 @@ def confusion_figure(matrix: Array, names: list[str], pairs: list[tuple[int, int
     axes, beside = figure.subplots(1, 2, width_ratios=(8, 5))
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     # The square root shows the few per cent of a mistake that would be white on a linear scale.
-    picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest", aspect="equal")
+    picture = axes.imshow(
+        shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest", aspect="equal"
+    )
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     if len(names) <= MOST_LABELS:
@@ -35,15 +41,19 @@ def confusion_figure(matrix: Array, names: list[str], pairs: list[tuple[int, int
         axes.set_yticks(range(len(names)), short)
     beside.axis("off")
     lines = [
-        f"{count:>5}  {_short(names[true], 22)} \N{RIGHTWARDS ARROW} {_short(names[other], 22)}" for true, other, count in pairs
+        f"{count:>5}  {_short(names[true], 22)} \N{RIGHTWARDS ARROW} {_short(names[other], 22)}"
+        for true, other, count in pairs
     ]
     text = "\n".join(["images  true \N{RIGHTWARDS ARROW} predicted", "", *(lines or ["no mistakes"])])
-    beside.text(0, 1, text, va="top", family="monospace", fontsize=9, transform=beside.transAxes, parse_math=False)
+    beside.text(
+        0, 1, text, va="top", family="monospace", fontsize=9, transform=beside.transAxes, parse_math=False
+    )
     return figure
 
 
 def reliability_figure(found: Calibration, title: str) -> Figure:
-    """Accuracy against confidence in each bin (DeGroot and Fienberg's reliability diagram), and how many images each holds."""
+    """Accuracy against confidence in each bin (DeGroot and Fienberg's reliability diagram), and how many
+    images each holds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 7), layout="constrained")
@@ -51,8 +61,16 @@ def reliability_figure(found: Calibration, title: str) -> Figure:
     width = found.edges[1] - found.edges[0]
     centres = found.edges[:-1] + width / 2
     filled = found.counts > 0
-    axes.bar(centres[filled], found.accuracy[filled], width, edgecolor="white", color="tab:blue", label="accuracy")
-    axes.plot(found.confidence[filled], found.accuracy[filled], "o", color="tab:orange", label="at the mean confidence")
+    axes.bar(
+        centres[filled], found.accuracy[filled], width, edgecolor="white", color="tab:blue", label="accuracy"
+    )
+    axes.plot(
+        found.confidence[filled],
+        found.accuracy[filled],
+        "o",
+        color="tab:orange",
+        label="at the mean confidence",
+    )
     axes.plot([0, 1], [0, 1], "--", color="grey", label="perfect calibration")
     axes.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"{title}\nECE {100 * found.ece:.2f} %")
     axes.legend(loc="upper left")

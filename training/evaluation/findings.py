@@ -28,23 +28,40 @@ def table(summary: dict[str, Any]) -> str:
     """The summary as lines for a terminal."""
     low, high = summary["top1_interval"]
     lines = [
-        f"{summary['run']} ({summary['checkpoint']}, epoch {summary['epoch']}, {summary['weights']} weights) on "
-        f"{summary['split']}: {summary['images']} images, {summary['classes']} classes",
+        f"{summary['run']} ({summary['checkpoint']}, epoch {summary['epoch']}, {summary['weights']} weights) "
+        f"on {summary['split']}: {summary['images']} images, {summary['classes']} classes",
         _line("top-1", summary["top1"], f"95 % interval {low:.2f} to {high:.2f}"),
         _line("top-5", summary["top5"]),
         _line("mean over classes", summary["mean_per_class"]),
-        _line("calibration error", summary["ece"], f"15 equal bins; mean confidence {summary['confidence']:.2f} %"),
+        _line(
+            "calibration error",
+            summary["ece"],
+            f"15 equal bins; mean confidence {summary['confidence']:.2f} %",
+        ),
     ]
     if knn := summary.get("knn"):
-        lines.append(_line("k-NN top-1", knn["top1"], f"k = {knn['k']}, T = {knn['temperature']}, {knn['bank']} training images"))
+        lines.append(
+            _line(
+                "k-NN top-1",
+                knn["top1"],
+                f"k = {knn['k']}, T = {knn['temperature']}, {knn['bank']} training images",
+            )
+        )
     if found := summary.get("retrieval"):
         recalls = ", ".join(f"R@{k} {found[f'recall{k}']:.2f}" for k in (1, 5, 10))
-        lines.append(f"  own caption found   {recalls} %, median rank {found['median_rank']:g} of {found['captions']} captions")
+        lines.append(
+            f"  own caption found   {recalls} %, median rank {found['median_rank']:g} of {found['captions']} "
+            "captions"
+        )
     if found := summary.get("zero_shot"):
         lines += _zero_shot_lines(found)
     worst = ", ".join(f"{row['class']} {row['accuracy']:.1f} %" for row in summary["worst_classes"][:5])
-    confused = ", ".join(f"{row['true']} as {row['predicted']} ({row['images']})" for row in summary["confused"][:5])
-    return "\n".join([*lines, f"  worst classes       {worst}", f"  most confused       {confused or 'none'}"])
+    confused = ", ".join(
+        f"{row['true']} as {row['predicted']} ({row['images']})" for row in summary["confused"][:5]
+    )
+    return "\n".join(
+        [*lines, f"  worst classes       {worst}", f"  most confused       {confused or 'none'}"]
+    )
 
 
 def _zero_shot_lines(found: dict[str, Any]) -> list[str]:
@@ -56,7 +73,11 @@ def _zero_shot_lines(found: dict[str, Any]) -> list[str]:
     if found["unseen_images"]:
         lines += [
             _line("  seen classes", found["seen_top1"], f"{found['seen_images']} images"),
-            _line("  unseen classes", found["unseen_top1"], f"{found['unseen_images']} images, among all classes"),
+            _line(
+                "  unseen classes",
+                found["unseen_top1"],
+                f"{found['unseen_images']} images, among all classes",
+            ),
             _line("  harmonic mean", found["harmonic_mean"]),
             _line("  unseen, apart", found["unseen_only_top1"], "among the unseen classes alone"),
         ]
@@ -69,11 +90,17 @@ def _line(name: str, value: float | None, note: str = "") -> str:
 
 
 def write(judgement: Judgement, store: Store, folder: str) -> None:
-    """Writes evaluation.json, per_class.csv, predictions.parquet, confusion.png and reliability.png into a folder."""
+    """Writes evaluation.json, per_class.csv, predictions.parquet, confusion.png and reliability.png into a
+    folder."""
     os.makedirs(folder, exist_ok=True)
     calibration = judgement.calibration
     bins = [
-        {"above": round(float(edge), 6), "images": int(count), "confidence": _number(mean), "accuracy": _number(accuracy)}
+        {
+            "above": round(float(edge), 6),
+            "images": int(count),
+            "confidence": _number(mean),
+            "accuracy": _number(accuracy),
+        }
         for edge, count, mean, accuracy in zip(
             calibration.edges, calibration.counts, calibration.confidence, calibration.accuracy, strict=False
         )
@@ -85,7 +112,9 @@ def write(judgement: Judgement, store: Store, folder: str) -> None:
     names = [class_name(name) for name in judgement.classes]
     title = f"{judgement.summary['split']}: top-1 {judgement.summary['top1']:.2f} %"
     pairs = measures.confused_pairs(judgement.matrix, 30)
-    figures.confusion_figure(judgement.matrix, names, pairs, title).savefig(os.path.join(folder, "confusion.png"), dpi=120)
+    figures.confusion_figure(judgement.matrix, names, pairs, title).savefig(
+        os.path.join(folder, "confusion.png"), dpi=120
+    )
     figures.reliability_figure(calibration, title).savefig(os.path.join(folder, "reliability.png"), dpi=120)
 
 
@@ -98,10 +127,12 @@ def predictions(outputs: Outputs, store: Store) -> pa.Table:
         ids += column.take(rows[shards == shard]).to_pylist()
     return pa.table(
         {
-            "id": ids, "label": outputs.labels.astype(np.int32), "predicted": outputs.predicted.astype(np.int32),
+            "id": ids,
+            "label": outputs.labels.astype(np.int32),
+            "predicted": outputs.predicted.astype(np.int32),
             "probability": outputs.confidence,
         }
-    )  # fmt: skip
+    )
 
 
 def _per_class(matrix: Array, classes: list[str], path: str) -> None:
@@ -113,17 +144,33 @@ def _per_class(matrix: Array, classes: list[str], path: str) -> None:
     with open(path, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(
-            ["label", "class", "images", "correct", "accuracy", "predicted", "precision", "confused_with", "confused"]
+            [
+                "label",
+                "class",
+                "images",
+                "correct",
+                "accuracy",
+                "predicted",
+                "precision",
+                "confused_with",
+                "confused",
+            ]
         )
         for label, name in enumerate(classes):
             most = int(mistakes[label, other[label]])
             writer.writerow(
                 [
-                    label, class_name(name), images[label], correct[label], _percent(correct[label], images[label]),
-                    called[label], _percent(correct[label], called[label]),
-                    class_name(classes[other[label]]) if most else "", most,
+                    label,
+                    class_name(name),
+                    images[label],
+                    correct[label],
+                    _percent(correct[label], images[label]),
+                    called[label],
+                    _percent(correct[label], called[label]),
+                    class_name(classes[other[label]]) if most else "",
+                    most,
                 ]
-            )  # fmt: skip
+            )
 
 
 def _percent(part: Any, whole: Any) -> str:

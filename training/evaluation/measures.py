@@ -1,7 +1,7 @@
 """Measures of a model's answers, as functions of arrays: calibration, confusion, k-NN, retrieval, zero-shot.
 
-They know neither the store nor the model. n rows, C classes, M candidates, F and d widths; everything is vectorised, and what is
-quadratic runs in blocks: 50,000 rows of 1,000 classes take seconds on two cores.
+They know neither the store nor the model. n rows, C classes, M candidates, F and d widths; everything is
+vectorised, and what is quadratic runs in blocks: 50,000 rows of 1,000 classes take seconds on two cores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Calibration:
 
 
 def calibration(confidence: Array, correct: Array, bins: int = 15) -> Calibration:
-    """Expected calibration error as in Guo et al. 2017 (arXiv 1706.04599, eq. 3): sum over bins of n_m / n |acc_m - conf_m|.
+    """Expected calibration error as in Guo et al. 2017 (arXiv 1706.04599, eq. 3): sum over bins of n_m / n
+    |acc_m - conf_m|.
 
     Args:
         confidence: [n] probability of the predicted class.
@@ -52,7 +53,9 @@ def calibration(confidence: Array, correct: Array, bins: int = 15) -> Calibratio
 
 def confusion(labels: Array, predicted: Array, classes: int) -> Array:
     """[C, C] counts, a row for each true class, a column for each predicted one."""
-    return np.bincount(labels.astype(np.int64) * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+    return np.bincount(labels.astype(np.int64) * classes + predicted, minlength=classes * classes).reshape(
+        classes, classes
+    )
 
 
 def confused_pairs(matrix: Array, most: int) -> list[tuple[int, int, int]]:
@@ -75,11 +78,19 @@ def interval(hits: int, count: int) -> tuple[float, float]:
 
 
 def nearest(
-    queries: Array, bank: Array, labels: Array, classes: int, *, k: int = 20, temperature: float = 0.07, same: bool = False
+    queries: Array,
+    bank: Array,
+    labels: Array,
+    classes: int,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    same: bool = False,
 ) -> Array:
     """Weighted k-NN as in DINO (arXiv 2104.14294, F.1, after Wu et al. 2018, arXiv 1805.01978).
 
-    The k rows of the bank with the largest cosine vote for their classes with weight exp(cosine / temperature).
+    The k rows of the bank with the largest cosine vote for their classes with weight exp(cosine /
+    temperature).
 
     Args:
         queries: [n, F] features.
@@ -133,7 +144,8 @@ def different_texts(texts: Array, groups: Array) -> tuple[Array, Array]:
 def caption_ranks(z: Array, texts: Array, own: Array) -> Array:
     """[n] rank, from 1, of each image's own caption by cosine.
 
-    Ties count against the model, so one that gives all images or all texts the same vector gets the last rank.
+    Ties count against the model, so one that gives all images or all texts the same vector gets the last
+    rank.
 
     Args:
         z: [n, d] unit-length image features.
@@ -152,7 +164,8 @@ def caption_ranks(z: Array, texts: Array, own: Array) -> Array:
 
 
 def ranks_of(cosines: Tensor, own: Tensor) -> Tensor:
-    """[n] rank, from 1, of entry `own` ([n]) in each row of [n, M] cosines; ties, and what is no number, count against it."""
+    """[n] rank, from 1, of entry `own` ([n]) in each row of [n, M] cosines; ties, and what is no number,
+    count against it."""
     return (~(cosines < cosines.gather(1, own[:, None]))).sum(1)
 
 
@@ -176,7 +189,8 @@ def best_texts(z: Array, texts: Array, k: int) -> Array:
 
 
 def harmonic_mean(seen: float, unseen: float) -> float:
-    """2 s u / (s + u), by which generalised zero-shot learning is compared (Xian et al. 2017, arXiv 1707.00600, eq. 8)."""
+    """2 s u / (s + u), by which generalised zero-shot learning is compared (Xian et al. 2017, arXiv
+    1707.00600, eq. 8)."""
     return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
 
 

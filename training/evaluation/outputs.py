@@ -24,7 +24,8 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A run's model: the task in evaluation mode, which of its weights they are (raw or ema), and where training stood."""
+    """A run's model: the task in evaluation mode, which of its weights they are (raw or ema), and where
+    training stood."""
 
     task: Any
     weights: str
@@ -49,7 +50,9 @@ def load(config: TrainConfig, folder: str, num_classes: int, weights: str = "aut
     if weights == "auto":
         weights = "ema" if os.path.isfile(average) else "raw"
     if weights == "ema" and not os.path.isfile(average):
-        message = "weights=ema: the run kept no moving average (it was trained without --ema); pass --weights raw."
+        message = (
+            "weights=ema: the run kept no moving average (it was trained without --ema); pass --weights raw."
+        )
         raise SettingsError(message)
     tensors = load_file(average if weights == "ema" else os.path.join(folder, "model.safetensors"))
     task = objective_of(config).rebuild(config, tensors, num_classes)
@@ -89,7 +92,9 @@ class Judge:
         self.task = build.to_device(loaded.task, self.device)
         self._norm = build.make_norm(self.task.backbone, self.device)
 
-    def outputs(self, split: str, texts: text_targets.Targets | None = None, *, features: bool = False) -> Outputs:
+    def outputs(
+        self, split: str, texts: text_targets.Targets | None = None, *, features: bool = False
+    ) -> Outputs:
         """Shows the model every usable picture of a split once.
 
         Args:
@@ -105,11 +110,18 @@ class Judge:
 
         rows = Rows(self.store, split)
         if not len(rows):
-            message = f"split={split}: has no usable picture; `gpt4image status --store {self.config.store}` says why."
+            message = (
+                f"split={split}: has no usable picture; `gpt4image status --store {self.config.store}` says "
+                "why."
+            )
             raise SettingsError(message)
-        loader = build.make_loader(self.config, (text_targets.TextColumns(texts),) if texts else (), self.task.backbone)
+        loader = build.make_loader(
+            self.config, (text_targets.TextColumns(texts),) if texts else (), self.task.backbone
+        )
         parts: dict[str, list[Array]] = {}
-        bar = tqdm(total=len(rows), desc=f"evaluate {split}", unit="img", file=sys.stderr, disable=None, leave=False)
+        bar = tqdm(
+            total=len(rows), desc=f"evaluate {split}", unit="img", file=sys.stderr, disable=None, leave=False
+        )
         with bar, torch.inference_mode():
             for batch in loader.evaluate(rows.in_order(), loop.EVALUATED, 0, 1):
                 for name, value in self._answers(batch.images, batch.labels, features).items():
@@ -128,9 +140,11 @@ class Judge:
         best = logits.topk(min(5, logits.shape[1])).indices
         probabilities = logits.sigmoid() if self.config.loss == "bce" else logits.softmax(1)
         found = {
-            "labels": labels, "predicted": best[:, 0], "top5": (best == labels[:, None]).any(1),
+            "labels": labels,
+            "predicted": best[:, 0],
+            "top5": (best == labels[:, None]).any(1),
             "confidence": probabilities.gather(1, best[:, :1])[:, 0],
-        }  # fmt: skip
+        }
         if keep:
             found["features"] = features
         if getattr(self.task, "head", None) is not None:

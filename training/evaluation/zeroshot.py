@@ -1,7 +1,9 @@
-"""Zero-shot: an aligned model scores class prompts through the text encoder, also for classes that it never saw a picture of.
+"""Zero-shot: an aligned model scores class prompts through the text encoder, also for classes that it never
+saw a picture of.
 
-The prompt's vector goes the way of the captions: encoder of the run's embedding variant, then the run's PCA or learned map. The
-class whose vector has the largest cosine with the projected image feature is the answer, as in CLIP (arXiv 2103.00020).
+The prompt's vector goes the way of the captions: encoder of the run's embedding variant, then the run's PCA
+or learned map. The class whose vector has the largest cosine with the projected image feature is the answer,
+as in CLIP (arXiv 2103.00020).
 """
 
 from __future__ import annotations
@@ -39,10 +41,11 @@ class Candidates:
 
 
 def candidates(classes: list[str], file: str = "") -> Candidates:
-    """The store's classes, or those of a file: one name a line, or `CLASS<tab>NAME` to give a class of the store another name.
+    """The store's classes, or those of a file: one name a line, or `CLASS<tab>NAME` to give a class of the
+    store another name.
 
-    A name is matched with the store's classes as words (separators are spaces, case does not count). Names that match none
-    are candidates all the same: classes that no image has.
+    A name is matched with the store's classes as words (separators are spaces, case does not count). Names
+    that match none are candidates all the same: classes that no image has.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -63,8 +66,8 @@ def candidates(classes: list[str], file: str = "") -> Candidates:
     if twice or (of_class < 0).all():
         why = f"names {twice[0]!r} more than once" if twice else "names none of the store's classes"
         message = (
-            f"classes_file={file}: {why}; it needs one class a line, as the store calls it ({', '.join(classes[:3])}, ...), "
-            "and after a tab another name for it, if wanted."
+            f"classes_file={file}: {why}; it needs one class a line, as the store calls it "
+            f"({', '.join(classes[:3])}, ...), and after a tab another name for it, if wanted."
         )
         raise SettingsError(message)
     return Candidates(names=[class_name(parts[-1].strip()) for parts in lines], of_class=of_class)
@@ -93,7 +96,8 @@ def prompt_vectors(
 
 
 def shared_space(task: AlignTask, texts: Array) -> Array:
-    """[n, d] vectors as the loss compares them: through the text projection, where the run has learned one."""
+    """[n, d] vectors as the loss compares them: through the text projection, where the run has learned
+    one."""
     import torch
 
     if task.text_projection is None:
@@ -105,7 +109,8 @@ def shared_space(task: AlignTask, texts: Array) -> Array:
 
 
 def judge(z: Array, labels: Array, prompts: Array, classes: Candidates, seen: Array) -> dict[str, Any]:
-    """Top-1 and top-5 in percent among all candidates, and apart for the images of seen and of unseen classes.
+    """Top-1 and top-5 in percent among all candidates, and apart for the images of seen and of unseen
+    classes.
 
     Args:
         z: [n, d] projected image features.
@@ -119,12 +124,18 @@ def judge(z: Array, labels: Array, prompts: Array, classes: Candidates, seen: Ar
     z, truth, of_seen = z[asked], truth[asked], seen[labels[asked]]
     hits = measures.best_texts(z, prompts, 5) == truth[:, None]
     found: dict[str, Any] = {
-        "classes": len(classes.names), "images": len(truth), "left_out": int((~asked).sum()),
-        "top1": _percent(hits[:, 0]), "top5": _percent(hits.any(1)),
-        "seen_images": int(of_seen.sum()), "seen_top1": _percent(hits[of_seen, 0]),
-        "unseen_images": int((~of_seen).sum()), "unseen_top1": _percent(hits[~of_seen, 0]),
-        "harmonic_mean": None, "unseen_only_top1": None,
-    }  # fmt: skip
+        "classes": len(classes.names),
+        "images": len(truth),
+        "left_out": int((~asked).sum()),
+        "top1": _percent(hits[:, 0]),
+        "top5": _percent(hits.any(1)),
+        "seen_images": int(of_seen.sum()),
+        "seen_top1": _percent(hits[of_seen, 0]),
+        "unseen_images": int((~of_seen).sum()),
+        "unseen_top1": _percent(hits[~of_seen, 0]),
+        "harmonic_mean": None,
+        "unseen_only_top1": None,
+    }
     if found["seen_images"] and found["unseen_images"]:
         found["harmonic_mean"] = round(measures.harmonic_mean(found["seen_top1"], found["unseen_top1"]), 3)
     if found["unseen_images"]:
@@ -146,8 +157,8 @@ def _encoder(store: Store, variant: str) -> TextEncoder:
     name, revision = settings.get("encoder", ""), settings.get("revision", "")
     if not revision:
         message = (
-            f"embeddings={variant}: records no encoder and revision, so class prompts cannot be encoded alike; "
-            "train on a variant that `gpt4image embed` made."
+            f"embeddings={variant}: records no encoder and revision, so class prompts cannot be encoded "
+            "alike; train on a variant that `gpt4image embed` made."
         )
         raise SettingsError(message)
     if not revision.startswith("files-"):
@@ -155,8 +166,8 @@ def _encoder(store: Store, variant: str) -> TextEncoder:
     model = resolve(name)
     if model.revision != revision:
         message = (
-            f"embeddings={variant}: the files of its encoder {name!r} have changed ({model.revision} now, {revision} then); "
-            "bring the former ones back, or embed and train again."
+            f"embeddings={variant}: the files of its encoder {name!r} have changed ({model.revision} now, "
+            f"{revision} then); bring the former ones back, or embed and train again."
         )
         raise SettingsError(message)
     return TextEncoder(model, settings["pooling"])

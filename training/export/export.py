@@ -1,7 +1,8 @@
-"""`export`: the backbone of a run as a plain timm folder, as ONNX and as torch.export's program; the head stays behind.
+"""`export`: the backbone of a run as a plain timm folder, as ONNX and as torch.export's program; the head
+stays behind.
 
-Every file is loaded again, as its user would load it, and compared with the run's model on random and on real pictures before the
-folder is filled. ONNX needs the packages onnx, onnxscript and onnxruntime.
+Every file is loaded again, as its user would load it, and compared with the run's model on random and on real
+pictures before the folder is filled. ONNX needs the packages onnx, onnxscript and onnxruntime.
 """
 
 from __future__ import annotations
@@ -28,10 +29,18 @@ from training.models import weights
 
 # What an export may consist of, config.json last: where it stands the folder is whole.
 FILES = (
-    "model.safetensors", "model.onnx", "model.onnx.data", "model.pt2", "labels.txt", "preprocessing.json", "README.md",
+    "model.safetensors",
+    "model.onnx",
+    "model.onnx.data",
+    "model.pt2",
+    "labels.txt",
+    "preprocessing.json",
+    "README.md",
     "config.json",
-)  # fmt: skip
-LARGEST = 1e-5  # accepted difference of logits, of the largest logit (10 at least): ten times what float32 rounds there
+)
+LARGEST = (
+    1e-5  # accepted difference, relative to the largest logit (10 at least): ten times float32's rounding
+)
 REAL = 64  # pictures of the eval split that are compared
 
 
@@ -39,9 +48,9 @@ def export(settings: ExportConfig) -> dict[str, Any]:
     """Writes the formats asked for, with labels.txt, preprocessing.json and README.md.
 
     Returns:
-        Folder `to`, `architecture`, `parameters`, `epoch`, `weights`, `files`, `small_stem`, and for each format in `checks` the
-        number of `random` and `real` pictures compared, the largest `difference` of logits and its `limit`, and how many of the
-        answers were the `same`.
+        Folder `to`, `architecture`, `parameters`, `epoch`, `weights`, `files`, `small_stem`, and for each
+        format in `checks` the number of `random` and `real` pictures compared, the largest `difference` of
+        logits and its `limit`, and how many of the answers were the `same`.
 
     Raises:
         ValueError: the folder is not empty, a package is missing, or what was written answers differently.
@@ -59,16 +68,26 @@ def export(settings: ExportConfig) -> dict[str, Any]:
     batches = _batches(config, store, model)
     os.makedirs(os.path.dirname(os.path.abspath(settings.to)), exist_ok=True)
     # Beside the folder, so that moving is renaming: an export that fails leaves an earlier one as it was.
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=os.path.dirname(os.path.abspath(settings.to))) as work:
-        checks = {name: _compare(name, model, WRITERS[name](model, config, recipe, work), batches) for name in settings.formats}
+    with tempfile.TemporaryDirectory(
+        prefix=".export-", dir=os.path.dirname(os.path.abspath(settings.to))
+    ) as work:
+        checks = {
+            name: _compare(name, model, WRITERS[name](model, config, recipe, work), batches)
+            for name in settings.formats
+        }
         _write_text(work, "labels.txt", "".join(f"{name}\n" for name in recipe["labels"]))
         _write_text(work, "preprocessing.json", json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
         found = {
-            "to": settings.to, "architecture": weights.architecture_of(config),
+            "to": settings.to,
+            "architecture": weights.architecture_of(config),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "epoch": int(loaded.state["epoch"]), "weights": loaded.weights, "formats": list(settings.formats),
-            "small_stem": config.small_stem, "checks": checks, "files": [],
-        }  # fmt: skip
+            "epoch": int(loaded.state["epoch"]),
+            "weights": loaded.weights,
+            "formats": list(settings.formats),
+            "small_stem": config.small_stem,
+            "checks": checks,
+            "files": [],
+        }
         _write_text(work, "README.md", model_card(config, found, recipe, loaded.state, store))
         found["files"] = sorted(os.listdir(work))
         _move(work, settings.to)
@@ -78,36 +97,47 @@ def export(settings: ExportConfig) -> dict[str, Any]:
 def describe(found: dict[str, Any]) -> str:
     """What `export` returned, as lines for a terminal."""
     lines = [
-        f"{found['to']}: {found['architecture']}, {found['parameters']:,} parameters, epoch {found['epoch']}, "
-        f"{found['weights']} weights: {', '.join(found['files'])}"
+        f"{found['to']}: {found['architecture']}, {found['parameters']:,} parameters, epoch "
+        f"{found['epoch']}, {found['weights']} weights: {', '.join(found['files'])}"
     ]
     for name, check in found["checks"].items():
         lines.append(
-            f"  {name}: loaded again; same top-1 on {check['same']} of {check['random'] + check['real']} pictures "
-            f"({check['random']} random, {check['real']} real), largest difference of logits {check['difference']:.1e}"
+            f"  {name}: loaded again; same top-1 on {check['same']} of {check['random'] + check['real']} "
+            f"pictures ({check['random']} random, {check['real']} real), largest difference of logits "
+            f"{check['difference']:.1e}"
         )
     if "timm" in found["formats"] and found["small_stem"]:
-        lines.append("timm has no argument for the small stem: README.md in the folder shows how to load the weights")
+        lines.append(
+            "timm has no argument for the small stem: README.md in the folder shows how to load the weights"
+        )
     elif "timm" in found["formats"]:
         lines.append(f'load it with: timm.create_model("local-dir:{found["to"]}", pretrained=True)')
     return "\n".join(lines)
 
 
 def preprocessing(model: Any, config: TrainConfig, classes: list[str]) -> dict[str, Any]:
-    """What turns an RGB picture into the model's input, as the run did it: the content of preprocessing.json."""
+    """What turns an RGB picture into the model's input, as the run did it: the content of
+    preprocessing.json."""
     found = build.data_config(model)
     size = config.image_size
     return {
         "input": {"name": "images", "shape": ["batch", 3, size, size], "dtype": "float32", "color": "RGB"},
         "output": {"name": "logits", "shape": ["batch", len(classes)], "dtype": "float32"},
-        "resize_shorter_edge": int(size / float(found["crop_pct"])), "interpolation": str(found["interpolation"]),
-        "antialias": True, "center_crop": size, "scale": 1 / 255, "mean": list(found["mean"]), "std": list(found["std"]),
-        "crop_pct": float(found["crop_pct"]), "labels": [class_name(name) for name in classes],
-    }  # fmt: skip
+        "resize_shorter_edge": int(size / float(found["crop_pct"])),
+        "interpolation": str(found["interpolation"]),
+        "antialias": True,
+        "center_crop": size,
+        "scale": 1 / 255,
+        "mean": list(found["mean"]),
+        "std": list(found["std"]),
+        "crop_pct": float(found["crop_pct"]),
+        "labels": [class_name(name) for name in classes],
+    }
 
 
 def _batches(config: TrainConfig, store: Store, model: Any) -> dict[str, list[Batch]]:
-    """Random pictures in batches of several sizes (one of 1: exporters like to fix it), and the first of the eval split."""
+    """Random pictures in batches of several sizes (one of 1: exporters like to fix it), and the first of the
+    eval split."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -140,8 +170,9 @@ def _compare(name: str, model: Any, written: Model, batches: dict[str, list[Batc
     limit = LARGEST * largest
     if not difference < limit or same < images:
         message = (
-            f"format={name}: what was written answers otherwise than the run's model: same top-1 on {same} of {images} pictures, "
-            f"largest difference of logits {difference:.1e} (limit {limit:.0e}); export another format."
+            f"format={name}: what was written answers otherwise than the run's model: same top-1 on {same} "
+            f"of {images} pictures, largest difference of logits {difference:.1e} (limit {limit:.0e}); "
+            "export another format."
         )
         raise RunStoppedError(message)
     return found | {"same": same, "difference": difference, "limit": limit}
@@ -153,7 +184,10 @@ def _check_folder(settings: ExportConfig) -> None:
         raise SettingsError(message)
     locations.check_writable("to", settings.to)
     if not settings.overwrite and os.path.isdir(settings.to) and os.listdir(settings.to):
-        message = f"to={settings.to}: the folder is not empty; pass another, or --overwrite to replace an earlier export in it."
+        message = (
+            f"to={settings.to}: the folder is not empty; pass another, or --overwrite to replace an earlier "
+            "export in it."
+        )
         raise SettingsError(message)
 
 
@@ -162,12 +196,16 @@ def _check_packages() -> None:
 
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
-        message = f"format=onnx: needs {', '.join(missing)}: pip install {' '.join(missing)}, or leave onnx out of --format."
+        message = (
+            f"format=onnx: needs {', '.join(missing)}: pip install {' '.join(missing)}, or leave onnx out of "
+            "--format."
+        )
         raise SettingsError(message)
 
 
 def _move(work: str, to: str) -> None:
-    """Takes away an earlier export, config.json first, and puts the new files in its place, config.json last."""
+    """Takes away an earlier export, config.json first, and puts the new files in its place, config.json
+    last."""
     os.makedirs(to, exist_ok=True)
     for name in reversed(FILES):
         if os.path.lexists(os.path.join(to, name)):

@@ -1,4 +1,5 @@
-"""One writer a format: the file is written, loaded again as its user would, and returned as a function to compare."""
+"""One writer a format: the file is written, loaded again as its user would, and returned as a function to
+compare."""
 
 from __future__ import annotations
 
@@ -22,21 +23,38 @@ def _timm(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) 
     size = config.image_size
     # Of the weights that training started from, which these are not.
     foreign = (
-        "url", "hf_hub_id", "hf_hub_filename", "file", "source", "tag", "origin_url", "paper_ids", "paper_name", "notes",
+        "url",
+        "hf_hub_id",
+        "hf_hub_filename",
+        "file",
+        "source",
+        "tag",
+        "origin_url",
+        "paper_ids",
+        "paper_name",
+        "notes",
         "license",
-    )  # fmt: skip
+    )
     before = model.pretrained_cfg
     kept = {name: value for name, value in before.items() if name not in foreign}
     model.pretrained_cfg = {**kept, "input_size": (3, size, size), "num_classes": len(recipe["labels"])}
     try:
         save_for_hf(
-            model, folder, model_config={"label_names": recipe["labels"]}, safe_serialization=True,
-            model_args=backbones.model_args(config.backbone, size, config.patch_size, config.architecture) or None,
+            model,
+            folder,
+            model_config={"label_names": recipe["labels"]},
+            safe_serialization=True,
+            model_args=backbones.model_args(config.backbone, size, config.patch_size, config.architecture)
+            or None,
             data_config={
-                "input_size": (3, size, size), "mean": recipe["mean"], "std": recipe["std"], "crop_pct": recipe["crop_pct"],
-                "interpolation": recipe["interpolation"], "crop_mode": "center",
+                "input_size": (3, size, size),
+                "mean": recipe["mean"],
+                "std": recipe["std"],
+                "crop_pct": recipe["crop_pct"],
+                "interpolation": recipe["interpolation"],
+                "crop_mode": "center",
             },
-        )  # fmt: skip
+        )
     finally:
         model.pretrained_cfg = before
     if not config.small_stem:
@@ -57,17 +75,27 @@ def _onnx(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) 
 
     plain = copy.deepcopy(model)
     for module in plain.modules():
-        if hasattr(module, "fused_attn"):  # the exporter knows fused attention for 4 axes only, and Hiera's has 5
+        if hasattr(
+            module, "fused_attn"
+        ):  # the exporter knows fused attention for 4 axes only, and Hiera's has 5
             module.fused_attn = False
     path = os.path.join(folder, "model.onnx")
     size = config.image_size
-    # A file beside the weights is needed from 2 GiB (protobuf's limit) on; below it one file is easier to carry.
+    # A file beside the weights is needed from 2 GiB (protobuf's limit) on; below it one file is easier to
+    # carry.
     outside = sum(p.numel() * p.element_size() for p in plain.parameters()) > 1.9e9
     with torch.no_grad():
         torch.onnx.export(
-            plain, (torch.randn(2, 3, size, size),), path, dynamo=True, verbose=False, external_data=outside,
-            input_names=["images"], output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )  # fmt: skip
+            plain,
+            (torch.randn(2, 3, size, size),),
+            path,
+            dynamo=True,
+            verbose=False,
+            external_data=outside,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
@@ -78,10 +106,16 @@ def _torch(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str)
 
     size, path = config.image_size, os.path.join(folder, "model.pt2")
     with torch.no_grad():
-        program = torch.export.export(model, (torch.randn(2, 3, size, size),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(
+            model, (torch.randn(2, 3, size, size),), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
     torch.export.save(program, path)
     loaded: Model = torch.export.load(path).module()
     return loaded
 
 
-WRITERS: dict[str, Callable[[Any, TrainConfig, dict[str, Any], str], Model]] = {"timm": _timm, "onnx": _onnx, "torch": _torch}
+WRITERS: dict[str, Callable[[Any, TrainConfig, dict[str, Any], str], Model]] = {
+    "timm": _timm,
+    "onnx": _onnx,
+    "torch": _torch,
+}

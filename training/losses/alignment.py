@@ -1,10 +1,12 @@
-"""The alignment loss between projected images and frozen texts in four variants, exact at any number of processes.
+"""The alignment loss between projected images and frozen texts in four variants, exact at any number of
+processes.
 
-Legend: b local batch, W processes, B texts of the global batch, K targets of an image, N further texts of the store, d shared
-width. Source: GPT4Image (arXiv 2306.00693), whose code keeps only local gradients after its gather, so that its weight acts like
-1/W of itself; here the gradient equals one process's on the joint batch. No gradient travels between processes, so memory is
-O(b B): each process needs all texts, its own images, and for the text-to-image direction a few numbers a text (such as the
-log-sum-exp over all images), which all-reduces of B-vectors give.
+Legend: b local batch, W processes, B texts of the global batch, K targets of an image, N further texts of the
+store, d shared width. Source: GPT4Image (arXiv 2306.00693), whose code keeps only local gradients after its
+gather, so that its weight acts like 1/W of itself; here the gradient equals one process's on the joint batch.
+No gradient travels between processes, so memory is O(b B): each process needs all texts, its own images, and
+for the text-to-image direction a few numbers a text (such as the log-sum-exp over all images), which
+all-reduces of B-vectors give.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ Variant = Literal["symmetric", "image-to-text", "sigmoid", "cosine"]
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of the global batch, or further ones of the store; constants, or a linear map of constants (`TextProjection`)."""
+    """The texts of the global batch, or further ones of the store; constants, or a linear map of constants
+    (`TextProjection`)."""
 
     vectors_Bd: Tensor
     """[B, d] unit length; rows without a text are zero."""
@@ -44,7 +47,8 @@ class TextGather:
         Args:
             vectors_bd: [b, d] this process's texts.
             groups_b: [b] their groups.
-            size: the largest b of all processes, where it differs between them; others are filled up with rows of group -1.
+            size: the largest b of all processes, where it differs between them; others are filled up with
+                rows of group -1.
 
         Raises:
             ValueError: more than `size` texts.
@@ -54,7 +58,9 @@ class TextGather:
         self._work: list[dist.Work] = []
         missing = 0 if size is None else size - len(groups_b)
         if missing < 0:
-            message = f"{len(groups_b)} texts, but size={size}: pass the largest local batch of all processes."
+            message = (
+                f"{len(groups_b)} texts, but size={size}: pass the largest local batch of all processes."
+            )
             raise ValueError(message)
         if self._world > 1:
             self._vectors = self._start(functional.pad(self._vectors, (0, 0, 0, missing)))
@@ -92,40 +98,49 @@ def alignment_loss(
 ) -> Tensor:
     """The alignment loss of the global batch.
 
-    Image i aims at the texts of its target groups: one group of weight 1, or with mixup and cutmix the groups of both
-    pictures with the labels' weights; a mixture with one text missing aims fully at the other. Images without a text take no
-    part. With logits s = z.t / temperature:
+    Image i aims at the texts of its target groups: one group of weight 1, or with mixup and cutmix the groups
+    of both pictures with the labels' weights; a mixture with one text missing aims fully at the other. Images
+    without a text take no part. With logits s = z.t / temperature:
 
-    - symmetric: mean of both InfoNCE directions (CLIP, arXiv 2103.00020). All texts of one group share its weight (true
+    - symmetric: mean of both InfoNCE directions (CLIP, arXiv 2103.00020). All texts of one group share its
+        weight (true
       positives are positives); of each text, the images aiming at it share its mass.
     - image-to-text: the first direction alone.
-    - sigmoid: binary cross entropy of sigmoid(s + bias) for every pair, over the number of images that take part (SigLIP, arXiv
+    - sigmoid: binary cross entropy of sigmoid(s + bias) for every pair, over the number of images that take
+        part (SigLIP, arXiv
       2303.15343). An image's target is the same, its group's weight, for all texts of a group.
     - cosine: 2 - 2 z.t of an image and its targets, no negatives (GPT4Image's option `byol`).
 
     Args:
-        image_bd: [b, d] unit-length projected features, with gradient. b may differ between processes, and be 0.
+        image_bd: [b, d] unit-length projected features, with gradient. b may differ between processes, and be
+            0.
         texts: the gathered texts.
         target_groups_bK: [b, K] int64 group of each target; -1 for none.
         target_weights_bK: [b, K] weight of each target, summing to 1 over K.
         temperature: above 0; a tensor with gradient when it is learned. Has no meaning for cosine.
         variant: see above.
-        negatives: N further texts, equal on all processes: more columns of an image's row, but for those of the row's own
-            targets. They take no part in the text-to-image direction.
+        negatives: N further texts, equal on all processes: more columns of an image's row, but for those of
+            the row's own targets. They take no part in the text-to-image direction.
         bias: of the sigmoid's logits; a tensor with gradient when it is learned. None: 0.
 
     Returns:
-        Scalar in float32 (float64 for float64 input): its value is the loss of the global batch, equal on all processes. Its
-        gradient is W times this process's share, so that DDP's mean over processes is the exact gradient.
+        Scalar in float32 (float64 for float64 input): its value is the loss of the global batch, equal on all
+        processes. Its gradient is W times this process's share, so that DDP's mean over processes is the
+        exact gradient.
 
     Raises:
         ValueError: negatives for cosine, or a bias for another variant than sigmoid.
     """
     if negatives is not None and variant == "cosine":
-        message = "variant=cosine: has no negatives, as it compares nothing; leave them out, or use another variant."
+        message = (
+            "variant=cosine: has no negatives, as it compares nothing; leave them out, or use another "
+            "variant."
+        )
         raise ValueError(message)
     if bias is not None and variant != "sigmoid":
-        message = f"variant={variant}: has no bias, as a softmax would cancel it; leave it out, or use sigmoid."
+        message = (
+            f"variant={variant}: has no bias, as a softmax would cancel it; leave it out, or use sigmoid."
+        )
         raise ValueError(message)
     with torch.autocast(image_bd.device.type, enabled=False):
         dtype = torch.promote_types(image_bd.dtype, torch.float32)
@@ -134,16 +149,24 @@ def alignment_loss(
         taking_part = targets_bB.sum(1) > 0
         if variant == "cosine":
             aimed_bd = targets_bB @ texts.vectors_Bd.to(dtype)
-            share, value = _mean(torch.where(taking_part, 2 - 2 * (z_bd * aimed_bd).sum(1), 0).sum(), taking_part)
+            share, value = _mean(
+                torch.where(taking_part, 2 - 2 * (z_bd * aimed_bd).sum(1), 0).sum(), taking_part
+            )
         else:
             scaled_bd = z_bd / temperature
             logits_bB = _logits(scaled_bd, texts, bias)
-            further_bN = None if negatives is None else _further(scaled_bd, negatives, bias, target_groups_bK, weights_bK)
+            further_bN = (
+                None
+                if negatives is None
+                else _further(scaled_bd, negatives, bias, target_groups_bK, weights_bK)
+            )
             matched_B = (targets_bB * logits_bB).sum(0)
             spread = _softplus if variant == "sigmoid" else _logsumexp
             image_part = torch.where(taking_part, spread(logits_bB, further_bN), 0).sum() - matched_B.sum()
             if variant == "symmetric":
-                share, value = _both_directions(image_part, logits_bB, matched_B, targets_bB.sum(0), taking_part)
+                share, value = _both_directions(
+                    image_part, logits_bB, matched_B, targets_bB.sum(0), taking_part
+                )
             else:
                 share, value = _mean(image_part, taking_part)
         share = world_size() * share
@@ -151,9 +174,11 @@ def alignment_loss(
 
 
 def _targets(texts: Texts, groups_bK: Tensor, weights_bK: Tensor, *, divided: bool) -> Tensor:
-    """[b, B] target of each image over all texts: its group's weight, `divided` among the group's texts or not.
+    """[b, B] target of each image over all texts: its group's weight, `divided` among the group's texts or
+    not.
 
-    Weights of groups that have no text go to the image's other groups; rows of images without any text are zero.
+    Weights of groups that have no text go to the image's other groups; rows of images without any text are
+    zero.
     """
     targets = weights_bK.new_zeros((groups_bK.shape[0], texts.groups_B.shape[0]))
     total_b1 = weights_bK.new_zeros((groups_bK.shape[0], 1))
@@ -167,14 +192,17 @@ def _targets(texts: Texts, groups_bK: Tensor, weights_bK: Tensor, *, divided: bo
 
 
 def _logits(scaled_bd: Tensor, texts: Texts, bias: Tensor | float | None) -> Tensor:
-    """[b, B] logits; without a text the lowest finite number, as minus infinity times a weight of 0 is not a number."""
+    """[b, B] logits; without a text the lowest finite number, as minus infinity times a weight of 0 is not a
+    number."""
     logits = scaled_bd @ texts.vectors_Bd.to(scaled_bd.dtype).T
     if bias is not None:
         logits = logits + bias
     return logits.masked_fill_(~texts.valid_B, _lowest(logits))
 
 
-def _further(scaled_bd: Tensor, negatives: Texts, bias: Tensor | float | None, groups_bK: Tensor, weights_bK: Tensor) -> Tensor:
+def _further(
+    scaled_bd: Tensor, negatives: Texts, bias: Tensor | float | None, groups_bK: Tensor, weights_bK: Tensor
+) -> Tensor:
     """[b, N] logits of the store's texts, the lowest number for those that the image aims at."""
     logits = _logits(scaled_bd, negatives, bias)
     for groups_b, weights_b in zip(groups_bK.T, weights_bK.T, strict=True):
@@ -208,7 +236,8 @@ def _mean(local: Tensor, taking_part: Tensor) -> tuple[Tensor, Tensor]:
 def _both_directions(
     image_part: Tensor, logits_bB: Tensor, matched_B: Tensor, mass_B: Tensor, taking_part: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `_mean`, for half of each direction; `matched_B` and `mass_B` are sums over this process's images."""
+    """As `_mean`, for half of each direction; `matched_B` and `mass_B` are sums over this process's
+    images."""
     lowest = _lowest(logits_bB)
     # The clamp is for a process without images, whose log-sum-exp is minus infinity.
     local_B = logits_bB.masked_fill(~taking_part[:, None], lowest).logsumexp(0).clamp_min(lowest)
@@ -220,7 +249,8 @@ def _both_directions(
     aimed_at = all_mass_B > 0
     images, count = images.clamp_min(1), aimed_at.sum().clamp_min(1)
     inverse_B = torch.where(aimed_at, 1 / all_mass_B.clamp_min(torch.finfo(all_mass_B.dtype).tiny), 0)
-    # The local log-sum-exp of each text, weighted by its part in the global one, has the global one's gradient.
+    # The local log-sum-exp of each text, weighted by its part in the global one, has the global one's
+    # gradient.
     part_B = torch.where(aimed_at, (local_B.detach() - global_B).exp(), 0)
     text_part = (part_B * local_B).sum() - (inverse_B * matched_B).sum()
     text_value = torch.where(aimed_at, global_B - inverse_B * all_matched_B, 0).sum()
@@ -241,5 +271,6 @@ def _summed(*parts: Tensor) -> list[Tensor]:
     flat = torch.cat([part.to(parts[0].dtype).reshape(-1) for part in parts])
     dist.all_reduce(flat)
     return [
-        found.view(part.shape) for found, part in zip(flat.split_with_sizes([part.numel() for part in parts]), parts, strict=True)
+        found.view(part.shape)
+        for found, part in zip(flat.split_with_sizes([part.numel() for part in parts]), parts, strict=True)
     ]

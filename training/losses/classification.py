@@ -11,8 +11,9 @@ def criterion(name: str, smoothing: float) -> nn.Module:
     from timm.loss import BinaryCrossEntropy
 
     if name == "bce":
-        # A mean over classes, timm's default, would leave 1 / classes of cross entropy's gradient: optimizers without a scale do
-        # not mind (ResNet strikes back, DeiT III: LAMB), but an alignment beside it would outweigh it.
+        # A mean over classes, timm's default, would leave 1 / classes of cross entropy's gradient: optimizers
+        # without a scale do not mind (ResNet strikes back, DeiT III: LAMB), but an alignment beside it would
+        # outweigh it.
         loss: nn.Module = BinaryCrossEntropy(smoothing, sum_classes=True)
         return loss
     return CrossEntropy(smoothing)
@@ -26,5 +27,6 @@ class CrossEntropy(nn.Module):
         self.smoothing = smoothing
 
     def forward(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Mean over the batch; `classes` are [b] numbers, or [b, C] probabilities, which are smoothed likewise."""
+        """Mean over the batch; `classes` are [b] numbers, or [b, C] probabilities, which are smoothed
+        likewise."""
         return functional.cross_entropy(logits, classes, label_smoothing=self.smoothing)

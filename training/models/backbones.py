@@ -1,4 +1,5 @@
-"""timm backbones as (pooled feature, logits), built at the image size of the run; models of the hub or a folder, too."""
+"""timm backbones as (pooled feature, logits), built at the image size of the run; models of the hub or a
+folder, too."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
 from training.config import FOLDER, HUB, TrainConfig
-from training.models.weights import WEIGHTS, Source, describe_source, is_pin, model_files, source_of, split_name
+from training.models.weights import (
+    WEIGHTS,
+    Source,
+    describe_source,
+    is_pin,
+    model_files,
+    source_of,
+    split_name,
+)
 
 
 def resolved(config: TrainConfig, recorded: dict[str, Any] | None = None) -> TrainConfig:
@@ -23,7 +32,8 @@ def resolved(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Tra
 
     Args:
         config: of a run.
-        recorded: what the run was begun with, if it was begun before: its pin holds, whatever became of the model since.
+        recorded: what the run was begun with, if it was begun before: its pin holds, whatever became of the
+            model since.
 
     Raises:
         ValueError: no such model, none of timm's, or no safetensors that fit.
@@ -31,7 +41,12 @@ def resolved(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Tra
     if not config.brings_weights or config.architecture:
         return config
     if recorded is not None and is_pin(str(recorded.get("backbone")), config.backbone):
-        return replace(config, backbone=recorded["backbone"], architecture=recorded.get("architecture", ""), pretrained=True)
+        return replace(
+            config,
+            backbone=recorded["backbone"],
+            architecture=recorded.get("architecture", ""),
+            pretrained=True,
+        )
     hub, name, revision = config.backbone.startswith(HUB), *split_name(config.backbone)
     try:
         found = models.resolve(name, revision)
@@ -39,15 +54,23 @@ def resolved(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Tra
         message = f"backbone={config.backbone!r}: {error}"
         raise SettingsError(message) from None
     if hub and found.hub_revision is None:
-        message = f"backbone={config.backbone!r}: a folder of that name lies here, too; pass {FOLDER}{name} if it is meant."
+        message = (
+            f"backbone={config.backbone!r}: a folder of that name lies here, too; pass {FOLDER}{name} if it "
+            "is meant."
+        )
         raise SettingsError(message)
     source = describe_source(config.backbone, found)
     pinned = f"{HUB}{name}@{found.revision}" if hub else f"{FOLDER}{found.location}"
     config = replace(config, backbone=pinned, architecture=json.dumps(asdict(source)), pretrained=True)
     build(  # once, so that weights that do not fit are found before anything starts
-        config.backbone, num_classes=2, image_size=config.image_size, pretrained=True, patch_size=config.patch_size,
-        small_stem=config.small_stem, architecture=config.architecture,
-    )  # fmt: skip
+        config.backbone,
+        num_classes=2,
+        image_size=config.image_size,
+        pretrained=True,
+        patch_size=config.patch_size,
+        small_stem=config.small_stem,
+        architecture=config.architecture,
+    )
     return config
 
 
@@ -75,10 +98,18 @@ def model_args(name: str, image_size: int, patch_size: int = 0, architecture: st
 
 
 def build(
-    name: str, *, num_classes: int, image_size: int, pretrained: bool = False, drop_path: float = 0.0, patch_size: int = 0,
-    small_stem: bool = False, architecture: str = "",
-) -> nn.Module:  # fmt: skip
-    """A timm model with a new classifier, or with that of its weights if they have as many classes, as timm does it.
+    name: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    pretrained: bool = False,
+    drop_path: float = 0.0,
+    patch_size: int = 0,
+    small_stem: bool = False,
+    architecture: str = "",
+) -> nn.Module:
+    """A timm model with a new classifier, or with that of its weights if they have as many classes, as timm
+    does it.
 
     Args:
         name: timm's, or one of the hub or a folder.
@@ -91,8 +122,8 @@ def build(
         architecture: `Source` of a model of the hub or a folder, as JSON.
 
     Raises:
-        ValueError: unknown name, a size that the architecture does not allow, no single linear classifier, or weights that do
-            not fit.
+        ValueError: unknown name, a size that the architecture does not allow, no single linear classifier, or
+            weights that do not fit.
     """
     extra: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     arguments = model_args(name, image_size, patch_size, architecture) | extra
@@ -116,27 +147,42 @@ def build(
         except (TypeError, AssertionError, RuntimeError) as error:
             if "drop_path_rate" in str(error):
                 message = (
-                    f"drop_path={drop_path}: timm's {name} has no stochastic depth; pass --drop-path 0, or another backbone."
+                    f"drop_path={drop_path}: timm's {name} has no stochastic depth; pass --drop-path 0, or "
+                    "another backbone."
                 )
                 raise SettingsError(message) from None
             raise _unfit(name, image_size, error) from None
     if not isinstance(_classifier(model), nn.Linear):
-        message = f"backbone={name!r}: has no single linear classifier, so there is no pooled feature to align; use another."
+        message = (
+            f"backbone={name!r}: has no single linear classifier, so there is no pooled feature to align; "
+            "use another."
+        )
         raise SettingsError(message)
     return shrink_stem(name, model) if small_stem else model
 
 
 def _created(
-    name: str, source: Source, weights: str | None, num_classes: int, arguments: dict[str, Any], image_size: int
+    name: str,
+    source: Source,
+    weights: str | None,
+    num_classes: int,
+    arguments: dict[str, Any],
+    image_size: int,
 ) -> nn.Module:
     config = source.config if weights is None else {**source.config, "file": weights}
     try:
         model: Any = timm.create_model(
-            source.name, pretrained=weights is not None, pretrained_cfg=config, pretrained_model_args=source.arguments,
-            num_classes=num_classes, **arguments,
-        )  # fmt: skip
+            source.name,
+            pretrained=weights is not None,
+            pretrained_cfg=config,
+            pretrained_model_args=source.arguments,
+            num_classes=num_classes,
+            **arguments,
+        )
     except (TypeError, AssertionError, RuntimeError) as error:
-        raise (_misfit(name, error) if "state_dict" in str(error) else _unfit(name, image_size, error)) from None
+        raise (
+            _misfit(name, error) if "state_dict" in str(error) else _unfit(name, image_size, error)
+        ) from None
     model.pretrained_cfg.pop("file", None)  # where the weights once lay is no part of the model
     created: nn.Module = model
     return created
@@ -152,14 +198,15 @@ def _has_small_stem(weights: str) -> bool:
 def _misfit(name: str, error: Exception) -> SettingsError:
     reason = str(error).splitlines()[1:2] or [str(error)]
     message = (
-        f"backbone={name!r}: its weights do not fit at these settings ({reason[0].strip()}); give --patch-size and --small-stem "
-        f"as they were when it was trained, or leave them out."
+        f"backbone={name!r}: its weights do not fit at these settings ({reason[0].strip()}); give "
+        f"--patch-size and --small-stem as they were when it was trained, or leave them out."
     )
     return SettingsError(message)
 
 
 def shrink_stem(name: str, model: nn.Module) -> nn.Module:
-    """A ResNet of timm with the stem that is usual for CIFAR: a 3 x 3 convolution of stride 1 and no pooling after it.
+    """A ResNet of timm with the stem that is usual for CIFAR: a 3 x 3 convolution of stride 1 and no pooling
+    after it.
 
     timm has no argument for it; an exported model is loaded by making the same change to timm's model first.
 
@@ -169,7 +216,10 @@ def shrink_stem(name: str, model: nn.Module) -> nn.Module:
     timm_model: Any = model
     first = getattr(model, "conv1", None)
     if not isinstance(model, timm.models.ResNet) or not isinstance(first, nn.Conv2d):
-        message = f"small_stem: {name} is no ResNet with one first convolution; ViT and ConvNeXt take --patch-size instead."
+        message = (
+            f"small_stem: {name} is no ResNet with one first convolution; ViT and ConvNeXt take --patch-size "
+            "instead."
+        )
         raise SettingsError(message)
     timm_model.conv1 = nn.Conv2d(3, first.out_channels, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(timm_model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -178,8 +228,14 @@ def shrink_stem(name: str, model: nn.Module) -> nn.Module:
 
 
 def probe(
-    name: str, image_size: int, patch_size: int = 0, *, small_stem: bool = False, drop_path: float = 0.0, architecture: str = "",
-) -> None:  # fmt: skip
+    name: str,
+    image_size: int,
+    patch_size: int = 0,
+    *,
+    small_stem: bool = False,
+    drop_path: float = 0.0,
+    architecture: str = "",
+) -> None:
     """Builds a backbone and runs it on one picture without memory or arithmetic (torch's meta device).
 
     Raises:
@@ -226,7 +282,8 @@ def num_features(model: nn.Module) -> int:
 
 
 def uses_batch_norm(model: nn.Module) -> bool:
-    """Whether the paper's head for it has BatchNorm: convolutional networks with BatchNorm do, transformers do not."""
+    """Whether the paper's head for it has BatchNorm: convolutional networks with BatchNorm do, transformers
+    do not."""
     return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 

@@ -1,7 +1,8 @@
 """The projections into the shared space. Used in training only, thrown away at export.
 
-The paper's head (pooled backbone feature to the shared space) is Linear - BatchNorm - ReLU - Linear for ResNets and the same
-without BatchNorm for ViTs; a bias in front of BatchNorm would be cancelled by it, so there is none.
+The paper's head (pooled backbone feature to the shared space) is Linear - BatchNorm - ReLU - Linear for
+ResNets and the same without BatchNorm for ViTs; a bias in front of BatchNorm would be cancelled by it, so
+there is none.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ class ProjectionHead(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """[B, D] text embeddings -> [B, dim] of unit length by one learned linear map; rows of zeros (no text) stay zeros."""
+    """[B, D] text embeddings -> [B, dim] of unit length by one learned linear map; rows of zeros (no text)
+    stay zeros."""
 
     def __init__(self, text_dim: int, dim: int, basis_Dd: Tensor | None = None) -> None:
-        """Starts from a random orthogonal map, or from `basis_Dd` ([D, dim], such as the leading principal components).
+        """Starts from a random orthogonal map, or from `basis_Dd` ([D, dim], such as the leading principal
+        components).
 
         Raises:
             ValueError: a basis of another shape.
@@ -55,7 +58,10 @@ class TextProjection(nn.Module):
             with torch.no_grad():
                 self.weight.copy_(basis_Dd.T)
         else:
-            message = f"basis of shape {tuple(basis_Dd.shape)}: must be ({text_dim}, {dim}), a column for each direction kept."
+            message = (
+                f"basis of shape {tuple(basis_Dd.shape)}: must be ({text_dim}, {dim}), a column for each "
+                "direction kept."
+            )
             raise ValueError(message)
 
     def forward(self, vectors_BD: Tensor) -> Tensor:

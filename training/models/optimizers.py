@@ -13,18 +13,29 @@ from training.config import TrainConfig
 
 
 def optimizer(config: TrainConfig, task: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; norms, biases and what the backbone names do not decay, layers have their factors."""
+    """timm's optimizer of that name; norms, biases and what the backbone names do not decay, layers have
+    their factors."""
     from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 
     settings: dict[str, Any] = {
-        "opt": config.optimizer, "lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum
-    }  # fmt: skip
-    if config.optimizer in ("adam", "adamw", "momentum", "sgd"):  # torch's own, which have one kernel for all parameters
+        "opt": config.optimizer,
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "momentum": config.momentum,
+    }
+    if config.optimizer in (
+        "adam",
+        "adamw",
+        "momentum",
+        "sgd",
+    ):  # torch's own, which have one kernel for all parameters
         settings["fused"] = True
     backbone: Any = task.backbone
     kept = set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()
     if config.layer_decay == 1:
-        groups = param_groups_weight_decay(task, config.weight_decay, no_weight_decay_list={f"backbone.{name}" for name in kept})
+        groups = param_groups_weight_decay(
+            task, config.weight_decay, no_weight_decay_list={f"backbone.{name}" for name in kept}
+        )
     else:
         groups = param_groups_layer_decay(
             backbone, config.weight_decay, no_weight_decay_list=kept, layer_decay=config.layer_decay
@@ -47,5 +58,7 @@ def check_optimizer(name: str) -> None:
     known = [str(known) for known in list_optimizers()]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
-        message = f"optimizer={name!r}: timm has none of that name; did you mean {', '.join(close) or 'adamw'}?"
+        message = (
+            f"optimizer={name!r}: timm has none of that name; did you mean {', '.join(close) or 'adamw'}?"
+        )
         raise SettingsError(message)

@@ -1,4 +1,5 @@
-"""Backbones that bring their own weights, from the hub or a folder: which ones exactly, and what timm builds them from."""
+"""Backbones that bring their own weights, from the hub or a folder: which ones exactly, and what timm builds
+them from."""
 
 from __future__ import annotations
 
@@ -17,14 +18,25 @@ from training.config import FOLDER, HUB, TrainConfig
 WEIGHTS = "model.safetensors"
 # What of timm's configuration of a model tells how to build it, to prepare its input and to read its weights.
 _KEPT = (
-    "input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "label_offset",
-    "pool_size", "first_conv", "classifier",
-)  # fmt: skip
+    "input_size",
+    "fixed_input_size",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "mean",
+    "std",
+    "num_classes",
+    "label_offset",
+    "pool_size",
+    "first_conv",
+    "classifier",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a model of the hub or of a folder is built from. A run keeps it, so that only its first weights need the model."""
+    """What a model of the hub or of a folder is built from. A run keeps it, so that only its first weights
+    need the model."""
 
     name: str
     """timm's architecture."""
@@ -50,7 +62,9 @@ def is_pin(pinned: str, backbone: str) -> bool:
     if pinned.startswith(HUB) and backbone.startswith(HUB):
         (name, commit), (other, revision) = split_name(pinned), split_name(backbone)
         # A branch may have moved since, and the pin holds; another commit, short or whole, is another model.
-        return name == other and (commit.startswith(revision) or re.fullmatch("[0-9a-f]{7,40}", revision) is None)
+        return name == other and (
+            commit.startswith(revision) or re.fullmatch("[0-9a-f]{7,40}", revision) is None
+        )
     if pinned.startswith(FOLDER) and backbone.startswith(FOLDER):
         return split_name(pinned) == split_name(backbone)
     return False
@@ -68,13 +82,17 @@ def model_files(found: models.ModelRef) -> str:
         folder = os.path.dirname(fetched(found, "config.json"))
     missing = [name for name in ("config.json", WEIGHTS) if not os.path.isfile(os.path.join(folder, name))]
     if missing:
-        message = f"backbone={found.name}: has no {' and no '.join(missing)}; only timm's format with safetensors is read."
+        message = (
+            f"backbone={found.name}: has no {' and no '.join(missing)}; only timm's format with safetensors "
+            "is read."
+        )
         raise SettingsError(message)
     return folder
 
 
 def fetch_weights(name: str) -> None:
-    """Fetches timm's pre-trained weights into this machine's cache, so that a run without a network ends before it begins.
+    """Fetches timm's pre-trained weights into this machine's cache, so that a run without a network ends
+    before it begins.
 
     Raises:
         ValueError: timm has none for it, or they are not to be had.
@@ -84,7 +102,10 @@ def fetch_weights(name: str) -> None:
 
     known = timm.get_pretrained_cfg(name)
     if known is None or not known.has_weights:
-        message = f"pretrained: timm has no pre-trained weights for {name}; leave the flag out, or choose another backbone."
+        message = (
+            f"pretrained: timm has no pre-trained weights for {name}; leave the flag out, or choose another "
+            "backbone."
+        )
         raise SettingsError(message)
     if not known.hf_hub_id:
         return  # of the few that timm has from elsewhere the workers tell
@@ -95,8 +116,9 @@ def fetch_weights(name: str) -> None:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return  # the repository has its weights under another name, which timm knows
         message = (
-            f"pretrained: the weights of {name} ({repository} on the hub) are not to be had ({str(error).splitlines()[0]}). On a "
-            f"machine without a network fill the hub's cache elsewhere and copy it, or pass --backbone {FOLDER}FOLDER."
+            f"pretrained: the weights of {name} ({repository} on the hub) are not to be had "
+            f"({str(error).splitlines()[0]}). On a machine without a network fill the hub's cache elsewhere "
+            f"and copy it, or pass --backbone {FOLDER}FOLDER."
         )
         raise SettingsError(message) from None
 
@@ -109,8 +131,9 @@ def fetched(found: models.ModelRef, file: str) -> str:
         return str(hf_hub_download(found.location, file, revision=found.revision))
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
         message = (
-            f"backbone={HUB}{found.name}@{found.revision}: {file} is not to be had ({str(error).splitlines()[0]}); only timm's "
-            f"format with {WEIGHTS} is read. On a machine without a network copy the folder there and pass {FOLDER}FOLDER."
+            f"backbone={HUB}{found.name}@{found.revision}: {file} is not to be had "
+            f"({str(error).splitlines()[0]}); only timm's format with {WEIGHTS} is read. On a machine "
+            f"without a network copy the folder there and pass {FOLDER}FOLDER."
         )
         raise SettingsError(message) from None
 
@@ -124,12 +147,18 @@ def describe_source(backbone: str, found: models.ModelRef) -> Source:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         message = (
             f"backbone={backbone!r}: its config.json describes no model of timm {timm.__version__} "
-            f"({type(error).__name__}: {error}); `gpt4image export` and timm's save_for_hf write such folders."
+            f"({type(error).__name__}: {error}); `gpt4image export` and timm's save_for_hf write such "
+            "folders."
         )
         raise SettingsError(message) from None
     config = arguments.pop("pretrained_cfg")
     name = arguments.pop("model_name")
-    for other in ("pretrained_model_args", "num_classes", "drop_rate", "drop_path_rate"):  # settings of this run, not of that
+    for other in (
+        "pretrained_model_args",
+        "num_classes",
+        "drop_rate",
+        "drop_path_rate",
+    ):  # settings of this run, not of that
         arguments.pop(other, None)
     kept = {key: config[key] for key in _KEPT if key in config}
     return Source(name=name, arguments=arguments, config=kept, revision=found.revision)

@@ -1,4 +1,5 @@
-"""GPT4Image (arXiv 2306.00693): classification plus a weight times the alignment of image features to description embeddings.
+"""GPT4Image (arXiv 2306.00693): classification plus a weight times the alignment of image features to
+description embeddings.
 
 `L = L_CE + weight * L_align`. With weight 0 there is no head and no text: the plain baseline, step for step.
 """
@@ -32,7 +33,8 @@ COLDEST = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """Settings of the loss's second part; `text_dim` is D where texts are mapped to `dim` by a learned projection, else 0."""
+    """Settings of the loss's second part; `text_dim` is D where texts are mapped to `dim` by a learned
+    projection, else 0."""
 
     weight: float
     dim: int
@@ -47,7 +49,8 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a worker's images aim at: all texts of the global batch (on their way), and which of them with which weight."""
+    """What a worker's images aim at: all texts of the global batch (on their way), and which of them with
+    which weight."""
 
     gather: TextGather
     groups_bK: Tensor
@@ -57,7 +60,8 @@ class Goal:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A worker's share of a batch. A part of it has no goal, but the gradient of the joint loss instead, where there is one."""
+    """A worker's share of a batch. A part of it has no goal, but the gradient of the joint loss instead,
+    where there is one."""
 
     images: Tensor
     """[b, 3, H, W]."""
@@ -76,7 +80,8 @@ class Inputs:
 
 
 class AlignTask(nn.Module):
-    """Everything that trains: the backbone, and for a weight above 0 the head and what of the loss is learned."""
+    """Everything that trains: the backbone, and for a weight above 0 the head and what of the loss is
+    learned."""
 
     def __init__(self, backbone: nn.Module, alignment: Alignment, criterion: nn.Module) -> None:
         super().__init__()
@@ -90,10 +95,14 @@ class AlignTask(nn.Module):
         self.register_buffer("log_temperature", None, persistent=False)
         self.register_buffer("bias", None, persistent=False)
         self.negatives: Negatives | None = None
-        self.features_and_logits: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = backbones.features_and_logits
+        self.features_and_logits: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = (
+            backbones.features_and_logits
+        )
         if alignment.weight > 0:
             width = backbones.num_features(backbone)
-            self.head = ProjectionHead(width, alignment.dim, alignment.head, batch_norm=backbones.uses_batch_norm(backbone))
+            self.head = ProjectionHead(
+                width, alignment.dim, alignment.head, batch_norm=backbones.uses_batch_norm(backbone)
+            )
             if alignment.text_dim:
                 self.text_projection = TextProjection(alignment.text_dim, alignment.dim)
             start = torch.tensor(math.log(alignment.temperature))
@@ -104,12 +113,14 @@ class AlignTask(nn.Module):
                 self.log_temperature = start
             if alignment.variant == "sigmoid":
                 del self.bias
-                # One of so many pairs is a match: the bias starts at the logit of that, so that negatives, nearly all pairs, do
-                # not push everything apart first. SigLIP's -10 (arXiv 2303.15343) is this for its batches of 32 k.
+                # One of so many pairs is a match: the bias starts at the logit of that, so that negatives,
+                # nearly all pairs, do not push everything apart first. SigLIP's -10 (arXiv 2303.15343) is
+                # this for its batches of 32 k.
                 self.bias = nn.Parameter(torch.tensor(-math.log(max(1, alignment.texts - 1))))
 
     def prepare(self, batch: Batch, views: Views, draw: Draw) -> Inputs:
-        """Starts to gather all workers' texts, which runs under what follows; mixes texts as pictures and labels are mixed."""
+        """Starts to gather all workers' texts, which runs under what follows; mixes texts as pictures and
+        labels are mixed."""
         gather = None
         if self.head is not None:
             gather = TextGather(batch.columns["texts"], batch.columns["groups"], draw.largest_share)
@@ -117,34 +128,45 @@ class AlignTask(nn.Module):
         viewed = views(batch.images, batch.labels, draw)
         goal = None
         if gather is not None:
-            negatives = self.negatives.draw(draw.step, viewed.images.device) if self.negatives is not None else None
-            goal = Goal(gather, *mixed_texts(batch.columns["groups"], viewed.partner, viewed.weights), negatives)
+            negatives = (
+                self.negatives.draw(draw.step, viewed.images.device) if self.negatives is not None else None
+            )
+            goal = Goal(
+                gather, *mixed_texts(batch.columns["groups"], viewed.partner, viewed.weights), negatives
+            )
         return Inputs(viewed.images, viewed.classes, goal)
 
     def forward(self, inputs: Inputs, share: float = 1.0) -> Losses:
         """One step's losses, or those of a part of it.
 
         Args:
-            inputs: pictures, classes, and what the features aim at; of a part the gradients of the joint alignment loss, whose
-                products with the features have the gradient of that loss.
-            share: factor on the classification loss, so that the mean over workers and parts is that of the whole batch.
+            inputs: pictures, classes, and what the features aim at; of a part the gradients of the joint
+                alignment loss, whose products with the features have the gradient of that loss.
+            share: factor on the classification loss, so that the mean over workers and parts is that of the
+                whole batch.
 
         Returns:
-            `loss` to differentiate, and for the log `cross_entropy`, `correct` ([b]) and with a goal `alignment` (over the
-            global batch).
+            `loss` to differentiate, and for the log `cross_entropy`, `correct` ([b]) and with a goal
+            `alignment` (over the global batch).
         """
         images, classes, gradient = inputs.images, inputs.classes, inputs.gradient
         features, logits = self.features_and_logits(self.backbone, images)
         entropy = self.criterion(logits.float(), classes)
         aimed = classes if classes.ndim == 1 else classes.argmax(1)
-        parts = {"loss": share * entropy, "cross_entropy": entropy.detach(), "correct": logits.detach().argmax(1) == aimed}
+        parts = {
+            "loss": share * entropy,
+            "cross_entropy": entropy.detach(),
+            "correct": logits.detach().argmax(1) == aimed,
+        }
         if self.head is None:
             return parts
         z = self.head(features)
         if gradient is not None:
             linear = (z * gradient.features).sum()
             if gradient.parameters is not None:
-                linear = linear + sum((p * g).sum() for p, g in zip(self.loss_parameters(), gradient.parameters, strict=True))
+                linear = linear + sum(
+                    (p * g).sum() for p, g in zip(self.loss_parameters(), gradient.parameters, strict=True)
+                )
             else:  # every part uses every parameter, or DDP would wait for it
                 linear = linear + sum((0 * p).sum() for p in self.loss_parameters())
             parts["loss"] = parts["loss"] + self.alignment.weight * linear
@@ -165,14 +187,22 @@ class AlignTask(nn.Module):
                 negatives = replace(negatives, vectors_Bd=self.text_projection(negatives.vectors_Bd))
         temperature, variant = self.log_temperature.exp(), self.alignment.variant
         return alignment_loss(
-            z_bd, texts, goal.groups_bK, goal.weights_bK, temperature, variant=variant, negatives=negatives, bias=self.bias
+            z_bd,
+            texts,
+            goal.groups_bK,
+            goal.weights_bK,
+            temperature,
+            variant=variant,
+            negatives=negatives,
+            bias=self.bias,
         )
 
     @torch.no_grad()
     def after_step(self) -> None:
         """A learned temperature does not fall below its bound, and its gradient can bring it back.
 
-        As CLIP does it. A clamp in the forward pass would have no gradient beyond the bound, where a step may have led.
+        As CLIP does it. A clamp in the forward pass would have no gradient beyond the bound, where a step may
+        have led.
         """
         if isinstance(self.log_temperature, nn.Parameter):
             self.log_temperature.clamp_(min=math.log(COLDEST))
@@ -192,7 +222,11 @@ class AlignTask(nn.Module):
 
     def joined(self, sums: Losses, contrast: Tensor) -> Losses:
         """The losses of a whole batch."""
-        return {**sums, "alignment": contrast, "loss": sums["cross_entropy"] + self.alignment.weight * contrast}
+        return {
+            **sums,
+            "alignment": contrast,
+            "loss": sums["cross_entropy"] + self.alignment.weight * contrast,
+        }
 
     def compile(self) -> None:
         """The backbone: the loss differs from step to step in what it is given, and takes little."""
@@ -211,8 +245,8 @@ class AlignTask(nn.Module):
 class Evaluator:
     """top-1 and top-5 in percent; of an aligned model also `retrieval_rank`.
 
-    That is the mean rank, from 1, of a picture's own caption among the different captions of the pictures that it is evaluated
-    with (`loop.EVALUATED`), by the cosine of projected feature and text.
+    That is the mean rank, from 1, of a picture's own caption among the different captions of the pictures
+    that it is evaluated with (`loop.EVALUATED`), by the cosine of projected feature and text.
     """
 
     def __init__(self, task: AlignTask, device: torch.device) -> None:
@@ -247,7 +281,8 @@ class Evaluator:
 
 
 def caption_ranks(z_bd: Tensor, texts_bd: Tensor, groups_b: Tensor) -> Tensor:
-    """Rank, from 1, of each picture's own caption among the different captions of the batch; pictures without one have none."""
+    """Rank, from 1, of each picture's own caption among the different captions of the batch; pictures without
+    one have none."""
     kept = groups_b >= 0
     different, place = torch.unique(groups_b[kept], return_inverse=True)
     one_of = torch.zeros(len(different), dtype=torch.long, device=place.device)
@@ -284,7 +319,9 @@ class Align:
         task = build_task(config, classes, dim, wide)
         if targets is not None and config.store_negatives:
             store = Store(config.store)
-            task.negatives = Negatives(store, targets, config.train_split, config.store_negatives, config.seed)
+            task.negatives = Negatives(
+                store, targets, config.train_split, config.store_negatives, config.seed
+            )
         return task
 
     def rebuild(self, config: TrainConfig, weights: dict[str, Tensor], classes: int) -> AlignTask:
@@ -292,7 +329,9 @@ class Align:
         last = {"mlp": "head.layers.3.weight", "linear": "head.layers.weight"}[config.head]
         dim = len(weights[last]) if last in weights else 0
         text = weights.get("text_projection.weight")
-        task = build_task(replace(config, pretrained=False), classes, dim, 0 if text is None else text.shape[1])
+        task = build_task(
+            replace(config, pretrained=False), classes, dim, 0 if text is None else text.shape[1]
+        )
         task.load_state_dict(weights)
         return task
 
@@ -301,15 +340,25 @@ def build_task(config: TrainConfig, classes: int, dim: int, text_dim: int = 0) -
     """The model of a run, with weights that depend on the seed alone."""
     torch.manual_seed(config.seed)
     backbone = backbones.build(
-        config.backbone, num_classes=classes, image_size=config.image_size, pretrained=config.pretrained,
-        drop_path=config.drop_path, patch_size=config.patch_size, small_stem=config.small_stem,
+        config.backbone,
+        num_classes=classes,
+        image_size=config.image_size,
+        pretrained=config.pretrained,
+        drop_path=config.drop_path,
+        patch_size=config.patch_size,
+        small_stem=config.small_stem,
         architecture=config.architecture,
-    )  # fmt: skip
+    )
     alignment = Alignment(
-        weight=config.alignment_weight, dim=dim, head=config.head, variant=config.alignment,
-        temperature=config.temperature, learn_temperature=config.learn_temperature, text_dim=text_dim,
+        weight=config.alignment_weight,
+        dim=dim,
+        head=config.head,
+        variant=config.alignment,
+        temperature=config.temperature,
+        learn_temperature=config.learn_temperature,
+        text_dim=text_dim,
         texts=config.batch_size + config.store_negatives,
-    )  # fmt: skip
+    )
     return AlignTask(backbone, alignment, classification.criterion(config.loss, config.label_smoothing))
 
 

@@ -1,12 +1,14 @@
-"""What a training method is: one file that has an `OBJECTIVE`. Loop, loader, checkpoints and tracking know these names only.
+"""What a training method is: one file that has an `OBJECTIVE`. Loop, loader, checkpoints and tracking know
+these names only.
 
     facts = objective.check(config, store)             # on the driver, and again on every worker
     task = objective.build(config, facts, classes)
-    inputs = task.prepare(batch, views, draw)          # a step: pictures and columns of the store to what forward takes
+    inputs = task.prepare(batch, views, draw)          # a step: of the store's pictures what forward takes
     losses = task(inputs, share)                       # under DDP
     evaluator = task.evaluator(device)                 # after an epoch: batches in, sums over workers, metrics
 
-A method reads columns of the store beside pictures and labels (`Columns`), and says by which metric "best" is meant.
+A method reads columns of the store beside pictures and labels (`Columns`), and says by which metric "best" is
+meant.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
     from training.data.views import Draw, Views
 
 Losses = dict[str, "Tensor"]
-"""`loss` to differentiate, and what else is logged: scalars, or [b] values whose mean is meant; `correct` becomes train_top1."""
+"""`loss` to differentiate, and what else is logged: scalars, or [b] values whose mean is meant; `correct`
+becomes train_top1."""
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context that a forward pass runs in: torch's autocast, or none."""
 
@@ -64,20 +67,23 @@ class Inputs(Protocol):
     def __len__(self) -> int: ...
 
     def part(self, place: slice, gradient: Gradient | None) -> Inputs:
-        """Some of its rows, for a step in parts; `gradient` of the joint loss, where there is one (see `Contrastive`)."""
+        """Some of its rows, for a step in parts; `gradient` of the joint loss, where there is one (see
+        `Contrastive`)."""
         ...
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """Of a joint loss with respect to some rows of features, and, for one of the parts, to the loss's own parameters."""
+    """Of a joint loss with respect to some rows of features, and, for one of the parts, to the loss's own
+    parameters."""
 
     features: Tensor
     parameters: list[Tensor] | None = None
 
 
 class Evaluator(Protocol):
-    """Collects a split on one worker. Metrics come from sums over workers, so that they are exact for any number of them."""
+    """Collects a split on one worker. Metrics come from sums over workers, so that they are exact for any
+    number of them."""
 
     def add(self, batch: Batch, images: Tensor, precision: Precision) -> None:
         """Takes in a batch; `images` are its pictures, normalised."""
@@ -95,8 +101,8 @@ class Evaluator(Protocol):
 class Task(Protocol):
     """Everything that trains, as a module: what DDP, the moving average, the optimizer and checkpoints see.
 
-    Called with inputs and `share`, a factor on losses that are means over the inputs, so that the mean over workers and parts is
-    that of the whole batch.
+    Called with inputs and `share`, a factor on losses that are means over the inputs, so that the mean over
+    workers and parts is that of the whole batch.
     """
 
     backbone: nn.Module
@@ -105,7 +111,8 @@ class Task(Protocol):
     def __call__(self, inputs: Any, share: float = 1.0) -> Losses: ...
 
     def prepare(self, batch: Batch, views: Views, draw: Draw) -> Inputs:
-        """From a batch on the device to inputs; what other workers have is asked for here, to run under the forward pass."""
+        """From a batch on the device to inputs; what other workers have is asked for here, to run under the
+        forward pass."""
         ...
 
     def compile(self) -> None:
@@ -125,7 +132,8 @@ class Contrastive(Task, Protocol):
     """A task with a loss over the joint batch, which steps in parts need (GradCache, arXiv 2101.06983)."""
 
     def features(self, inputs: Any) -> Tensor | None:
-        """[b, d] features of some rows that the joint loss compares; None where there is no joint loss after all."""
+        """[b, d] features of some rows that the joint loss compares; None where there is no joint loss after
+        all."""
         ...
 
     def contrast(self, features: Tensor, inputs: Any) -> Tensor:
@@ -164,7 +172,8 @@ class Objective(Protocol):
 
 
 METRICS = {"align": Metric()}
-"""Of built-in methods, so that tables and reports need not load torch to know what is best; a test holds that they are right."""
+"""Of built-in methods, so that tables and reports need not load torch to know what is best; a test holds that
+they are right."""
 
 
 def metric_named(name: str) -> Metric:
@@ -183,13 +192,15 @@ def objective_named(name: str) -> Objective:
     Raises:
         SettingsError: there is no such module, or it has no OBJECTIVE.
     """
-    if name not in BUILT_IN and os.getcwd() not in sys.path:  # which a command that was installed does not look into
+    if (
+        name not in BUILT_IN and os.getcwd() not in sys.path
+    ):  # which a command that was installed does not look into
         sys.path.append(os.getcwd())
     try:
         return cast(Objective, import_module(BUILT_IN.get(name, name)).OBJECTIVE)
     except (ModuleNotFoundError, AttributeError) as error:
         message = (
-            f"objective={name!r}: {error}; known are {', '.join(BUILT_IN)}, or the import path of a module with an "
-            "OBJECTIVE (training/objectives/protocol.py)."
+            f"objective={name!r}: {error}; known are {', '.join(BUILT_IN)}, or the import path of a module "
+            "with an OBJECTIVE (training/objectives/protocol.py)."
         )
         raise SettingsError(message) from None

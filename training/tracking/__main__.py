@@ -24,7 +24,8 @@ class SendConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m training.tracking FOLDER`; exit code 0: all has arrived, 1: not all, 2: wrong folder or no address."""
+    """`python -m training.tracking FOLDER`; exit code 0: all has arrived, 1: not all, 2: wrong folder or no
+    address."""
     settings = tyro.cli(SendConfig, args=argv, prog="python -m training.tracking")
     try:
         return 0 if send(settings.spool, settings.uri, settings.wait_s) else 1

@@ -1,4 +1,5 @@
-"""How MLflow is asked: a client without telemetry, short time limits, and the searches that make every request repeatable."""
+"""How MLflow is asked: a client without telemetry, short time limits, and the searches that make every
+request repeatable."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _TIMEOUT_S, _MAX_TIMEOUT_S = 10, 120
 
 
 def connect(uri: str) -> Any:
-    """An MLflow client that sends no telemetry and prints no page of migrations on first use of an SQLite file."""
+    """An MLflow client that sends no telemetry and prints no page of migrations on first use of an SQLite
+    file."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import logging
 
@@ -28,7 +30,8 @@ def connect(uri: str) -> Any:
 
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
-    """One process at a time opens an SQLite file: two that find it new both migrate it, and both fail in the middle of it."""
+    """One process at a time opens an SQLite file: two that find it new both migrate it, and both fail in the
+    middle of it."""
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -59,7 +62,9 @@ def find_experiment(client: Any, uri: str, name: str) -> str:
 
 def find_run(client: Any, experiments: list[str], tag: str, value: str) -> str:
     """The oldest run with a tag; empty if there is none."""
-    found = client.search_runs(experiments, f"tags.{tag} = '{value}'", max_results=1, order_by=["attributes.start_time ASC"])
+    found = client.search_runs(
+        experiments, f"tags.{tag} = '{value}'", max_results=1, order_by=["attributes.start_time ASC"]
+    )
     return str(found[0].info.run_id) if found else ""
 
 
@@ -67,14 +72,15 @@ def find_run(client: Any, experiments: list[str], tag: str, value: str) -> str:
 def patience(failures: int) -> Iterator[None]:
     """MLflow's own time limits and retries (120 s, 7 times), made short where the user has not set them.
 
-    MLflow reads them from the environment at each request, so they are there during ours only. A server that is slow rather than
-    down gets twice the time at each try.
+    MLflow reads them from the environment at each request, so they are there during ours only. A server that
+    is slow rather than down gets twice the time at each try.
     """
     wanted = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(min(_MAX_TIMEOUT_S, _TIMEOUT_S * 2 ** min(failures, 10))),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    }  # fmt: skip
+    }
     ours = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(ours)
     try:

@@ -1,8 +1,9 @@
 """What is logged waits here: an append-only file of JSON lines in a folder, and how far it has been sent.
 
-A folder holds journal.jsonl, state.json (the MLflow run id and the offsets sent so far), outbox/ (links to the files still to be
-uploaded) and, if the server refused something for good, rejected.jsonl. An append is one write of some hundred bytes: about 20
-microseconds on a local disk. Losing state.json costs nothing but sending again.
+A folder holds journal.jsonl, state.json (the MLflow run id and the offsets sent so far), outbox/ (links to
+the files still to be uploaded) and, if the server refused something for good, rejected.jsonl. An append is
+one write of some hundred bytes: about 20 microseconds on a local disk. Losing state.json costs nothing but
+sending again.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Journal:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._path)
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Record]]:
-        """The whole records from one byte to another, each with the offset of its end; a spoilt line is an empty record."""
+        """The whole records from one byte to another, each with the offset of its end; a spoilt line is an
+        empty record."""
         with open(self._path, "rb") as stream:
             stream.seek(start)
             for line in stream:
@@ -98,7 +100,8 @@ class Journal:
 
     @contextmanager
     def locked(self) -> Iterator[bool]:
-        """Whether this sender may send now: one at a time, over all threads and processes. Ends with the process that has it."""
+        """Whether this sender may send now: one at a time, over all threads and processes. Ends with the
+        process that has it."""
         with open(os.path.join(self.folder, "lock"), "w", encoding="utf-8") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,8 @@
 """The thread that carries a journal to MLflow: in order, in batches, again and again until the server has it.
 
-Everything it does may be done twice: a run is found by its key before it is created, MLflow's SQL stores keep equal points once,
-files overwrite themselves, a model version is found by its id. So a killed sender, a lost answer or two senders do no harm.
+Everything it does may be done twice: a run is found by its key before it is created, MLflow's SQL stores keep
+equal points once, files overwrite themselves, a model version is found by its id. So a killed sender, a lost
+answer or two senders do no harm.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 @dataclass
 class _Lane:
-    """Records that go in order among themselves: files that can not be stored must not hold up the metrics."""
+    """Records that go in order among themselves: files that can not be stored must not hold up the
+    metrics."""
 
     kinds: tuple[str, ...]
     failures: int = 0
@@ -80,16 +82,20 @@ class Sender(threading.Thread):
         """Until stopped: sends what there is, then waits for news or for the next try."""
         while not self._ended.is_set():
             self._news.clear()
-            waits = [wait for wait in (self._advance(self._points), self._advance(self._files)) if wait is not None]
+            waits = [
+                wait for wait in (self._advance(self._points), self._advance(self._files)) if wait is not None
+            ]
             if self._only_create and self._journal.state().points:
                 return
             wait = min(waits, default=None)
             self._news.wait(wait if wait is None or not self._hurry.is_set() else 0)
-            # Also while hurrying: a server that refuses connections is asked some times a second, not some thousand.
+            # Also while hurrying: a server that refuses connections is asked some times a second, not some
+            # thousand.
             self._ended.wait(_GATHER_S)
 
     def _advance(self, lane: _Lane) -> float | None:
-        """Sends all that is left in a lane; returns the seconds until the next try, or None if nothing is left."""
+        """Sends all that is left in a lane; returns the seconds until the next try, or None if nothing is
+        left."""
         left = lane.not_before - time.monotonic()
         if left > 0 and not self._hurry.is_set():
             return left
@@ -103,7 +109,9 @@ class Sender(threading.Thread):
                 self._succeeded(lane, more)
                 if not more:
                     return None
-        except Exception as error:  # of MLflow, its database or any object store's client: the journal keeps the data
+        except (
+            Exception
+        ) as error:  # of MLflow, its database or any object store's client: the journal keeps the data
             return self._failed(lane, error)
         return None
 
@@ -117,12 +125,15 @@ class Sender(threading.Thread):
     def _failed(self, lane: _Lane, error: Exception) -> float:
         lane.failures += 1
         self.tries += 1
-        wait = min(_MAX_BACK_OFF_S, _BACK_OFF_S * 2.0 ** min(lane.failures - 1, 10)) * random.uniform(0.8, 1.2)
+        wait = min(_MAX_BACK_OFF_S, _BACK_OFF_S * 2.0 ** min(lane.failures - 1, 10)) * random.uniform(
+            0.8, 1.2
+        )
         lane.not_before = time.monotonic() + wait
         if lane.failures == 1 and self._silent:
             self._silent = False
             print(
-                f"tracking: {masked(self._uri)}: {brief(error)}; training goes on, what it logs waits in {self._journal.folder}",
+                f"tracking: {masked(self._uri)}: {brief(error)}; training goes on, what it logs waits in "
+                f"{self._journal.folder}",
                 file=sys.stderr,
             )
         return wait
@@ -163,13 +174,18 @@ class Sender(threading.Thread):
     # Parameters and metrics.
 
     def _identify(self, record: Record, state: State) -> None:
-        """Notes the run's id, creating it unless a try did of which only the answer was lost; then logs its parameters."""
+        """Notes the run's id, creating it unless a try did of which only the answer was lost; then logs its
+        parameters."""
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
         client, run_id = self._connection(), state.run_id
         if not run_id:
-            run_id = self._created(client, record) if record["kind"] == "create" else self._found(client, record["run"])
+            run_id = (
+                self._created(client, record)
+                if record["kind"] == "create"
+                else self._found(client, record["run"])
+            )
             self._journal.save(replace(state, run_id=run_id))
         params = [Param(key, value) for key, value in record.get("params", {}).items()]
         try:
@@ -196,11 +212,15 @@ class Sender(threading.Thread):
         if not run_id:
             tags = {"mlflow.runName": record["name"], KEY: record["key"], **record["tags"]}
             if parent:
-                tags[PARENT_KEY if parent.startswith(PENDING) else "mlflow.parentRunId"] = parent.removeprefix(PENDING)
+                tags[PARENT_KEY if parent.startswith(PENDING) else "mlflow.parentRunId"] = (
+                    parent.removeprefix(PENDING)
+                )
             run = client.create_run(experiment, start_time=record["t"], tags=tags, run_name=record["name"])
             run_id = str(run.info.run_id)
         # Parent and child may come to the server in either order: whichever is second ties the two together.
-        if parent.startswith(PENDING) and (found := find_run(client, [experiment], KEY, parent.removeprefix(PENDING))):
+        if parent.startswith(PENDING) and (
+            found := find_run(client, [experiment], KEY, parent.removeprefix(PENDING))
+        ):
             client.set_tag(run_id, "mlflow.parentRunId", found)
         for child in client.search_runs([experiment], f"tags.{PARENT_KEY} = '{record['key']}'"):
             client.set_tag(child.info.run_id, "mlflow.parentRunId", run_id)
@@ -210,7 +230,9 @@ class Sender(threading.Thread):
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
-        metrics = [Metric(key, value, r["t"], r["step"]) for r in records for key, value in r["values"].items()]
+        metrics = [
+            Metric(key, value, r["t"], r["step"]) for r in records for key, value in r["values"].items()
+        ]
         try:
             self._connection().log_batch(run_id, metrics=metrics)
         except MlflowException as error:
@@ -223,12 +245,15 @@ class Sender(threading.Thread):
                 raise
 
     def _refused(self, record: Record, error: Any) -> None:
-        """Puts aside what the server calls wrong, so that the rest can go on; any other error may pass and is raised."""
+        """Puts aside what the server calls wrong, so that the rest can go on; any other error may pass and is
+        raised."""
         if error.error_code not in _REFUSALS:
             raise error
         reason = brief(error)
         self._journal.reject(record, reason)
-        print(f"tracking: not taken: {reason}; kept in {self._journal.folder}/rejected.jsonl", file=sys.stderr)
+        print(
+            f"tracking: not taken: {reason}; kept in {self._journal.folder}/rejected.jsonl", file=sys.stderr
+        )
 
     # Files, model versions and the status.
 
@@ -281,4 +306,6 @@ class Sender(threading.Thread):
         if any(version.tags.get(VERSION_KEY) == record["key"] for version in versions):
             return
         source = f"{client.get_run(run_id).info.artifact_uri}/{record['path']}"
-        client.create_model_version(name, source, run_id, tags={VERSION_KEY: record["key"]}, await_creation_for=0)
+        client.create_model_version(
+            name, source, run_id, tags={VERSION_KEY: record["key"]}, await_creation_for=0
+        )

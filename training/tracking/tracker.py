@@ -1,9 +1,9 @@
 """A run that restarts go on in, logged to from rank 0, which never waits for the server.
 
-Everything logged is appended to a journal in a folder (journal.py), a few microseconds a call; a thread of its own (sender.py)
-carries it to the server whenever that answers. A server that is down, slow or coming back costs the training nothing, and no
-metric is lost with a killed process: the next one on the same folder sends the rest, or by hand
-`python -m training.tracking FOLDER --uri URI`.
+Everything logged is appended to a journal in a folder (journal.py), a few microseconds a call; a thread of
+its own (sender.py) carries it to the server whenever that answers. A server that is down, slow or coming back
+costs the training nothing, and no metric is lost with a killed process: the next one on the same folder sends
+the rest, or by hand `python -m training.tracking FOLDER --uri URI`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ __all__ = ["OFF", "Tracker", "actual_run_id", "masked", "send", "start_run", "tr
 OFF = "none"
 _LONGEST_PARAM, _LONGEST_TAG = 6000, 5000  # characters that MLflow takes
 _CHUNK = 1000  # metrics of one record: what one request may hold
-# A server gets this long to give the run's id before training starts without it; a new SQLite file is first migrated, 10 s.
+# A server gets this long to give the run's id before training starts without it; a new SQLite file is first
+# migrated, 10 s.
 _PATIENCE_SERVER_S, _PATIENCE_FILE_S = 15.0, 60.0
 
 
@@ -37,13 +38,20 @@ def tracking_uri(wanted: str, runs: str) -> str:
 
 
 def start_run(
-    uri: str, experiment: str, name: str, params: dict[str, Any], tags: dict[str, str], parent: str = "", *, spool: str = ""
+    uri: str,
+    experiment: str,
+    name: str,
+    params: dict[str, Any],
+    tags: dict[str, str],
+    parent: str = "",
+    *,
+    spool: str = "",
 ) -> str:
     """Creates a run and returns its id; empty when tracking is off.
 
-    If the server does not answer at once, the id is a provisional one, `pending-KEY`: a `Tracker` takes it like any other and the
-    run is created when the server comes; `actual_run_id` then knows its id. Called again on the same spool folder it finds the
-    same run. Secrets in params and tags are masked.
+    If the server does not answer at once, the id is a provisional one, `pending-KEY`: a `Tracker` takes it
+    like any other and the run is created when the server comes; `actual_run_id` then knows its id. Called
+    again on the same spool folder it finds the same run. Secrets in params and tags are masked.
 
     Args:
         uri: address of MLflow, or `none`.
@@ -52,8 +60,9 @@ def start_run(
         params: settings, logged as text.
         tags: such as the variants of the store that are trained on.
         parent: id of the run that this one is nested under; may be provisional.
-        spool: folder of the journal, which `Tracker` is to be given too, such as RUN/tracking. Where rank 0 does not see it, it
-            finds the run by its key once this process, which keeps trying while it lives, has created it.
+        spool: folder of the journal, which `Tracker` is to be given too, such as RUN/tracking. Where rank 0
+            does not see it, it finds the run by its key once this process, which keeps trying while it lives,
+            has created it.
     """
     if uri == OFF:
         return ""
@@ -62,10 +71,19 @@ def start_run(
     journal = Journal(folder)
     first = next((record for _, record in journal.read()), None)
     if first is None:
-        journal.append({
-            "kind": "create", "key": key, "t": _now(), "uri": masked(uri), "experiment": experiment, "name": name,
-            "parent": parent, "params": recordable(params, _LONGEST_PARAM), "tags": recordable(dict(tags), _LONGEST_TAG),
-        })  # fmt: skip
+        journal.append(
+            {
+                "kind": "create",
+                "key": key,
+                "t": _now(),
+                "uri": masked(uri),
+                "experiment": experiment,
+                "name": name,
+                "parent": parent,
+                "params": recordable(params, _LONGEST_PARAM),
+                "tags": recordable(dict(tags), _LONGEST_TAG),
+            }
+        )
     else:
         key = str(first.get("key", key))
     sender = Sender(uri, journal, only_create=True)
@@ -81,7 +99,8 @@ def start_run(
 
 
 def actual_run_id(run_id: str, spool: str) -> str:
-    """The id on the server of a run that may have been started with a provisional one; that one while there is no other."""
+    """The id on the server of a run that may have been started with a provisional one; that one while there
+    is no other."""
     return (Journal(spool).state().run_id if run_id and os.path.isdir(spool) else "") or run_id
 
 
@@ -91,7 +110,8 @@ class Tracker:
     Args:
         uri: address of MLflow.
         run_id: of `start_run`.
-        spool: folder of the journal; give the one given to `start_run`. Empty: one beside the SQLite file, or in ~/.cache.
+        spool: folder of the journal; give the one given to `start_run`. Empty: one beside the SQLite file, or
+            in ~/.cache.
         system_metrics_s: seconds between samples of CPU, memory, disk, network and GPUs; 0: none.
     """
 
@@ -100,7 +120,11 @@ class Tracker:
         self._ended = threading.Event()
         if not run_id or uri == OFF:
             return
-        self._uri, self._given, self._spool = uri, run_id, spool or _own_spool(uri, run_id.removeprefix(PENDING))
+        self._uri, self._given, self._spool = (
+            uri,
+            run_id,
+            spool or _own_spool(uri, run_id.removeprefix(PENDING)),
+        )
         self._own = not spool and not run_id.startswith(PENDING)
         self._logged: set[tuple[str, int]] | None = None
         self._complained = False
@@ -118,11 +142,14 @@ class Tracker:
         self._sender = Sender(uri, self._journal)
         self._sender.start()
         if system_metrics_s:
-            threading.Thread(target=self._sample, args=(system_metrics_s,), name="system-metrics", daemon=True).start()
+            threading.Thread(
+                target=self._sample, args=(system_metrics_s,), name="system-metrics", daemon=True
+            ).start()
 
     @property
     def run_id(self) -> str:
-        """The run's id on the server; a provisional one until the server created it; empty when tracking is off."""
+        """The run's id on the server; a provisional one until the server created it; empty when tracking is
+        off."""
         return (self._journal.state().run_id or self._given) if self._journal else ""
 
     def metrics(self, values: dict[str, float], step: int, *, once: bool = False) -> None:
@@ -131,8 +158,9 @@ class Tracker:
         Args:
             values: any names; losses, images/s, accuracies.
             step: of all of them.
-            once: leave out what this run has logged for this step before, in this process or in one before it. For a restart that
-                goes over steps again, or logs its whole history lest the last epoch be missing.
+            once: leave out what this run has logged for this step before, in this process or in one before
+                it. For a restart that goes over steps again, or logs its whole history lest the last epoch be
+                missing.
         """
         journal = self._open
         if journal is None:
@@ -147,19 +175,21 @@ class Tracker:
     def artifacts(self, folder: str, path: str) -> None:
         """Uploads a folder's files under a path of the run's artefacts, later.
 
-        Files are hard-linked (copied, if from another disk): they may be replaced or removed as soon as this returns, but not
-        rewritten in place.
+        Files are hard-linked (copied, if from another disk): they may be replaced or removed as soon as this
+        returns, but not rewritten in place.
         """
         self._keep(folder, path)
 
     def register(self, name: str, folder: str, path: str = "model") -> None:
-        """Uploads an exported model's folder and makes it the next version of a registered model, once the files have arrived."""
+        """Uploads an exported model's folder and makes it the next version of a registered model, once the
+        files have arrived."""
         journal = self._open
         if journal is not None and self._keep(folder, path):
             self._append(journal, {"kind": "register", "name": name, "path": path, "key": uuid.uuid4().hex})
 
     def finish(self, status: str = "FINISHED", wait_s: float = 60.0) -> bool:
-        """Closes the run and waits at most so many seconds for all to arrive; returns whether it has, and says it if not."""
+        """Closes the run and waits at most so many seconds for all to arrive; returns whether it has, and
+        says it if not."""
         journal = self._open
         if journal is None:
             return True
@@ -196,9 +226,15 @@ class Tracker:
     def _complain(self, error: OSError) -> None:
         if not self._complained:
             self._complained = True
-            print(f"tracking: can not keep what is logged: {error}; training goes on, free or name another disk", file=sys.stderr)
+            print(
+                f"tracking: can not keep what is logged: {error}; training goes on, free or name another "
+                "disk",
+                file=sys.stderr,
+            )
 
-    def _new(self, journal: Journal, points: list[tuple[str, float]], step: int, once: bool) -> list[tuple[str, float]]:
+    def _new(
+        self, journal: Journal, points: list[tuple[str, float]], step: int, once: bool
+    ) -> list[tuple[str, float]]:
         if self._logged is None:
             records = (record for _, record in journal.read() if record.get("kind") == "points")
             self._logged = {(name, record["step"]) for record in records for name in record["values"]}
@@ -207,20 +243,27 @@ class Tracker:
         return new
 
     def _sample(self, interval_s: float) -> None:
-        """MLflow's own monitors, under its own names, but into the journal: with the server down MLflow's thread gives up."""
+        """MLflow's own monitors, under its own names, but into the journal: with the server down MLflow's
+        thread gives up."""
         journal = self._journal
         assert journal is not None
         if self._ended.wait(interval_s):
             return
         monitors = _monitors()
-        earlier = (record for _, record in journal.read() if any(name.startswith("system/") for name in record.get("values", ())))
+        earlier = (
+            record
+            for _, record in journal.read()
+            if any(name.startswith("system/") for name in record.get("values", ()))
+        )
         step = max((int(record["step"]) for record in earlier), default=-1)
         while True:
             step += 1
             values: dict[str, float] = {}
             for monitor in monitors:
                 monitor.collect_metrics()
-                values |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+                values |= {
+                    f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()
+                }
                 monitor.clear_metrics()
             self._append(journal, {"kind": "points", "t": _now(), "step": step, "values": values})
             if self._ended.wait(interval_s):
@@ -234,7 +277,9 @@ def send(spool: str, uri: str = "", wait_s: float = 600.0) -> bool:
         ValueError: the folder holds no journal, or nothing says where to send it.
     """
     if not os.path.isfile(os.path.join(spool, "journal.jsonl")):
-        message = f"{spool}: holds no journal.jsonl; pass the folder that the message named, such as RUN/tracking."
+        message = (
+            f"{spool}: holds no journal.jsonl; pass the folder that the message named, such as RUN/tracking."
+        )
         raise SettingsError(message)
     journal = Journal(spool)
     first = next((record for _, record in journal.read()), {})
@@ -256,8 +301,9 @@ def _flush(sender: Sender, journal: Journal, uri: str, wait_s: float) -> bool:
         points = sum(len(record.get("values", ())) for _, record in journal.read(state.points))
         files = sum(record.get("kind") == "artifacts" for _, record in journal.read(state.files))
         print(
-            f"tracking: {masked(uri)} has not taken {points} metrics and {files} folders of files in {wait_s:.0f} s. "
-            f"Nothing is lost; send them with: python -m training.tracking {journal.folder} --uri {masked(uri)}",
+            f"tracking: {masked(uri)} has not taken {points} metrics and {files} folders of files in "
+            f"{wait_s:.0f} s. Nothing is lost; send them with: python -m training.tracking {journal.folder} "
+            f"--uri {masked(uri)}",
             file=sys.stderr,
         )
     return done
@@ -279,7 +325,11 @@ def _monitors() -> list[Any]:
 
 def _own_spool(uri: str, key: str) -> str:
     """A folder for a caller that names none: beside the SQLite file, else in the user's cache."""
-    root = os.path.dirname(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else "~/.cache/gpt4image"
+    root = (
+        os.path.dirname(uri.removeprefix("sqlite:///"))
+        if uri.startswith("sqlite:///")
+        else "~/.cache/gpt4image"
+    )
     return os.path.join(os.path.abspath(os.path.expanduser(root)), "tracking", key)
 
 
