@@ -5,7 +5,7 @@ these names only.
     task = objective.build(config, facts, classes)
     inputs = task.prepare(batch, views, draw)          # a step: of the store's pictures what forward takes
     losses = task(inputs, share)                       # under DDP
-    evaluator = task.evaluator(device)                 # after an epoch: batches in, sums over workers, metrics
+    evaluator = task.evaluator(device)                 # after an epoch: batches in, sums over workers
 
 A method reads columns of the store beside pictures and labels (`Columns`), and says by which metric "best" is
 meant.
