@@ -187,18 +187,18 @@ def compare(
         for trial in json.loads((place / "sweep" / "sweep.json").read_text())["trials"]
         if trial["result"]
     ]
-    best = {pair.backbone: pair.mean for pair in paired(trials, which="best")}
+    best = {pair.cell.backbone: pair.mean for pair in paired(trials, which="best")}
     return [
         {
             "set": name,
             "per_class": count,
-            "backbone": pair.backbone,
+            "backbone": pair.cell.backbone,
             "baseline": sum(pair.baseline) / len(pair.baseline),
             "aligned": sum(pair.aligned) / len(pair.aligned),
             "mean": round(pair.mean, 3),
             "low": round(pair.low, 3),
             "high": round(pair.high, 3),
-            "best_mean": round(best[pair.backbone], 3),
+            "best_mean": round(best[pair.cell.backbone], 3),
             "verdict": pair.verdict,
             "seeds": pair.seeds,
             "epochs": epochs,

@@ -222,7 +222,7 @@ def ours(options: argparse.Namespace, weight: float, checkpoint_steps: int = 0) 
     from training.config import TrainConfig
     from training.engine import loop
 
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=f"{options.folder}/store",
         run=tempfile.mkdtemp(dir=options.folder),
         backbone=options.backbones[0],

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,8 @@ from training.data.columns import Array
 from training.data.loader import Batch
 from training.data.views import Draw, Views
 from training.models import backbones
-from training.objectives.protocol import Facts, Gradient, Losses, Metric, Precision
+from training.objectives.protocol import Facts, Gradient, Losses, Metric, Objective, Precision
+from training.settings import Grid, MethodSettings
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Inputs:
 
 
 class Colours(nn.Module):
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, noise: float) -> None:
         super().__init__()
         self.backbone = backbone
+        self.noise = noise
         self.colour = nn.Linear(backbones.num_features(backbone), 4)
         self.steps = nn.Parameter(torch.zeros(()), requires_grad=False)
 
@@ -58,7 +60,7 @@ class Colours(nn.Module):
         features, logits = backbones.features_and_logits(self.backbone, inputs.images)
         noise = torch.rand_like(features[:, :1])  # a draw, which a resumed run must draw again
         error = (
-            self.colour(features + 0.01 * noise).float() - inputs.wanted
+            self.colour(features + self.noise * noise).float() - inputs.wanted
         ).square().mean() + 0 * logits.sum()
         return {"loss": share * error, "squared_error": error.detach()}
 
@@ -94,7 +96,36 @@ def wanted_of(batch: Batch) -> Tensor:
     return torch.cat([batch.images.float().mean((2, 3)) / 255, batch.columns["height"][:, None]], 1)
 
 
-class Toy:
+@dataclass(frozen=True, kw_only=True)
+class ToyGrid(Grid):
+    """How much noise."""
+
+    noises: tuple[float, ...] = (0.01,)
+    """Noises to try."""
+
+    def cells(self) -> list[dict[str, Any]]:
+        return [{"noise": noise} for noise in self.noises]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToySettings(MethodSettings):
+    """A method of one's own."""
+
+    axes: ClassVar = {"noise": "noise"}
+    grid = ToyGrid
+
+    noise: float = 0.01
+    """Of the features."""
+
+    def faults(self) -> list[str]:
+        return [f"noise={self.noise}: must be 0 or more."] if self.noise < 0 else []
+
+    def title(self) -> str:
+        return f"toy-{self.noise:g}"
+
+
+class Toy(Objective):
+    settings = ToySettings
     metric = Metric(name="colour_error", title="error", digits=3, higher_is_better=False)
 
     def check(self, config: TrainConfig, store: Store) -> Facts:
@@ -102,7 +133,10 @@ class Toy:
 
     def build(self, config: TrainConfig, facts: Any, classes: int) -> Colours:
         torch.manual_seed(config.seed)
-        return Colours(backbones.build(config.backbone, num_classes=classes, image_size=config.image_size))
+        backbone = backbones.build(
+            config.model.backbone, num_classes=classes, image_size=config.model.image_size
+        )
+        return Colours(backbone, config.method.noise)
 
     def rebuild(self, config: TrainConfig, weights: dict[str, Tensor], classes: int) -> Colours:
         task = self.build(config, None, classes)

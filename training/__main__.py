@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from typing import Any
 
 import tyro
 
 from pipeline import verbs
 from pipeline.verbs import Verb
 from training import config
-from training.presets import PRESETS, preset, preset_name
+from training.objectives.settings import metric_named, settings_of
+from training.presets import PRESETS, preset, value_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,12 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_train(arguments: list[str]) -> config.TrainConfig:
     """The settings of a command line: the preset's, overruled by the flags beside it."""
-    default = config.TrainConfig(**{**preset(preset_name(arguments)), "store": "?"})
-    object.__setattr__(default, "store", tyro.MISSING)  # the one flag without a default
+    objective = value_of("--objective", arguments, "align")
+    chosen = preset(value_of("--preset", arguments, "small-64"))
+    known = config.TrainConfig.defaults(objective)  # a recipe may hold settings of another method
+    settings = {name: value for name, value in chosen.items() if name in known}
+    # The store is the one flag without a default.
+    default = config.TrainConfig.of(**settings | {"objective": objective, "store": tyro.MISSING})
     about = "Trains one model. Recipes: " + ", ".join(PRESETS) + "."
-    return tyro.cli(
-        config.TrainConfig, args=arguments, prog="gpt4image train", default=default, description=about
+    kind: Any = config.TrainConfig[settings_of(objective)]  # type: ignore[misc]
+    parsed: config.TrainConfig = tyro.cli(
+        kind, args=arguments, prog="gpt4image train", default=default, description=about
     )
+    return parsed
 
 
 def _train(settings: config.TrainConfig) -> int:
@@ -38,9 +45,9 @@ def _train(settings: config.TrainConfig) -> int:
 
     # The file of the default is one of this machine, also for a run on an object store.
     runs = "" if "://" in settings.run else settings.run.rstrip("/").rpartition("/")[0]
-    uri = tracking.tracking_uri(settings.tracking_uri, runs or "runs")
-    result = run.train(replace(settings, tracking_uri=uri))
-    last, metric = result["last"], run_folder.judged_by(asdict(settings))
+    uri = tracking.tracking_uri(settings.track.tracking_uri, runs or "runs")
+    result = run.train(settings.but(tracking_uri=uri))
+    last, metric = result["last"], metric_named(settings.objective)
     top5 = f", top-5 {run_folder.headline(last, 'top5'):.2f}" if "top5" in last else ""
     print(
         f"{result['run']}: {result['epochs']} epochs, {metric.title} "

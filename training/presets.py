@@ -195,13 +195,13 @@ def preset(name: str) -> dict[str, Any]:
     return {"preset": name, **PRESETS[name]}
 
 
-def preset_name(arguments: Sequence[str]) -> str:
-    """The value of --preset on a command line (the last one counts), which must be known before the other
-    flags are read."""
-    name = "small-64"
+def value_of(flag: str, arguments: Sequence[str], default: str) -> str:
+    """What a command line gives a flag (the last one counts) that must be known before the others are
+    read."""
+    value = default
     for place, argument in enumerate(arguments):
-        if argument == "--preset" and place + 1 < len(arguments):
-            name = arguments[place + 1]
-        elif argument.startswith("--preset="):
-            name = argument.split("=", 1)[1]
-    return name
+        if argument == flag and place + 1 < len(arguments):
+            value = arguments[place + 1]
+        elif argument.startswith(f"{flag}="):
+            value = argument.split("=", 1)[1]
+    return value

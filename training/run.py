@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline import session
-from pipeline.errors import MissingError, NotFiniteError, RunStoppedError, SettingsError
+from pipeline.errors import NotFiniteError, RunStoppedError, SettingsError
 from pipeline.store import Store, locations, lock
-from training import run_folder, tracking
-from training.config import FREE, TrainConfig, short_name
+from training import preparation, run_folder, tracking
+from training.config import TrainConfig
+from training.objectives.settings import metric_named
 from training.run_folder import Follower, read_json, write_json, write_text
+from training.settings import flat
 
 if TYPE_CHECKING:
     from training.data import decoder
@@ -47,7 +47,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
         ValueError: settings that do not fit the store, the cluster or the run that is to be resumed.
         NotFiniteError: the loss was no number; the text names the pictures.
     """
-    config, variants = prepare(config)
+    config, variants = preparation.prepare(config)
     finished = read_json(config.run, "result.json")
     if finished is not None:
         print(f"train: {config.run} is complete; nothing to do", file=sys.stderr)
@@ -81,7 +81,7 @@ def _trained(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    metric = run_folder.judged_by(asdict(config))
+    metric = metric_named(config.objective)
     # The best of what is exported, and the latest: Ray keeps both.
     kept = CheckpointConfig(
         num_to_keep=2,
@@ -89,15 +89,15 @@ def _trained(
         checkpoint_score_order="max" if metric.higher_is_better else "min",
     )
     # Settings of Ray Train V2, which the declared type, V1's, does not know.
-    size: dict[str, Any] = {"num_workers": config.workers}
-    if config.min_workers:
+    size: dict[str, Any] = {"num_workers": config.place.workers}
+    if config.place.min_workers:
         size = {
-            "num_workers": (config.min_workers, config.workers),
-            "elastic_resize_monitor_interval_s": config.resize_seconds,
+            "num_workers": (config.place.min_workers, config.place.workers),
+            "elastic_resize_monitor_interval_s": config.place.resize_seconds,
         }
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": asdict(config), "run_id": run_id},
+        train_loop_config={"config": flat(config), "run_id": run_id},
         scaling_config=ScalingConfig(
             **size,
             use_gpu=gpus,
@@ -108,15 +108,19 @@ def _trained(
             storage_path=path.rpartition("/")[0],
             storage_filesystem=filesystem,
             callbacks=list(callbacks),
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            failure_config=FailureConfig(max_failures=config.place.max_failures),
             checkpoint_config=kept,
         ),
     )
     if progress:
         where = "a GPU each" if gpus else f"{cpus} CPU threads each (the cluster has no GPU now)"
-        print(f"train: {config.run}: starting {config.workers} workers, {where}", file=sys.stderr, flush=True)
+        print(
+            f"train: {config.run}: starting {config.place.workers} workers, {where}",
+            file=sys.stderr,
+            flush=True,
+        )
     try:
-        with Follower(config.run, config.epochs, show=progress, metric=metric):
+        with Follower(config.run, config.optim.epochs, show=progress, metric=metric):
             trainer.fit()
     except SystemExit:  # how Ray Train ends the program after Ctrl-C
         raise KeyboardInterrupt from None
@@ -141,14 +145,14 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
     from training.engine import loop
 
-    config = TrainConfig(**arguments["config"])
+    config = TrainConfig.of(**arguments["config"])
     if read_json(config.run, "stopped.json") is not None:
         return  # started again after what the next start would meet, too
     rank = ray.train.get_context().get_world_rank()
     device = get_device()
     assert isinstance(device, torch.device)
     reporter = _Reporter(config, arguments["run_id"], rank)
-    decode = actor_decoding if config.loader == "actors" else None
+    decode = actor_decoding if config.place.loader == "actors" else None
     latest = ray.train.get_checkpoint()
     try:
         if latest is None:
@@ -179,7 +183,7 @@ class _Reporter:
     def __init__(self, config: TrainConfig, run_id: str, rank: int) -> None:
         self._config, self._rank = config, rank
         self._tracker = tracking.Tracker(
-            config.tracking_uri, run_id if rank == 0 else "", spool=_spool(config)
+            config.track.tracking_uri, run_id if rank == 0 else "", spool=_spool(config)
         )
         self._lines: list[str] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="report")
@@ -283,128 +287,39 @@ def actor_decoding(spec: decoder.DecoderSpec, count: int) -> Decoding:
     return _ActorDecoding(spec, count)
 
 
-def default_run(config: TrainConfig) -> str:
-    """A new folder below runs/, named by what differs between runs, by the time and by chance."""
-    kind = f"w{config.alignment_weight:g}-d{config.projection_dim}" if config.alignment_weight else "baseline"
-    # Two runs begun in the same second, or on two machines, must not meet in one folder.
-    when = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return f"runs/{short_name(config.backbone)}-{kind}-s{config.seed}-{when}"
-
-
-def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
-    """The settings as the run will have them, checked, and the variants trained on: addresses whole,
-    embeddings named.
-
-    A run that was begun before lends what was left open, see `record.resumed`.
-
-    Raises:
-        ValueError: settings that do not fit the store, or the run that is to be resumed.
-    """
-    config = replace(
-        config,
-        run=run_folder.address(config.run or default_run(config)),
-        store=run_folder.address(config.store),
-    )
-    locations.check_writable("run", config.run)
-    from training.models import backbones, weights
-
-    recorded = read_json(config.run, "config.json")
-    config = backbones.resolved(config, recorded)
-    if recorded is not None:
-        config = run_folder.resumed(config, recorded)
-        run_folder.check_store(config.run, recorded, Store(config.store))
-    variants = check(config)
-    if config.pretrained and not config.brings_weights and not _has_checkpoint(config.run):
-        weights.fetch_weights(config.backbone)
-    return replace(config, embeddings=variants.get("embeddings") or config.embeddings), variants
-
-
-def _has_checkpoint(run: str) -> bool:
-    from training.engine import checkpoint
-
-    try:
-        checkpoint.find(run)
-    except MissingError:
-        return False
-    return True
-
-
-def check(config: TrainConfig) -> dict[str, str]:
-    """Finds every fault that can be found without starting workers; returns the variants trained on."""
-    from training.data.order import Rows
-    from training.models import backbones, optimizers
-    from training.objectives.protocol import objective_of
-
-    store = Store(config.store)
-    store.require_complete("images")
-    config = backbones.resolved(config)
-    backbones.probe(
-        config.backbone,
-        config.image_size,
-        config.patch_size,
-        small_stem=config.small_stem,
-        drop_path=config.drop_path,
-        architecture=config.architecture,
-    )
-    optimizers.check_optimizer(config.optimizer)
-    store.split_shards(config.eval_split)
-    if not len(Rows(store, config.eval_split)):
-        message = (
-            f"eval_split={config.eval_split}: none of its pictures can be used, and training is judged by "
-            f"it; `gpt4image status --store {config.store}` says why. Mend them, or pass another "
-            "--eval-split."
-        )
-        raise SettingsError(message)
-    rows = len(Rows(store, config.train_split))
-    if rows < config.batch_size:
-        message = (
-            f"batch_size={config.batch_size}: the split {config.train_split} has {rows} usable images; "
-            f"pass --batch-size {max(2, rows // 2 * 2)} or less."
-        )
-        raise SettingsError(message)
-    variants = objective_of(config).check(config, store).variants
-    if embeddings := variants.get("embeddings"):
-        receipts = store.receipts("embeddings", embeddings)
-        if without := sum(receipts[shard].failed for shard in store.split_shards(config.train_split)):
-            split, all_rows = config.train_split, store.dataset.splits[config.train_split].rows
-            told = f"{without} of {all_rows} pictures of the split {split} have no embedding in {embeddings}"
-            print(f"train: {told}: they count for classification only", file=sys.stderr)
-    return variants
-
-
 def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
     """(settings with the numbers filled in, CPUs of a worker, whether each gets a GPU), checked against the
     cluster."""
     gpus, total = session.gpus(), session.cpus()
-    workers = config.workers or gpus or 2
-    if gpus and workers > gpus and not config.min_workers:
+    workers = config.place.workers or gpus or 2
+    if gpus and workers > gpus and not config.place.min_workers:
         message = f"workers={workers}: the cluster has {gpus} GPUs; pass --workers {gpus} or fewer."
         raise SettingsError(message)
-    if config.sync_batch_norm and not gpus:
+    if config.compute.sync_batch_norm and not gpus:
         message = (
             "sync_batch_norm: torch computes it on GPUs only, and the cluster has none; leave the flag out."
         )
         raise SettingsError(message)
     # Ray gives a worker as many OpenMP threads as CPUs; decoding threads come on top.
     largest = session.largest_node()
-    cpus = 2 if gpus else config.threads or max(1, session.cores() // workers)
+    cpus = 2 if gpus else config.place.threads or max(1, session.cores() // workers)
     if cpus > largest:
         message = (
             f"threads={cpus}: no node of the cluster has so many CPUs (the largest has {largest}); pass a "
             "smaller --threads."
         )
         raise SettingsError(message)
-    loader = config.loader
+    loader = config.place.loader
     if loader == "auto":
-        loader = "actors" if config.auto_augment or config.color_jitter else "threads"
-    wanted = workers * (cpus + config.loader_workers)
+        loader = "actors" if config.data.auto_augment or config.data.color_jitter else "threads"
+    wanted = workers * (cpus + config.place.loader_workers)
     if loader == "actors" and wanted > total:
         message = (
-            f"loader=actors: {workers} workers with {config.loader_workers} decoders each need {wanted} "
-            f"CPUs, the cluster has {total}; pass a smaller --loader-workers."
+            f"loader=actors: {workers} workers with {config.place.loader_workers} decoders each need "
+            f"{wanted} CPUs, the cluster has {total}; pass a smaller --loader-workers."
         )
         raise SettingsError(message)
-    return replace(config, workers=workers, loader=loader), cpus, gpus > 0
+    return config.but(workers=workers, loader=loader), cpus, gpus > 0
 
 
 def _tracked_as_begun(config: TrainConfig) -> TrainConfig:
@@ -414,9 +329,9 @@ def _tracked_as_begun(config: TrainConfig) -> TrainConfig:
         ValueError: another address, and the one on record had a password, which is not.
     """
     recorded = read_json(config.run, "mlflow.json")
-    if recorded is None or not recorded["run_id"] or config.tracking_uri == tracking.OFF:
+    if recorded is None or not recorded["run_id"] or config.track.tracking_uri == tracking.OFF:
         return config
-    before, now = str(recorded["tracking_uri"]), tracking.masked(config.tracking_uri)
+    before, now = str(recorded["tracking_uri"]), tracking.masked(config.track.tracking_uri)
     if before == now:
         return config
     if "***" in before:
@@ -426,26 +341,28 @@ def _tracked_as_begun(config: TrainConfig) -> TrainConfig:
         )
         raise SettingsError(message)
     print(f"train: metrics go on to {before}, where the run is, and not to {now}", file=sys.stderr)
-    return replace(config, tracking_uri=before)
+    return config.but(tracking_uri=before)
 
 
 def _tracking_run(config: TrainConfig, variants: dict[str, str]) -> str:
     recorded = read_json(config.run, "mlflow.json")
-    if recorded is not None and (recorded["run_id"] or config.tracking_uri == tracking.OFF):
+    if recorded is not None and (recorded["run_id"] or config.track.tracking_uri == tracking.OFF):
         return str(recorded["run_id"])
-    params = {key: value for key, value in asdict(config).items() if key not in FREE}
+    params = config.deciding()
     name = config.run.rpartition("/")[2]
     run_id = tracking.start_run(
-        config.tracking_uri,
-        config.experiment,
+        config.track.tracking_uri,
+        config.track.experiment,
         name,
         params,
         variants,
-        config.parent_run,
+        config.track.parent_run,
         spool=_spool(config),
     )
     write_json(
-        config.run, "mlflow.json", {"run_id": run_id, "tracking_uri": tracking.masked(config.tracking_uri)}
+        config.run,
+        "mlflow.json",
+        {"run_id": run_id, "tracking_uri": tracking.masked(config.track.tracking_uri)},
     )
     return run_id
 
@@ -457,20 +374,20 @@ def _spool(config: TrainConfig) -> str:
 
 def _log_artifacts(config: TrainConfig, run_id: str) -> None:
     """The exported model, and on demand the last checkpoint and a version in the registry."""
-    if not run_id or (config.log_artifacts == "none" and not config.register_as):
+    if not run_id or (config.track.log_artifacts == "none" and not config.track.register_as):
         return
     from training.config import ExportConfig
     from training.engine import checkpoint
     from training.export.export import export
 
-    tracker = tracking.Tracker(config.tracking_uri, run_id, spool=_spool(config), system_metrics_s=0)
+    tracker = tracking.Tracker(config.track.tracking_uri, run_id, spool=_spool(config), system_metrics_s=0)
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
         export(ExportConfig(run=config.run, to=os.path.join(folder, "model")))
-        if config.register_as:
-            tracker.register(config.register_as, os.path.join(folder, "model"))
+        if config.track.register_as:
+            tracker.register(config.track.register_as, os.path.join(folder, "model"))
         else:
             tracker.artifacts(os.path.join(folder, "model"), "model")
-        if config.log_artifacts == "all":
+        if config.track.log_artifacts == "all":
             with checkpoint.opened(config.run) as latest:
                 tracker.artifacts(latest, "checkpoint")
         tracker.finish(wait_s=20)
@@ -480,7 +397,7 @@ def _result(config: TrainConfig, run_id: str) -> Result:
     from training.engine import checkpoint
 
     history = checkpoint.read_state(checkpoint.find(config.run))["history"]
-    metric = run_folder.judged_by(asdict(config))
+    metric = metric_named(config.objective)
     best = max(history, key=lambda epoch: run_folder.merit(epoch, metric))
     return {
         "run": config.run,

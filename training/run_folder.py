@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
 from typing import Any
 
 from pyarrow import fs
@@ -21,8 +20,9 @@ from pyarrow import fs
 from pipeline.errors import MissingError, OtherSettingsError, SettingsError
 from pipeline.store import Store, locations
 from training import tracking
-from training.config import FREE, TrainConfig
-from training.objectives.protocol import Metric, metric_named
+from training.config import TrainConfig
+from training.objectives.settings import Metric, metric_named
+from training.settings import flat
 
 Recorded = dict[str, Any]
 
@@ -38,8 +38,8 @@ _BEFORE: Recorded = {"ema_warmup": False}
 
 def written(config: TrainConfig, store_contents: str) -> Recorded:
     """The content of config.json; see `Store.contents`."""
-    masked = {"tracking_uri": tracking.masked(config.tracking_uri)}
-    return {"version": VERSION, "store_contents": store_contents, **asdict(config), **masked}
+    masked = {"tracking_uri": tracking.masked(config.track.tracking_uri)}
+    return {"version": VERSION, "store_contents": store_contents, **flat(config), **masked}
 
 
 def check_store(run: str, recorded: Recorded, store: Store) -> None:
@@ -67,11 +67,9 @@ def settings(run: str, recorded: Recorded) -> TrainConfig:
     Raises:
         ValueError: a newer release wrote it, or it holds settings that this one does not know.
     """
-    version, values = (
-        recorded.get("version", 0),
-        {name: recorded[name] for name in recorded if name not in _NO_SETTINGS},
-    )
-    unknown = sorted(values.keys() - {field.name for field in fields(TrainConfig)})
+    version = recorded.get("version", 0)
+    values = {name: recorded[name] for name in recorded if name not in _NO_SETTINGS}
+    unknown = sorted(values.keys() - TrainConfig.defaults(values.get("objective", "align")).keys())
     if version > VERSION or unknown:
         message = (
             f"run={run}: was begun by another release: its config.json has version {version}, this one reads "
@@ -79,10 +77,9 @@ def settings(run: str, recorded: Recorded) -> TrainConfig:
             "began it, or pass another --run."
         )
         raise SettingsError(message)
-    found = TrainConfig(**{**_BEFORE, **values})
-    if found.alignment_weight and not found.embeddings:
-        return replace(found, embeddings=_tracked_embeddings(run))
-    return found
+    config = TrainConfig.of(**{**_BEFORE, **values})
+    empty = () if config.method.is_baseline else config.method.left_open
+    return config.but(**{name: _tracked(run, name) for name in empty if not getattr(config.method, name)})
 
 
 def read(run: str) -> TrainConfig:
@@ -99,44 +96,46 @@ def read(run: str) -> TrainConfig:
         message = f"run={run}: holds no config.json, so it is no run; `gpt4image train` makes one."
         raise MissingError(message) from None
     recorded = json.loads(text)
-    found = settings(run, recorded)
-    if Store.exists(found.store):
-        check_store(run, recorded, Store(found.store))
-    return found
+    config = settings(run, recorded)
+    if Store.exists(config.store):
+        check_store(run, recorded, Store(config.store))
+    return config
 
 
 def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
     """The settings that a run goes on with: those given, and the recorded ones of what was left open.
 
-    Left open are the embeddings, where none are named, and what the release that began the run did not know.
+    Left open is what a method finds for itself where nothing is named, such as the embeddings, and what the
+    release that began the run did not know.
 
     Raises:
         ValueError: a setting that decides what is computed is another one now.
     """
     then = settings(config.run, recorded)
-    then = replace(then, store=address(then.store))
-    plain = {field.name: field.default for field in fields(TrainConfig)}
-    open_ = {name for name in plain if name not in recorded and getattr(config, name) == plain[name]}
-    if not config.embeddings:
-        open_.add("embeddings")
-    elif not then.embeddings:  # begun by a release that did not record what it found: who names it knows
-        then = replace(then, embeddings=config.embeddings)
-    now = replace(config, **{name: getattr(then, name) for name in open_})
+    then = then.but(store=address(then.store))
+    plain, given, before = TrainConfig.defaults(config.objective), flat(config), flat(then)
+    open_ = {name for name in plain if name not in recorded and given[name] == plain[name]}
+    for name in config.method.left_open:
+        if not given[name]:
+            open_.add(name)
+        elif not before.get(name):  # begun by a release that did not record it: who names it knows
+            before[name] = given[name]
+    now = config.but(**{name: before[name] for name in open_ & before.keys()})
+    deciding = now.deciding()
     changed = [
-        f"{field.name}: {getattr(then, field.name)!r} then, {getattr(now, field.name)!r} now"
-        for field in fields(TrainConfig)
-        if field.name not in FREE and getattr(now, field.name) != getattr(then, field.name)
+        f"{name}: {before.get(name)!r} then, {value!r} now"
+        for name, value in deciding.items()
+        if before.get(name) != value
     ]
-    if "version" not in recorded and then.loss == "bce":
+    if "version" not in recorded and then.optim.loss == "bce":
         message = (
             f"run={config.run}: was begun when --loss bce was a mean over classes; it is a sum now, which "
             "weighs as much as cross entropy. Go on with the release that began it, or pass another --run."
         )
         raise SettingsError(message)
     if changed:
-        message = f"run={config.run}: was begun with other settings; pass another --run.\n  " + "\n  ".join(
-            changed
-        )
+        lines = "\n  ".join(changed)
+        message = f"run={config.run}: was begun with other settings; pass another --run.\n  {lines}"
         raise OtherSettingsError(message)
     return now
 
@@ -165,17 +164,17 @@ def merit(metrics: Mapping[str, float], metric: Metric) -> float:
 def headline_name(config: TrainConfig) -> str:
     """The name that the metric has in every epoch of a run."""
     name = metric_named(config.objective).name
-    return f"ema_{name}" if config.ema else name
+    return f"ema_{name}" if config.optim.ema else name
 
 
-def _tracked_embeddings(run: str) -> str:
-    """The embeddings that MLflow was told of, for releases that recorded an empty name; empty where nothing
-    is known."""
+def _tracked(run: str, name: str) -> str:
+    """What MLflow was told that a run found, such as its embeddings, for releases that recorded an empty
+    name; empty where nothing is known."""
     if not locations.is_local(run):
         return ""
     try:  # the first record is the run's creation
         line = locations.fetch(run, "tracking/journal.jsonl", 2**16).partition(b"\n")[0]
-        return str(json.loads(line)["tags"]["embeddings"])
+        return str(json.loads(line)["tags"][name])
     except (OSError, ValueError, KeyError):
         return ""
 

@@ -14,7 +14,9 @@ import tyro
 from pipeline import verbs
 from pipeline.errors import SettingsError
 from pipeline.verbs import Verb
-from training.presets import preset, preset_name
+from training.config import TrainConfig
+from training.objectives.settings import settings_of
+from training.presets import preset, value_of
 from tuning import config
 
 
@@ -29,16 +31,28 @@ def parse_tune(arguments: list[str]) -> config.TuneConfig:
     Raises:
         SettingsError: a flag of `train` that the sweep sets for each trial.
     """
+    objective = value_of("--objective", arguments, "align")
+    method = settings_of(objective)
+    instead = config.SET_BY_SWEEP | {axis: f"did you mean --{_flag(axis)}s?" for axis in method.axes}
     for argument in arguments:
-        flag = argument.partition("=")[0].replace("_", "-")
-        if flag in config.INSTEAD:
-            message = f"{flag}: a sweep sets this for each trial; {config.INSTEAD[flag]}."
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name in instead:
+            message = f"--{_flag(name)}: a sweep sets this for each trial; {instead[name]}."
             raise SettingsError(message.replace("?.", "?"))
-    train = config.SharedConfig(**{**preset(preset_name(arguments)), "store": "?"})
-    object.__setattr__(train, "store", tyro.MISSING)  # the one flag without a default
-    return tyro.cli(
-        config.TuneConfig, args=arguments, prog="gpt4image tune", default=config.TuneConfig(train=train)
-    )
+    chosen = preset(value_of("--preset", arguments, "small-64"))
+    known = TrainConfig.defaults(objective)
+    settings = {name: value for name, value in chosen.items() if name in known}
+    # The store is the one flag without a default.
+    shared = config.shared(objective)
+    train = shared.of(**settings | {"objective": objective, "store": tyro.MISSING})
+    default: Any = config.TuneConfig(train=train, grid=method.grid())
+    kind: Any = config.TuneConfig[shared, method.grid]  # type: ignore[valid-type,name-defined]
+    parsed: config.TuneConfig = tyro.cli(kind, args=arguments, prog="gpt4image tune", default=default)
+    return parsed
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _tune(settings: config.TuneConfig) -> int:
@@ -47,8 +61,8 @@ def _tune(settings: config.TuneConfig) -> int:
 
     # The file of the default is one of this machine, also for a sweep on an object store.
     runs = "" if "://" in settings.sweep else settings.sweep.rstrip("/").rpartition("/")[0]
-    uri = tracking.tracking_uri(settings.train.tracking_uri, runs or "runs")
-    content = run.tune(replace(settings, train=replace(settings.train, tracking_uri=uri)))
+    uri = tracking.tracking_uri(settings.train.track.tracking_uri, runs or "runs")
+    content = run.tune(replace(settings, train=settings.train.but(tracking_uri=uri)))
     _print(content)
     if content["exported"]:
         load = "copy it here, then " if "://" in content["exported"] else ""

@@ -2,54 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, Generic, get_type_hints
 
 import tyro
+from typing_extensions import TypeVar
+from tyro.conf import OmitArgPrefixes
 
 from pipeline.errors import SettingsError
 from training.config import TrainConfig
+from training.objectives.settings import AlignGrid, settings_of
+from training.settings import Grid, flat
 
-
-@dataclass(frozen=True, kw_only=True)
-class SharedConfig(TrainConfig):
-    """The settings that all trials share. Those below are no flags of `tune`: the sweep gives each trial its
-    own."""
-
-    run: tyro.conf.Suppress[str] = ""
-    backbone: tyro.conf.Suppress[str] = "resnet18"
-    alignment_weight: tyro.conf.Suppress[float] = 0.0
-    projection_dim: tyro.conf.Suppress[int] = 0
-    seed: tyro.conf.Suppress[int] = 0
-    log_artifacts: tyro.conf.Suppress[Literal["none", "model", "all"]] = "none"
-
-
-INSTEAD = {
-    "--run": "each trial has a folder of its own below --sweep",
-    "--backbone": "did you mean --backbones?",
-    "--alignment-weight": "did you mean --alignment-weights?",
-    "--projection-dim": "did you mean --projection-dims?",
-    "--seed": "did you mean --seeds?",
-    "--log-artifacts": "of a sweep's models MLflow keeps the best, which --no-export leaves out",
-    "--parent-run": "trials are nested under the sweep's own run",
+SET_BY_SWEEP = {
+    "run": "each trial has a folder of its own below --sweep",
+    "backbone": "did you mean --backbones?",
+    "seed": "did you mean --seeds?",
+    "log_artifacts": "of a sweep's models MLflow keeps the best, which --no-export leaves out",
+    "parent_run": "trials are nested under the sweep's own run",
 }
-"""Flags of `train` that `tune` does not have, and what to pass instead."""
+"""Settings of `train` that are no flags of `tune`, beside the axes of the method, and what to pass
+instead."""
+
+Shared = TypeVar("Shared", bound=TrainConfig, default=TrainConfig)
+Axes = TypeVar("Axes", bound=Grid, default=Any)
+
+
+def shared(objective: str) -> type[TrainConfig]:
+    """Settings of `train` as flags of `tune`: without those that the sweep gives each trial."""
+    names = {*SET_BY_SWEEP, *settings_of(objective).axes}
+    groups = TrainConfig.groups(objective)
+    parts: list[Any] = [
+        (name, OmitArgPrefixes[(part := _without(kind, names))], field(default_factory=part))  # type: ignore[misc]
+        for name, kind in groups.items()
+    ]
+    found: type[TrainConfig] = _without(TrainConfig, names, parts)
+    return found
+
+
+def _without(kind: Any, names: set[str], parts: Sequence[Any] = ()) -> Any:
+    """A class of the same settings, some of which are no flags."""
+    hints = get_type_hints(kind, include_extras=True)
+    own: list[Any] = []
+    for part in fields(kind):
+        if part.name in names:
+            hidden: Any = tyro.conf.Suppress[hints[part.name]]  # type: ignore[misc,valid-type,name-defined]
+            own.append((part.name, hidden, field(default=part.default)))
+    told = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    bases = (kind,)
+    return make_dataclass(
+        kind.__name__, [*own, *parts], bases=bases, frozen=True, kw_only=True, namespace=told
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """A grid of trainings over one store: weight x dimension x backbone x seed."""
+class TuneConfig(Generic[Shared, Axes]):
+    """A grid of trainings over one store: the axes of the training method x backbone x seed."""
 
-    train: tyro.conf.OmitArgPrefixes[SharedConfig]
+    train: OmitArgPrefixes[Shared]
     """What all trials share."""
     sweep: str = ""
     """Folder or s3:// address of the sweep, a run folder a trial in it. The same again resumes, with more
     values, too. Empty: a new one below runs/."""
-    alignment_weights: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
-    """Weights to try; 0 is the baseline and is trained once for each backbone and seed, whatever the
-    dimensions."""
-    projection_dims: tuple[int, ...] = (128, 0)
-    """Widths of the shared space to try; 0 is the embedding's own."""
+    grid: OmitArgPrefixes[Axes] = field(default_factory=AlignGrid)  # type: ignore[assignment]
+    """Values of the training method's axes."""
     backbones: tuple[str, ...] = ()
     """timm models to try; empty: the preset's."""
     seeds: tuple[int, ...] = (0,)
@@ -59,26 +76,21 @@ class TuneConfig:
     export: bool = True
     """Export the best model of the sweep (by the last epoch's top-1) into SWEEP/best."""
 
+    def axes(self) -> dict[str, tuple[Any, ...]]:
+        """What the sweep tries: of these the same folder may be given other values."""
+        return {**flat(self.grid), "backbones": self.backbones, "seeds": self.seeds}
+
     def __post_init__(self) -> None:
-        faults = []
-        for name in ("alignment_weights", "projection_dims", "seeds", "backbones"):
-            values = getattr(self, name)
-            if (not values and name != "backbones") or len(set(values)) != len(values):
-                faults.append(f"{name}={values}: give one or more values, each once.")
-        if any(not 0 <= weight < float("inf") for weight in self.alignment_weights):
-            faults.append(f"alignment_weights={self.alignment_weights}: must be 0 or more.")
+        faults = [
+            f"{name}={values}: give one or more values, each once."
+            for name, values in self.axes().items()
+            if (not values and name != "backbones") or len(set(values)) != len(values)
+        ]
+        faults += self.grid.faults()
         if self.concurrent < 0:
             faults.append(f"concurrent={self.concurrent}: must be 0 or more.")
         if faults:
             raise SettingsError("\n".join(faults))
-
-
-# What the same folder may be given again. A test holds that every setting is one of the three: what decides
-# the results of trials that are there already; axes of the grid, which may have other values; and the rest,
-# which changes no result.
-DECIDING = ("train",)
-GROWING = ("alignment_weights", "projection_dims", "backbones", "seeds")
-FREE = ("sweep", "concurrent", "export")
 
 
 @dataclass(frozen=True, kw_only=True)

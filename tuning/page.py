@@ -51,6 +51,7 @@ def _sweep(content: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": os.path.basename(content["sweep"]),
         "rows": report.rows(content),
+        "headings": report.headings(content),
         "exported": content["exported"],
         "unfinished": report.unfinished(content),
         "curves": _safe(curves_plot(trials)),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from typing import Any
 
 from pipeline.store import Store
 from training.run_folder import headline, judged_by
+from tuning.cells import Cell, cell_of
 from tuning.significance import Paired
 
 BASELINE, ALIGNED = "#7a7f87", "#1f6feb"
+SHADES = ("#1f6feb", "#d98200", "#0f8a6a", "#8250df", "#bf3989")
 
 
 def lengths_plot(store: Store, captions: str, most_shards: int = 200) -> str:
@@ -26,22 +29,33 @@ def lengths_plot(store: Store, captions: str, most_shards: int = 200) -> str:
 
 
 def curves_plot(trials: list[dict[str, Any]]) -> str:
-    """Top-1 by epoch: a panel a backbone; baselines grey, aligned runs by weight."""
+    """The metric by epoch: a panel a backbone; baselines grey, others by the first axis."""
     backbones = sorted({trial["config"]["backbone"] for trial in trials})
     figure, axes = _figure(5.2 * len(backbones), 3.0, len(backbones))
     for panel, backbone in zip([axes] if len(backbones) == 1 else list(axes), backbones, strict=True):
         labels = set()
+        colours: dict[str, str] = {}
         for trial in (trial for trial in trials if trial["config"]["backbone"] == backbone):
-            weight = trial["config"]["alignment_weight"]
-            label = f"weight {weight:g}" if weight else "baseline"
-            colour = BASELINE if not weight else {0.3: "#58a6ff"}.get(weight, ALIGNED)
+            cell = cell_of(trial["config"])
+            label = (
+                "baseline"
+                if cell.is_baseline
+                else f"{cell.headings[0]} {cell.shown[0]}"
+                if cell.shown
+                else ""
+            )
+            colour = (
+                BASELINE
+                if cell.is_baseline
+                else colours.setdefault(label, SHADES[len(colours) % len(SHADES)])
+            )
             history, metric = trial["result"]["history"], judged_by(trial["config"])
             panel.plot(
                 [m["epoch"] for m in history],
                 [headline(m, metric.name) for m in history],
                 color=colour,
                 linewidth=1.4,
-                linestyle="-" if weight else "--",
+                linestyle="--" if cell.is_baseline else "-",
                 label=None if label in labels else label,
             )
             labels.add(label)
@@ -53,31 +67,29 @@ def curves_plot(trials: list[dict[str, Any]]) -> str:
 
 
 def heat_maps(trials: list[dict[str, Any]]) -> list[str]:
-    """Mean top-1 by weight and dimension, one map a backbone; none for a grid of a single column."""
+    """Mean of the metric by two axes, one map a backbone; none for a single cell, or another number of
+    axes."""
     plots = []
     for backbone in sorted({trial["config"]["backbone"] for trial in trials}):
-        cells: dict[tuple[float, int], list[float]] = {}
-        base: list[float] = []
+        cells: dict[Cell, list[float]] = {}
         for trial in (trial for trial in trials if trial["config"]["backbone"] == backbone):
-            config = trial["config"]
-            score = headline(trial["result"]["last"], judged_by(config).name)
-            if config["alignment_weight"]:
-                cells.setdefault((config["alignment_weight"], config["projection_dim"]), []).append(score)
-            else:
-                base.append(score)
-        if len(cells) > 1:
-            plots.append(_heat_map(backbone, cells, base))
+            score = headline(trial["result"]["last"], judged_by(trial["config"]).name)
+            cells.setdefault(cell_of(trial["config"]), []).append(score)
+        base = [score for cell, scores in cells.items() if cell.is_baseline for score in scores]
+        others = {cell: scores for cell, scores in cells.items() if not cell.is_baseline}
+        if len(others) > 1 and all(len(cell.values) == 2 for cell in others):
+            plots.append(_heat_map(backbone, others, base))
     return plots
 
 
-def _heat_map(backbone: str, cells: dict[tuple[float, int], list[float]], base: list[float]) -> str:
+def _heat_map(backbone: str, cells: dict[Cell, list[float]], base: list[float]) -> str:
     import numpy as np
 
-    weights = sorted({weight for weight, _ in cells})
-    dims = sorted({dim for _, dim in cells}, key=lambda dim: dim or 10**9)
-    grid = np.full((len(weights), len(dims)), np.nan)
-    for (weight, dim), values in cells.items():
-        grid[weights.index(weight), dims.index(dim)] = sum(values) / len(values)
+    first = next(iter(cells))
+    rows, columns = (_ticks(cells, axis) for axis in (0, 1))
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for cell, values in cells.items():
+        grid[rows.index(cell.shown[0]), columns.index(cell.shown[1])] = sum(values) / len(values)
     figure, axes = _figure(4.2, 2.6)
     axes.imshow(grid, cmap="Blues", aspect="auto")
     middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
@@ -91,13 +103,19 @@ def _heat_map(backbone: str, cells: dict[tuple[float, int], list[float]], base: 
                 va="center",
                 color="white" if value > middle else "black",
             )
-    axes.set_xticks(range(len(dims)), [str(dim or "D") for dim in dims])
-    axes.set_yticks(range(len(weights)), [f"{weight:g}" for weight in weights])
-    axes.set_xlabel("projection dimension")
-    axes.set_ylabel("weight")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(first.headings[1])
+    axes.set_ylabel(first.headings[0])
     baseline = f", baseline {sum(base) / len(base):.1f}" if base else ""
     axes.set_title(f"{backbone}: top-1{baseline}", fontsize=10)
     return _svg(figure)
+
+
+def _ticks(cells: Iterable[Cell], axis: int) -> list[str]:
+    """Values of an axis as they are shown, by size; what stands for the largest, such as D, comes last."""
+    values = {cell.shown[axis]: cell.values[axis] for cell in cells}
+    return sorted(values, key=lambda shown: (not shown[:1].isdigit(), values[shown]))
 
 
 def paired_plot(result: Paired) -> str:
@@ -106,7 +124,7 @@ def paired_plot(result: Paired) -> str:
     for seed, baseline, aligned in zip(result.seeds, result.baseline, result.aligned, strict=True):
         axes.plot([0, 1], [baseline, aligned], marker="o", color=ALIGNED, linewidth=1.2)
         axes.annotate(f"seed {seed}", (1, aligned), xytext=(6, -3), textcoords="offset points", fontsize=8)
-    axes.set_xticks([0, 1], ["baseline", f"weight {result.weight:g}"])
+    axes.set_xticks([0, 1], ["baseline", result.cell.words.replace(", ", "\n")])
     axes.set_xlim(-0.2, 1.5)
     axes.set_ylabel("top-1, %")
     return _svg(figure)

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from pipeline.errors import MissingError
-from training.objectives.protocol import Metric
+from training.objectives.settings import Metric
 from training.run_folder import headline, judged_by, read_json
+from tuning.cells import cell_of
 from tuning.significance import Paired, paired
 
 
@@ -47,8 +48,7 @@ def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(
             {
                 "backbone": config["backbone"],
-                "weight": config["alignment_weight"],
-                "dim": (config["projection_dim"] or "D") if config["alignment_weight"] else "-",
+                "axes": cell_of(config).shown,
                 "seed": config["seed"],
                 "top1": headline(result["last"], metric.name),
                 "top5": headline(result["last"], "top5") if "top5" in result["last"] else math.nan,
@@ -65,16 +65,23 @@ def table(content: dict[str, Any]) -> str:
     """The trials as a table; last epoch beside the best one, which was chosen on the same images and so
     flatters."""
     title = metric_of(content).title
+    found = rows(content)
+    heads = "".join(f" {head:>6}" for head in headings(content))
     lines = [
-        f"{'backbone':24} {'weight':>6} {'dim':>5} {'seed':>4} {title:>7} {'top-5':>7} {'best':>7} "
-        f"{'epoch':>5} {'img/s':>7}"
+        f"{'backbone':24}{heads} {'seed':>4} {title:>7} {'top-5':>7} {'best':>7} {'epoch':>5} {'img/s':>7}"
     ]
-    lines += [
-        f"{r['backbone']:24} {r['weight']:>6g} {r['dim']!s:>5} {r['seed']:>4} {r['top1']:>7.2f} "
-        f"{r['top5']:>7.2f} {r['best_top1']:>7.2f} {r['best_epoch']:>5} {r['images_per_s']:>7.0f}"
-        for r in rows(content)
-    ]
+    for r in found:
+        axes = "".join(f" {value:>6}" for value in r["axes"])
+        lines.append(
+            f"{r['backbone']:24}{axes} {r['seed']:>4} {r['top1']:>7.2f} {r['top5']:>7.2f} "
+            f"{r['best_top1']:>7.2f} {r['best_epoch']:>5} {r['images_per_s']:>7.0f}"
+        )
     return "\n".join(lines + unfinished(content))
+
+
+def headings(content: dict[str, Any]) -> tuple[str, ...]:
+    """How a table heads the axes of the sweep's training method."""
+    return cell_of(content["trials"][0]["config"]).headings if content["trials"] else ()
 
 
 def metric_of(content: dict[str, Any]) -> Metric:
@@ -84,7 +91,7 @@ def metric_of(content: dict[str, Any]) -> Metric:
 
 def sentence(result: Paired) -> str:
     """One comparison in words."""
-    setting = f"{result.backbone}, weight {result.weight:g}, dim {result.dim or 'D'}"
+    setting = f"{result.cell.backbone}, {result.cell.words}"
     if len(result.seeds) < 2:
         return (
             f"{setting}: {result.mean:+.2f} points of top-1 over the baseline on one seed; too few for an "

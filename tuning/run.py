@@ -12,7 +12,6 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
 from typing import Any
 
 from pyarrow import fs
@@ -20,12 +19,13 @@ from pyarrow import fs
 from pipeline import session
 from pipeline.errors import NotFiniteError, OtherSettingsError, TrialsFailedError
 from pipeline.store import Store, locations, lock
+from training import preparation, run_folder, tracking
 from training import run as training_run
-from training import run_folder, tracking
 from training.config import ExportConfig, TrainConfig
 from training.run_folder import read_json, write_json
+from training.settings import flat
 from tuning import space
-from tuning.config import GROWING, TuneConfig
+from tuning.config import TuneConfig
 
 Trial = dict[str, Any]
 
@@ -49,7 +49,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     trials = [_prepared(trial, sweep) for trial in plain]
     with lock.held(sweep, "sweep"):
         parent = _parent_run(config, sweep)
-        trials = [replace(trial, parent_run=parent) for trial in trials]
+        trials = [trial.but(parent_run=parent) for trial in trials]
         rows = [_row(trial) for trial in trials]
         ended = {row["name"] for row in rows if row["result"] or row["failure"]}
         todo = [trial for trial in trials if space.trial_name(trial) not in ended]
@@ -101,17 +101,17 @@ def run_trial(trial: dict[str, str], configs: dict[str, dict[str, Any]]) -> None
                 super().after_report(run_context, metrics, checkpoint)
 
     try:
-        training_run.train(TrainConfig(**configs[trial["trial"]]), callbacks=[Epochs()], progress=False)  # type: ignore[no-untyped-call]
+        training_run.train(TrainConfig.of(**configs[trial["trial"]]), callbacks=[Epochs()], progress=False)  # type: ignore[no-untyped-call]
     except NotFiniteError:
         return  # as the run's failure.json says; to Tune this is an end, as after an error it would try again
 
 
 def _prepared(trial: TrainConfig, sweep: str) -> TrainConfig:
-    recorded = read_json(trial.run, "config.json")
-    if recorded is not None and not trial.alignment_weight:  # whose width decides nothing
-        trial = replace(trial, projection_dim=recorded.get("projection_dim", trial.projection_dim))
+    recorded = read_json(trial.run, "config.json") or {}
+    if trial.method.is_baseline:  # of which the other axes decide nothing
+        trial = trial.but(**{name: recorded[name] for name in trial.method.axes if name in recorded})
     try:
-        return training_run.prepare(trial)[0]
+        return preparation.prepare(trial)[0]
     except OtherSettingsError as error:
         raise _other_settings(trial, sweep, error) from None
 
@@ -127,23 +127,16 @@ def _other_settings(trial: TrainConfig, sweep: str, error: OtherSettingsError) -
 def _check_earlier_grids(plain: list[TrainConfig], sweep: str) -> None:
     """Trials of an earlier grid stand beside those of this one and are compared with them: they must share
     its settings."""
-    names = {space.trial_name(trial) for trial in plain}
+    here = {space.trial_name(trial) for trial in plain}
     before = read_json(sweep, "sweep.json") or {"trials": []}
-    for name in (row["name"] for row in before["trials"] if row["name"] not in names):
+    for name in (row["name"] for row in before["trials"] if row["name"] not in here):
         run = locations.join(sweep, name)
         if (recorded := read_json(run, "config.json")) is None:
             continue
-        axes = (
-            "backbone",
-            "alignment_weight",
-            "projection_dim",
-            "seed",
-            "architecture",
-            "pretrained",
-            "embeddings",
-        )
-        own = {axis: recorded[axis] for axis in axes if axis in recorded}
-        trial = replace(plain[0], run=run, store=run_folder.address(plain[0].store), **own)
+        method = plain[0].method
+        names = ("backbone", "seed", "architecture", "pretrained", *method.axes, *method.left_open)
+        own = {name: recorded[name] for name in names if name in recorded}
+        trial = plain[0].but(run=run, store=run_folder.address(plain[0].store), **own)
         try:
             run_folder.resumed(trial, recorded)
             run_folder.check_store(run, recorded, Store(trial.store))
@@ -160,11 +153,11 @@ def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None
 
     concurrent, threads = _concurrent(config)
     print(f"tune: starting {len(todo)} trials, {concurrent} at a time", file=sys.stderr, flush=True)
-    todo = [replace(trial, threads=trial.threads or threads) for trial in todo]
+    todo = [trial.but(threads=trial.place.threads or threads) for trial in todo]
     # The trial's own process only waits for its workers, whose CPUs and GPUs Ray Train asks for itself.
     # Settings reach it beside Tune's own parameters, which Tune writes into files: an MLflow address may hold
     # a password.
-    configs = {space.trial_name(trial): asdict(trial) for trial in todo}
+    configs = {space.trial_name(trial): flat(trial) for trial in todo}
     trainable = ray_tune.with_resources(ray_tune.with_parameters(run_trial, configs=configs), {"CPU": 0.1})
     told = {
         name: {"run": config["run"], "objective": config["objective"]} for name, config in configs.items()
@@ -201,7 +194,7 @@ def _concurrent(config: TuneConfig) -> tuple[int, int]:
     """(trials at a time, threads of a worker without a GPU): a gang of workers must fit whole, or trials wait
     for each other."""
     gpus = session.gpus()
-    workers = config.train.workers or gpus or 2
+    workers = config.train.place.workers or gpus or 2
     concurrent = config.concurrent or max(1, gpus // workers)
     return concurrent, max(1, session.cores() // (workers * concurrent))
 
@@ -243,11 +236,14 @@ def _parent_run(config: TuneConfig, sweep: str) -> str:
     recorded = read_json(sweep, "mlflow.json")
     if recorded is not None:
         return str(recorded["run_id"])
-    grid = {name: getattr(config, name) for name in GROWING}
     train, name = config.train, sweep.rpartition("/")[2]
-    told = {**grid, "store": train.store, "preset": train.preset}
-    parent = tracking.start_run(train.tracking_uri, train.experiment, name, told, {}, spool=_spool(sweep))
-    write_json(sweep, "mlflow.json", {"run_id": parent, "tracking_uri": tracking.masked(train.tracking_uri)})
+    told = {**config.axes(), "store": train.store, "preset": train.preset}
+    parent = tracking.start_run(
+        train.track.tracking_uri, train.track.experiment, name, told, {}, spool=_spool(sweep)
+    )
+    write_json(
+        sweep, "mlflow.json", {"run_id": parent, "tracking_uri": tracking.masked(train.track.tracking_uri)}
+    )
     return parent
 
 
@@ -260,8 +256,8 @@ def _row(trial: TrainConfig) -> Trial:
     """What a trial's own folder says of it: its settings are those it was begun with, whatever the command
     line says now."""
     result, failure = read_json(trial.run, "result.json"), read_json(trial.run, "failure.json")
-    settings = read_json(trial.run, "config.json") or asdict(trial) | {
-        "tracking_uri": tracking.masked(trial.tracking_uri)
+    settings = read_json(trial.run, "config.json") or flat(trial) | {
+        "tracking_uri": tracking.masked(trial.track.tracking_uri)
     }
     why = failure["message"] if failure is not None and result is None else ""
     return {"name": space.trial_name(trial), "config": settings, "result": result, "failure": why}
@@ -289,7 +285,7 @@ def _content(sweep: str, parent: str, trials: list[TrainConfig]) -> dict[str, An
         "version": 1,
         "sweep": sweep,
         "store": trials[0].store,
-        "tracking_uri": tracking.masked(trials[0].tracking_uri),
+        "tracking_uri": tracking.masked(trials[0].track.tracking_uri),
         "parent_run": parent,
         "exported": exported,
         "exported_from": before.get("exported_from", {}) if exported else {},
@@ -333,7 +329,9 @@ def _export_best(config: TuneConfig, sweep: str, content: dict[str, Any]) -> dic
             fs.copy_files(
                 folder, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem
             )
-        tracker = tracking.Tracker(config.train.tracking_uri, content["parent_run"], spool=_spool(sweep))
+        tracker = tracking.Tracker(
+            config.train.track.tracking_uri, content["parent_run"], spool=_spool(sweep)
+        )
         tracker.metrics({"best_top1": source["top1"]}, step=0)
         tracker.artifacts(folder, "best")
         tracker.finish()

@@ -1,5 +1,5 @@
-"""Paired comparison over seeds: same recipe, same seed, weight 0 against weight above 0; mean difference with
-an interval."""
+"""Paired comparison over seeds: same recipe, same seed, a setting of the method against its baseline; mean
+difference with an interval."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.run_folder import judged_by, merit
+from tuning.cells import Cell, cell_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """Aligned minus baseline, in percentage points of top-1, over the seeds that both have."""
+    """A setting minus the baseline, in units of the metric, over the seeds that both have."""
 
-    backbone: str
-    weight: float
-    dim: int
+    cell: Cell
     seeds: list[int]
     baseline: list[float]
     aligned: list[float]
@@ -36,38 +35,35 @@ class Paired:
 
 
 def paired(trials: list[dict[str, Any]], *, which: str = "last", confidence: float = 0.95) -> list[Paired]:
-    """Every aligned setting against its baseline; two-sided Student interval of the mean difference.
+    """Every setting against its baseline; two-sided Student interval of the mean difference.
 
     Args:
         trials: those of sweep.json that have a result.
         which: `last` epoch's top-1, or `best` epoch's.
         confidence: of the interval.
     """
-    scores: dict[tuple[str, float, int], dict[int, float]] = {}
+    scores: dict[Cell, dict[int, float]] = {}
     for trial in trials:
         config, result = trial["config"], trial["result"]
-        weight = config["alignment_weight"]
-        key = (config["backbone"], weight, config["projection_dim"] if weight else 0)
         metric = judged_by(config)
         score = (
             merit(result["last"], metric)
             if which == "last"
             else merit({metric.name: result["best_top1"]}, metric)
         )
-        scores.setdefault(key, {})[config["seed"]] = score
+        scores.setdefault(cell_of(config), {})[config["seed"]] = score
     found = []
-    for (backbone, weight, dim), aligned in scores.items():
-        baseline = scores.get((backbone, 0.0, 0), {})
+    baselines = {cell.backbone: score for cell, score in scores.items() if cell.is_baseline}
+    for cell, aligned in scores.items():
+        baseline = baselines.get(cell.backbone, {})
         seeds = sorted(aligned.keys() & baseline.keys())
-        if weight and seeds:
-            found.append(_compare(backbone, weight, dim, seeds, baseline, aligned, confidence))
+        if seeds and not cell.is_baseline:
+            found.append(_compare(cell, seeds, baseline, aligned, confidence))
     return found
 
 
 def _compare(
-    backbone: str,
-    weight: float,
-    dim: int,
+    cell: Cell,
     seeds: list[int],
     baseline: dict[int, float],
     aligned: dict[int, float],
@@ -77,9 +73,7 @@ def _compare(
     mean = statistics.fmean(differences)
     half = _half_width(differences, level)
     return Paired(
-        backbone=backbone,
-        weight=weight,
-        dim=dim,
+        cell=cell,
         seeds=seeds,
         baseline=[baseline[seed] for seed in seeds],
         aligned=[aligned[seed] for seed in seeds],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from dataclasses import asdict, replace
 
 from pipeline.errors import SettingsError
 from pipeline.store import locations
-from training.config import TrainConfig, short_name
+from training import preparation
+from training.config import TrainConfig
+from training.settings import flat
 from tuning.config import TuneConfig
 
 
@@ -19,22 +20,12 @@ def trials(config: TuneConfig, sweep: str) -> list[TrainConfig]:
     Trials log no models: the sweep logs its best one.
     """
     found = []
-    shared = asdict(config.train)
-    # Weight and width are the alignment's: of another method a trial is a backbone and a seed.
-    aligned = config.train.objective == "align"
-    weights, dims = (config.alignment_weights, config.projection_dims) if aligned else ((0.0,), (0,))
-    for backbone in config.backbones or (config.train.backbone,):
-        for weight, dim, seed in itertools.product(weights, dims, config.seeds):
-            if aligned and weight == 0 and dim != config.projection_dims[0]:
-                continue
-            own = {
-                "backbone": backbone,
-                "alignment_weight": weight,
-                "projection_dim": dim if weight else 0,
-                "seed": seed,
-            }
-            trial = TrainConfig(**{**shared, **own, "log_artifacts": "none"})
-            found.append(replace(trial, run=locations.join(sweep, trial_name(trial))))
+    shared = flat(config.train)
+    for backbone in config.backbones or (config.train.model.backbone,):
+        for cell, seed in itertools.product(config.grid.cells(), config.seeds):
+            own = {"backbone": backbone, "seed": seed, "log_artifacts": "none"}
+            trial = TrainConfig.of(**shared | cell | own)
+            found.append(trial.but(run=locations.join(sweep, trial_name(trial))))
     names = Counter(trial_name(trial) for trial in found)
     if twice := [name for name, count in names.items() if count > 1]:
         message = (
@@ -53,9 +44,4 @@ def trial_name(trial: TrainConfig) -> str:
     """
     if trial.run:
         return locations.split_options(trial.run)[0].rstrip("/").rpartition("/")[2]
-    weight = f"{trial.alignment_weight:g}"
-    weight = weight if float(weight) == trial.alignment_weight else repr(trial.alignment_weight)
-    kind = f"w{weight}-d{trial.projection_dim}" if trial.alignment_weight else "baseline"
-    if trial.objective != "align":
-        kind = trial.objective.rpartition(".")[2]
-    return f"{short_name(trial.backbone)}-{kind}-s{trial.seed}"
+    return preparation.title(trial)

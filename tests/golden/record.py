@@ -94,7 +94,7 @@ def _train(rank: int, name: str, folder: Path, world: int) -> None:
         "loader_workers": 1,
         "seed": 1,
     }
-    config = TrainConfig(store=str(folder / "store"), **values | SETTINGS[name])
+    config = TrainConfig.of(store=str(folder / "store"), **values | SETTINGS[name])
     snapshots: list[checkpoint.Snapshot] = []
     history = loop.fit(
         config, torch.device("cpu"), rank, None, lambda metrics, take: snapshots.append(take())

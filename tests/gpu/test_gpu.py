@@ -31,7 +31,7 @@ pytestmark = [
 
 def on_gpu(batch: Batch, dtype: torch.dtype) -> Batch:
     def texts(found: Texts | None) -> Any:
-        return None if found is None else Texts(found.vectors_Bd.to("cuda", dtype), found.groups_B.cuda())
+        return None if found is None else Texts(found.targets_Bd.to("cuda", dtype), found.groups_B.cuda())
 
     return replace(
         batch,
@@ -46,7 +46,7 @@ def on_gpu(batch: Batch, dtype: torch.dtype) -> Batch:
 def loss_on_gpu(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     batch = on_gpu(batch_of(case), dtype)
     features = batch.features.requires_grad_()
-    model = Model(case, batch.texts.vectors_Bd.shape[1]).to("cuda", dtype)
+    model = Model(case, batch.texts.targets_Bd.shape[1]).to("cuda", dtype)
     loss = model(features, batch.texts, batch.targets, batch.weights, batch.negatives)
     return {name: value.cpu() for name, value in gradients(model, loss, features).items()}
 
@@ -73,7 +73,7 @@ def history(store: Path, device: str, **settings: Any) -> tuple[list[dict[str, f
         "lr": 0.004,
         "loader_workers": 1,
     }
-    config = TrainConfig(store=str(store), **values | settings)
+    config = TrainConfig.of(store=str(store), **values | settings)
     snapshots: list[checkpoint.Snapshot] = []
     found = loop.fit(config, torch.device(device, 0), 0, None, lambda metrics, take: snapshots.append(take()))
     return found, snapshots[-1]
@@ -128,7 +128,7 @@ def nccl() -> Iterator[None]:
 
 def test_ddp_on_one_gpu_has_the_gradients_of_the_bare_model(nccl: None) -> None:
     """Channels last and under autocast, as training runs; every parameter takes part."""
-    config = TrainConfig(store="s", backbone="test_resnet", image_size=32, learn_temperature=True)
+    config = TrainConfig.of(store="s", backbone="test_resnet", image_size=32, learn_temperature=True)
     generator = torch.Generator().manual_seed(0)
     images = (
         torch.randn(8, 3, 32, 32, generator=generator).cuda().contiguous(memory_format=torch.channels_last)

@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training.data.mixing import Mixing, text_targets
 from training.data.text_targets import Targets
-from training.losses.alignment import TextGather, Texts, Variant, alignment_loss
+from training.losses.alignment import Form, TextGather, Texts, alignment_loss
 from training.models.heads import TextProjection
 
 TAU, BIAS = 0.2, -2.0
 FEATURES, DIM, TEXT_DIM = 7, 5, 9
-VARIANTS: tuple[Variant, ...] = ("symmetric", "image-to-text", "sigmoid", "cosine")
+FORMS: tuple[Form, ...] = ("symmetric", "image-to-text", "sigmoid", "cosine")
 CONTENTS = (
     "plain",
     "repeated",
@@ -43,18 +43,18 @@ CONTENTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A variant on some content; temperature and bias are learned unless `fixed`."""
+    """A form on some content; temperature and bias are learned unless `fixed`."""
 
-    variant: Variant
+    form: Form
     content: str
     fixed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.variant}-{self.content}{'-fixed' if self.fixed else ''}"
+        return f"{self.form}-{self.content}{'-fixed' if self.fixed else ''}"
 
 
-CASES = [Case(v, c) for v in VARIANTS for c in CONTENTS if (v, c) != ("cosine", "negatives")]
-CASES += [Case(v, "everything", fixed=True) for v in VARIANTS if v != "cosine"]
+CASES = [Case(v, c) for v in FORMS for c in CONTENTS if (v, c) != ("cosine", "negatives")]
+CASES += [Case(v, "everything", fixed=True) for v in FORMS if v != "cosine"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Batch:
     def part(self, rank: int, world: int) -> Batch:
         """One process's share of images; texts as they are before they are gathered."""
         mine = torch.arange(len(self.features)).tensor_split(world)[rank]
-        texts = Texts(self.texts.vectors_Bd[mine], self.texts.groups_B[mine])
+        texts = Texts(self.texts.targets_Bd[mine], self.texts.groups_B[mine])
         return replace(
             self,
             features=self.features[mine],
@@ -114,7 +114,7 @@ def batch_of(case: Case) -> Batch:
             parts.append(text_targets(mine, partner, share))
         targets, weights = (torch.cat(column) for column in zip(*parts, strict=True))
     negatives = None
-    if case.variant != "cosine" and (name == "negatives" or everything):
+    if case.form != "cosine" and (name == "negatives" or everything):
         negatives = texts(
             torch.tensor([0, 20, 3, -1, 21, 20, 7])
         )  # of the batch, new, none at all, twice the same
@@ -139,28 +139,28 @@ class Model(nn.Module):
     def __init__(self, case: Case, text_dim: int) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.variant = case.variant
+        self.form = case.form
         self.head = nn.Linear(FEATURES, DIM, bias=False)
         self.text = TextProjection(TEXT_DIM, DIM) if text_dim != DIM else None
         # DDP waits for parameters that nothing uses, so there are none.
         self.log_tau = (
-            nn.Parameter(torch.tensor(TAU).log()) if not case.fixed and case.variant != "cosine" else None
+            nn.Parameter(torch.tensor(TAU).log()) if not case.fixed and case.form != "cosine" else None
         )
-        self.bias = nn.Parameter(torch.tensor(BIAS)) if not case.fixed and case.variant == "sigmoid" else None
+        self.bias = nn.Parameter(torch.tensor(BIAS)) if not case.fixed and case.form == "sigmoid" else None
         self.double()
 
     def tau(self) -> Tensor | float:
         return TAU if self.log_tau is None else self.log_tau.exp()
 
     def offset(self) -> Tensor | float | None:
-        return self.bias if self.bias is not None else BIAS if self.variant == "sigmoid" else None
+        return self.bias if self.bias is not None else BIAS if self.form == "sigmoid" else None
 
     def forward(
         self, features: Tensor, texts: Texts, targets: Tensor, weights: Tensor, negatives: Texts | None
     ) -> Tensor:
         if self.text is not None:
-            texts = replace(texts, vectors_Bd=self.text(texts.vectors_Bd))
-            negatives = negatives and replace(negatives, vectors_Bd=self.text(negatives.vectors_Bd))
+            texts = replace(texts, targets_Bd=self.text(texts.targets_Bd))
+            negatives = negatives and replace(negatives, targets_Bd=self.text(negatives.targets_Bd))
         z = nn.functional.normalize(self.head(features), dim=-1)
         return alignment_loss(
             z,
@@ -168,7 +168,7 @@ class Model(nn.Module):
             targets,
             weights,
             self.tau(),
-            variant=self.variant,
+            form=self.form,
             negatives=negatives,
             bias=self.offset(),
         )
@@ -183,7 +183,7 @@ def explicit(model: Model, features: Tensor, batch: Batch) -> Tensor:
         return narrow / narrow.norm()
 
     text = {
-        j: vector(batch.texts.vectors_Bd[j]) for j in range(len(features)) if batch.texts.groups_B[j] >= 0
+        j: vector(batch.texts.targets_Bd[j]) for j in range(len(features)) if batch.texts.groups_B[j] >= 0
     }
     group = batch.texts.groups_B.tolist()
     tau, bias = model.tau(), model.offset() or 0.0
@@ -203,7 +203,7 @@ def explicit(model: Model, features: Tensor, batch: Batch) -> Tensor:
     mass = {(i, j): aims[i].get(group[j], 0.0) / group.count(group[j]) for i in images for j in text}
     further: dict[int, list[Tensor]] = {i: [] for i in images}
     if batch.negatives is not None:
-        for raw, g in zip(batch.negatives.vectors_Bd, batch.negatives.groups_B.tolist(), strict=True):
+        for raw, g in zip(batch.negatives.targets_Bd, batch.negatives.groups_B.tolist(), strict=True):
             for i in images:
                 # A text of a group of weight 0 is nobody's target; one of a group without a text in the batch
                 # still is a target.
@@ -219,11 +219,11 @@ def explicit(model: Model, features: Tensor, batch: Batch) -> Tensor:
         return sum((value.exp() for value in values), start=zero).log()
 
     loss = zero
-    if model.variant == "cosine":
+    if model.form == "cosine":
         for i in images:
             loss = loss + sum(mass[i, j] * (2 - 2 * image[i] @ text[j]) for j in text) / len(images)
         return loss
-    if model.variant == "sigmoid":
+    if model.form == "sigmoid":
         for i in images:
             for j in text:
                 q = aims[i].get(group[j], 0.0)
@@ -232,11 +232,11 @@ def explicit(model: Model, features: Tensor, batch: Batch) -> Tensor:
             for value in further[i]:
                 loss = loss - (1 - 1 / (1 + torch.exp(-value))).log() / len(images)
         return loss
-    share = 0.5 if model.variant == "symmetric" else 1.0
+    share = 0.5 if model.form == "symmetric" else 1.0
     for i in images:
         whole = logsumexp([logit[i, j] for j in text] + further[i])
         loss = loss + share * sum(mass[i, j] * (whole - logit[i, j]) for j in text) / len(images)
-    if model.variant == "symmetric":
+    if model.form == "symmetric":
         aimed = [j for j in text if sum(mass[i, j] for i in images) > 0]
         for j in aimed:
             whole, column = logsumexp([logit[i, j] for i in images]), sum(mass[i, j] for i in images)
@@ -261,7 +261,7 @@ def gradients(model: nn.Module, loss: Tensor, features: Tensor) -> Found:
 def expected(case: Case) -> Found:
     batch = batch_of(case)
     features = batch.features.clone().requires_grad_()
-    model = Model(case, batch.texts.vectors_Bd.shape[1])
+    model = Model(case, batch.texts.targets_Bd.shape[1])
     loss = explicit(model, features, batch)
     if not loss:  # nothing takes part: no gradient either
         loss = loss + sum(0 * parameter.sum() for parameter in model.parameters())
@@ -281,7 +281,7 @@ def compare(found: Found, case: Case) -> None:
 def test_one_process_equals_the_explicit_sums(case: Case) -> None:
     batch = batch_of(case)
     features = batch.features.clone().requires_grad_()
-    model = Model(case, batch.texts.vectors_Bd.shape[1])
+    model = Model(case, batch.texts.targets_Bd.shape[1])
     loss = model(features, batch.texts, batch.targets, batch.weights, batch.negatives)
     found = gradients(model, loss, features)
     compare(found, case)
@@ -299,9 +299,9 @@ def _rank(rank: int, world: int, folder: str) -> None:
         batch = batch_of(case)
         mine, count = batch.part(rank, world), len(batch.features)
         features = mine.features.clone().requires_grad_()
-        model = DistributedDataParallel(Model(case, batch.texts.vectors_Bd.shape[1]))
+        model = DistributedDataParallel(Model(case, batch.texts.targets_Bd.shape[1]))
         size = math.ceil(count / world) if count % world else None
-        gather = TextGather(mine.texts.vectors_Bd, mine.texts.groups_B, size)
+        gather = TextGather(mine.texts.targets_Bd, mine.texts.groups_B, size)
         loss = model(features, gather.wait(), mine.targets, mine.weights, batch.negatives)
         results[str(case)] = gradients(model, loss, features)
         results[str(case)]["features"] /= world  # as DDP does for all that is shared
@@ -323,15 +323,15 @@ def test_several_processes_have_the_gradient_of_one_on_the_joint_batch(world: in
             assert torch.equal(rank[str(case)]["loss"], ranks[0][str(case)]["loss"])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_loss_is_float32_under_autocast_and_in_half_precision(variant: Variant) -> None:
-    batch = batch_of(Case(variant, "duplicates"))
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_is_float32_under_autocast_and_in_half_precision(form: Form) -> None:
+    batch = batch_of(Case(form, "duplicates"))
     image = nn.functional.normalize(batch.features[:, :DIM], dim=-1).bfloat16()
-    texts = Texts(batch.texts.vectors_Bd.float(), batch.texts.groups_B)
+    texts = Texts(batch.texts.targets_Bd.float(), batch.texts.groups_B)
     with torch.autocast("cpu", torch.bfloat16):
-        found = alignment_loss(image, texts, batch.targets, batch.weights, TAU, variant=variant)
-        projected = TextProjection(DIM, 3)(texts.vectors_Bd)
-    exact = alignment_loss(image.double(), texts, batch.targets, batch.weights, TAU, variant=variant)
+        found = alignment_loss(image, texts, batch.targets, batch.weights, TAU, form=form)
+        projected = TextProjection(DIM, 3)(texts.targets_Bd)
+    exact = alignment_loss(image.double(), texts, batch.targets, batch.weights, TAU, form=form)
     assert found.dtype == projected.dtype == torch.float32 and exact.dtype == torch.float64
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
@@ -343,8 +343,8 @@ def test_perfect_alignment_of_equal_captions_costs_the_entropy_of_their_share_an
     own = (groups[:, None], torch.ones(12, 1))
     texts = Texts(text, groups)
     assert alignment_loss(text.clone(), texts, *own, 0.01).item() == pytest.approx(math.log(3), abs=1e-4)
-    assert alignment_loss(text, texts, *own, 0.01, variant="cosine").item() == pytest.approx(0, abs=1e-6)
-    assert alignment_loss(text, texts, *own, 0.01, variant="sigmoid", bias=-50).item() == pytest.approx(
+    assert alignment_loss(text, texts, *own, 0.01, form="cosine").item() == pytest.approx(0, abs=1e-6)
+    assert alignment_loss(text, texts, *own, 0.01, form="sigmoid", bias=-50).item() == pytest.approx(
         0, abs=1e-6
     )
     pushed = text.clone().requires_grad_()
@@ -354,7 +354,7 @@ def test_perfect_alignment_of_equal_captions_costs_the_entropy_of_their_share_an
 
 def test_an_images_own_text_from_the_store_is_no_negative() -> None:
     image, texts = torch.eye(4)[:1], Texts(torch.eye(4)[:1], torch.tensor([0]))
-    same = Texts(texts.vectors_Bd.repeat(50, 1), torch.zeros(50, dtype=torch.int64))
+    same = Texts(texts.targets_Bd.repeat(50, 1), torch.zeros(50, dtype=torch.int64))
     own, other = torch.tensor([[0]]), replace(same, groups_B=same.groups_B + 7)
     assert alignment_loss(image, texts, own, torch.ones(1, 1), TAU, negatives=same) == 0, (
         "nothing to tell apart"
@@ -372,7 +372,7 @@ def test_what_a_variant_has_no_use_for_is_refused() -> None:
     texts = Texts(torch.eye(2), torch.arange(2))
     arguments = (torch.eye(2), texts, texts.groups_B[:, None], torch.ones(2, 1), TAU)
     with pytest.raises(ValueError, match="cosine: has no negatives"):
-        alignment_loss(*arguments, variant="cosine", negatives=texts)
+        alignment_loss(*arguments, form="cosine", negatives=texts)
     with pytest.raises(ValueError, match="symmetric: has no bias"):
         alignment_loss(*arguments, bias=0.0)
     with pytest.raises(ValueError, match="2 texts, but size=1"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def _rank(rank: int, world: int, root: str, store: str, names: list[str], number
 
 
 def config_of(store: str, settings: dict[str, Any]) -> TrainConfig:
-    return TrainConfig(store=store, **SHARED | settings)
+    return TrainConfig.of(store=store, **SHARED | settings)
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -165,12 +165,12 @@ def test_several_workers_end_with_the_weights_of_one(
 ) -> None:
     case = CASES[name]
     config = config_of(store, case.parts[-1].settings)
-    alone = replace(config, **case.alone)
+    alone = config.but(**case.alone)
     torch.set_num_threads(1)
     fit(alone, tmp_path, 0, Part({}, 1))
     expected, found = parameters(tmp_path, alone), parameters(folder_of(several, name), config)
     assert (tmp_path / "last").read_text() == (folder_of(several, name) / "last").read_text()
-    wide = 8 if config.text_projection == "learned" else 0
+    wide = 8 if config.method.text_projection == "learned" else 0
     start = align.build_task(config, 3, 4, wide).state_dict()
     assert expected.keys() == found.keys()
     for key, value in expected.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from training.config import TrainConfig
 from training.engine import checkpoint, loop
 from training.objectives import align
 from training.run import _result
+from training.settings import flat
 
 Weights = dict[str, torch.Tensor]
 
@@ -24,7 +24,7 @@ def ends(config: TrainConfig) -> tuple[Weights, Weights, Weights]:
     """(weights at the beginning, at the end, their average) of a run in this process."""
     taken: list[checkpoint.Snapshot] = []
     loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: taken.append(take()))
-    start = align.build_task(config, 3, config.projection_dim).state_dict()
+    start = align.build_task(config, 3, config.method.projection_dim).state_dict()
     files = taken[-1].files
     return start, files["model.safetensors"], files["ema.safetensors"]
 
@@ -40,7 +40,7 @@ def settings(store: Path, **changes: Any) -> TrainConfig:
         "warmup_epochs": 0.0,
         "lr": 1e-3,
     }
-    return TrainConfig(**values | changes)
+    return TrainConfig.of(**values | changes)
 
 
 def test_the_average_of_a_short_run_forgets_where_it_began(
@@ -59,7 +59,7 @@ def test_without_warm_up_the_average_has_its_decay_from_the_first_step(
     tmp_path: Path, make_store: Callable[..., Path]
 ) -> None:
     config = settings(make_store(tmp_path / "store"), ema=0.5, epochs=1, batch_size=24)
-    start, end, average = ends(replace(config, ema_warmup=False))
+    start, end, average = ends(config.but(ema_warmup=False))
     for name, value in average.items():
         torch.testing.assert_close(value, (start[name] + end[name]) / 2)
     start, end, average = ends(config)
@@ -68,9 +68,9 @@ def test_without_warm_up_the_average_has_its_decay_from_the_first_step(
 
 
 def test_a_run_begun_without_warm_up_goes_on_without() -> None:
-    config = TrainConfig(store="/store", run="/run", ema=0.999)
-    early = {name: value for name, value in asdict(config).items() if name != "ema_warmup"}
-    assert config.ema_warmup and not run_folder.resumed(config, early).ema_warmup
+    config = TrainConfig.of(store="/store", run="/run", ema=0.999)
+    early = {name: value for name, value in flat(config).items() if name != "ema_warmup"}
+    assert config.optim.ema_warmup and not run_folder.resumed(config, early).optim.ema_warmup
 
 
 # The average is best in the second epoch, the weights themselves in the first.
@@ -92,7 +92,7 @@ def test_the_best_epoch_is_that_of_the_weights_that_are_exported(tmp_path: Path,
         (folder / "model.safetensors").touch()
         state = {"step": count, "history": history[:count], "sums": {}, "seconds": 0, "epoch": count}
         (folder / "state.json").write_text(json.dumps(state))
-    config = TrainConfig(store="s", run=str(tmp_path), ema=0.9 if averaged else 0.0)
+    config = TrainConfig.of(store="s", run=str(tmp_path), ema=0.9 if averaged else 0.0)
     assert checkpoint.find(str(tmp_path), "best").endswith("checkpoint-2" if averaged else "checkpoint-1")
     result = _result(config, "")
     assert (result["best_epoch"], result["best_top1"]) == ((2, 55) if averaged else (1, 60))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from training.engine import checkpoint, loop
 from training.engine.step import Stepper
 from training.export import export
 from training.objectives import align
+from training.settings import flat
 
 
 def test_the_moving_average_is_the_explicit_one_over_all_steps(
@@ -52,7 +52,7 @@ def test_the_moving_average_is_the_explicit_one_over_all_steps(
 
     monkeypatch.setattr(Stepper, "__call__", spied_step)
     monkeypatch.setattr(ModelEmaV3, "get_decay", spied_decay)
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=str(make_store(tmp_path / "s", train=24, val=6)),
         backbone="test_resnet",
         image_size=32,
@@ -83,12 +83,12 @@ def test_the_moving_average_is_the_explicit_one_over_all_steps(
 def run(tmp_path: Path, make_store: Callable[..., Path]) -> Path:
     """Four epochs, of which the second is the best, and a checkpoint inside the fifth."""
     store = make_store(tmp_path / "store", train=24, val=9)
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=str(store), backbone="test_resnet", image_size=32, epochs=5, batch_size=12, alignment_weight=0.0
     )
     history: list[dict[str, float]] = []
     for epoch, top1 in enumerate((40.0, 70.0, 70.0, 55.0), start=1):
-        task = align.build_task(TrainConfig(**asdict(config) | {"seed": epoch}), 3, 0)
+        task = align.build_task(TrainConfig.of(**flat(config) | {"seed": epoch}), 3, 0)
         optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
         history.append(
             {"epoch": float(epoch), "step": 2.0 * epoch, "top1": top1, "top5": 100.0, "eval_images": 9.0}
@@ -99,7 +99,7 @@ def run(tmp_path: Path, make_store: Callable[..., Path]) -> Path:
         )
     inside = checkpoint.State(step=9, history=list(history), sums={"loss": 1.0})
     checkpoint.Snapshot.take(task, optimizer, None, inside).write(str(tmp_path / "run" / "checkpoint-5"))
-    (tmp_path / "run" / "config.json").write_text(json.dumps(asdict(config)))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(flat(config)))
     return tmp_path / "run"
 
 
@@ -127,7 +127,7 @@ def test_evaluate_measures_the_best_checkpoint_when_asked(
 
 
 def test_without_a_finished_epoch_there_is_no_best(tmp_path: Path) -> None:
-    task = align.build_task(TrainConfig(store="s", backbone="test_resnet", alignment_weight=0.0), 3, 0)
+    task = align.build_task(TrainConfig.of(store="s", backbone="test_resnet", alignment_weight=0.0), 3, 0)
     snapshot = checkpoint.Snapshot.take(
         task, torch.optim.SGD(task.parameters(), lr=0.1), None, checkpoint.State(step=1)
     )

@@ -63,7 +63,7 @@ def test_what_a_step_sees_does_not_depend_on_the_number_of_workers(
     ]
     assert len(alone) == 6, "two of them in the second pass"
     for step, whole in enumerate(alone):
-        for field in ("images", "labels", "texts", "groups"):
+        for field in ("images", "labels", "targets", "groups"):
             joint = torch.cat([column(share[step], field) for share in shares])
             assert torch.equal(joint, column(whole, field)), field
         assert whole.images.is_contiguous(memory_format=torch.channels_last)
@@ -171,7 +171,7 @@ def test_texts_belong_to_their_pictures_and_equal_captions_share_a_group(
     vectors: dict[int, torch.Tensor] = {}
     for batch in batches:
         for label, text, group in zip(
-            batch.labels, batch.columns["texts"], batch.columns["groups"], strict=True
+            batch.labels, batch.columns["targets"], batch.columns["groups"], strict=True
         ):
             if group < 0:
                 assert text.abs().sum() == 0
@@ -237,7 +237,7 @@ def test_pca_is_fitted_once_kept_in_the_store_and_keeps_what_varies(
     assert first.basis is not None and second.basis is not None
     np.testing.assert_array_equal(first.basis, second.basis[:, :3])
     np.testing.assert_allclose(second.basis.T @ second.basis, np.eye(5), atol=1e-5)
-    vectors = text_targets.vectors_of(store.read_shard("embeddings", "test", 0)["embedding"])
+    vectors = text_targets.rows_of(store.read_shard("embeddings", "test", 0)["embedding"])
     np.testing.assert_allclose(np.linalg.norm(first.project(vectors), axis=1), 1, atol=1e-5)
     with pytest.raises(ValueError, match="have 8 dimensions; pass --projection-dim 8 or less"):
         text_targets.load(store, embeddings="", dim=9, split="train")

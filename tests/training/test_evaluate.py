@@ -7,7 +7,6 @@ import csv
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from training.engine import build, checkpoint, loop
 from training.evaluation import measures, outputs
 from training.objectives import align
 from training.objectives.align import Inputs
+from training.settings import flat
 
 COLOURS = {
     "red": (220, 30, 30),
@@ -122,7 +122,7 @@ def trained(config: TrainConfig, run: Path) -> Path:
     loop.fit(config, torch.device("cpu"), 0, None, report)
     for number, snapshot in enumerate(snapshots):
         snapshot.write(str(run / f"checkpoint-{number}"))
-    (run / "config.json").write_text(json.dumps(asdict(config)))
+    (run / "config.json").write_text(json.dumps(flat(config)))
     return run
 
 
@@ -139,7 +139,7 @@ def settings(store: Path, **changes: Any) -> TrainConfig:
         "warmup_epochs": 0,
         "threads": 1,
     }
-    return TrainConfig(**values | changes)
+    return TrainConfig.of(**values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -416,9 +416,7 @@ def test_an_encoder_that_changed_is_refused(
     path.write_text(json.dumps({**recorded, "revision": "files-0000"}))
     other = tmp_path / "run"
     shutil.copytree(run, other)
-    (other / "config.json").write_text(
-        json.dumps(asdict(replace(run_folder.read(str(run)), store=str(copied))))
-    )
+    (other / "config.json").write_text(json.dumps(flat(run_folder.read(str(run)).but(store=str(copied)))))
     assert main(["evaluate", str(other), "--zero-shot"]) == 2
     assert "have changed" in capsys.readouterr().err
 

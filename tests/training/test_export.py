@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from training.config import ExportConfig, TrainConfig
 from training.engine import build, checkpoint, loop
 from training.export import export, formats
 from training.objectives import align
+from training.settings import flat
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +49,22 @@ def trained(store: Path, run: Path, **changes: Any) -> Path:
         "batch_size": 20,
         "threads": 1,
     }
-    config = TrainConfig(store=str(store), **values | changes)
+    config = TrainConfig.of(store=str(store), **values | changes)
     snapshots: list[checkpoint.Snapshot] = []
     loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: snapshots.append(take()))
     snapshots[-1].write(str(run / "checkpoint"))
-    (run / "config.json").write_text(json.dumps(asdict(config)))
+    (run / "config.json").write_text(json.dumps(flat(config)))
     return run
 
 
 def fresh(store: Path, run: Path, **changes: Any) -> Path:
     """A run that was never trained: architectures too slow to train in a test export all the same."""
-    config = TrainConfig(store=str(store), alignment_weight=0.0, **changes)
+    config = TrainConfig.of(store=str(store), alignment_weight=0.0, **changes)
     task = align.build_task(config, len(Store(str(store)).dataset.classes), 0)
     torch.nn.init.normal_(task.backbone.get_classifier().weight)  # type: ignore[operator]  # some begin with zeros: no answer at all
     optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     checkpoint.Snapshot.take(task, optimizer, None, checkpoint.State()).write(str(run / "checkpoint"))
-    (run / "config.json").write_text(json.dumps(asdict(config)))
+    (run / "config.json").write_text(json.dumps(flat(config)))
     return run
 
 
@@ -72,7 +72,7 @@ def logits_of(run: Path, weights: str, images: torch.Tensor) -> torch.Tensor:
     """By the training task."""
     config = run_folder.read(str(run))
     tensors = load_file(run / "checkpoint" / f"{weights}.safetensors")
-    task = align.build_task(config, 3, 4 if config.alignment_weight else 0)
+    task = align.build_task(config, 3, 4 if config.method.alignment_weight else 0)
     task.load_state_dict(tensors)
     with torch.inference_mode():
         answers: torch.Tensor = task.eval().backbone(images)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from training.losses.classification import CrossEntropy
 from training.models import backbones, optimizers
 from training.objectives import align
 from training.objectives.align import Alignment, AlignTask, Goal, Inputs
+from training.settings import flat
 
 BACKBONES = [
     ("resnet18", 64),
@@ -84,8 +84,8 @@ def test_a_size_that_a_backbone_cannot_take_names_its_own() -> None:
 
 def test_the_baseline_has_no_head_and_starts_from_the_same_weights() -> None:
     common = {"store": "s", "backbone": "resnet18", "seed": 3}
-    plain = align.build_task(TrainConfig(**common, alignment_weight=0), 5, 0)  # type: ignore[arg-type]
-    aligned = align.build_task(TrainConfig(**common, alignment_weight=1), 5, 16)  # type: ignore[arg-type]
+    plain = align.build_task(TrainConfig.of(**common, alignment_weight=0), 5, 0)  # type: ignore[arg-type]
+    aligned = align.build_task(TrainConfig.of(**common, alignment_weight=1), 5, 16)  # type: ignore[arg-type]
     assert plain.head is None
     for (name, mine), (_, other) in zip(
         plain.backbone.named_parameters(), aligned.backbone.named_parameters(), strict=True
@@ -111,7 +111,7 @@ def test_the_papers_head() -> None:
 def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     from timm.utils import ModelEmaV3
 
-    config = TrainConfig(store="s", backbone="test_resnet", optimizer="adamw", seed=0)
+    config = TrainConfig.of(store="s", backbone="test_resnet", optimizer="adamw", seed=0)
     task = align.build_task(config, 5, 16)
     optimizer, ema = optimizers.optimizer(config, task), ModelEmaV3(task, decay=0.5)
     aimed = goal(torch.nn.functional.normalize(torch.randn(4, 16), dim=-1))
@@ -129,7 +129,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
         for parameter in [*task.parameters(), *ema.module.parameters()]:
             parameter.add_(1)
     snapshot.write(str(tmp_path / "c"))
-    other = align.build_task(TrainConfig(**(asdict(config) | {"seed": 9})), 5, 16)
+    other = align.build_task(TrainConfig.of(**(flat(config) | {"seed": 9})), 5, 16)
     other_optimizer, other_ema = optimizers.optimizer(config, other), ModelEmaV3(other, decay=0.5)
     assert checkpoint.load(str(tmp_path / "c"), other, other_optimizer, other_ema) == state
     for name, value in expected.items():
@@ -190,7 +190,7 @@ def test_a_run_stopped_anywhere_ends_with_the_weights_of_an_uninterrupted_one(
 ) -> None:
     """Bit for bit, also from inside an epoch; 50 rows in batches of 16, so that epochs end inside a batch."""
     store = make_store(tmp_path / "s", train=50)
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=str(store),
         backbone="test_resnet" if kind == "plain" else "vit_tiny_patch16_224",
         image_size=32,
@@ -209,7 +209,7 @@ def test_a_run_stopped_anywhere_ends_with_the_weights_of_an_uninterrupted_one(
         stopped = run_alone(config, tmp_path / f"stopped-{stop}", stop_at=stop)
         assert stopped.name == f"step-{stop}"
         resumed = run_alone(config, tmp_path / f"resumed-{stop}", resume=str(stopped))
-        for file in ("model", "optimizer", *(["ema"] if config.ema else [])):
+        for file in ("model", "optimizer", *(["ema"] if config.optim.ema else [])):
             expected, found = (load_file(folder / f"{file}.safetensors") for folder in (straight, resumed))
             assert expected.keys() == found.keys()
             for name, value in expected.items():
@@ -232,7 +232,7 @@ def test_a_batch_computed_in_parts_has_the_gradient_of_the_whole(
     store = make_store(tmp_path / "s", train=48)
     ends = {}
     for parts in (1, 3):
-        config = TrainConfig(
+        config = TrainConfig.of(
             store=str(store),
             backbone="vit_tiny_patch16_224",
             image_size=32,
@@ -274,7 +274,7 @@ def test_what_only_saves_time_or_memory_changes_nothing_else(
 ) -> None:
     backbone, changed, tolerance = SWITCHES[name]
     store = make_store(tmp_path / "s", train=32)
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=str(store),
         backbone=backbone,
         image_size=32,
@@ -289,7 +289,7 @@ def test_what_only_saves_time_or_memory_changes_nothing_else(
     from safetensors.torch import load_file
 
     plain = load_file(run_alone(config, tmp_path / "plain") / "model.safetensors")
-    switched = load_file(run_alone(replace(config, **changed), tmp_path / "switched") / "model.safetensors")
+    switched = load_file(run_alone(config.but(**changed), tmp_path / "switched") / "model.safetensors")
     assert plain.keys() == switched.keys()
     start = align.build_task(config, 3, 4).state_dict()
     names = [name for name, value in plain.items() if value.is_floating_point()]
@@ -323,14 +323,14 @@ def test_other_ways_learn_too(
         "projection_dim": 4,
         "lr": 3e-3,
     }
-    last = run_alone(TrainConfig(store=str(store), **(settings | changed)), tmp_path / "run")
+    last = run_alone(TrainConfig.of(store=str(store), **(settings | changed)), tmp_path / "run")
     history = checkpoint.read_state(str(last))["history"]
     assert history[-1]["cross_entropy"] < history[0]["cross_entropy"]
     assert history[-1]["alignment"] < history[0]["alignment"] and history[-1]["retrieval_rank"] >= 1
 
 
 def test_layers_below_learn_more_slowly_and_norms_do_not_decay() -> None:
-    config = TrainConfig(
+    config = TrainConfig.of(
         store="s", backbone="vit_tiny_patch16_224", layer_decay=0.5, image_size=32, learn_temperature=True
     )
     task = align.build_task(config, 3, 4)
@@ -363,7 +363,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_pictures(
     tmp_path: Path, make_store: Callable[..., Path]
 ) -> None:
     store = make_store(tmp_path / "s", train=48)
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=str(store),
         backbone="test_resnet",
         image_size=32,
@@ -384,7 +384,7 @@ def test_training_learns_what_there_is_to_learn(tmp_path: Path, make_store: Call
     """The colour is the class: both the baseline and the aligned run must find it."""
     store = make_store(tmp_path / "s", train=120, val=60)
     for weight in (0.0, 0.5):
-        config = TrainConfig(
+        config = TrainConfig.of(
             store=str(store),
             backbone="test_resnet",
             image_size=32,
@@ -401,7 +401,7 @@ def test_training_learns_what_there_is_to_learn(tmp_path: Path, make_store: Call
 
 
 def test_learning_rate_warms_up_and_ends_at_its_minimum() -> None:
-    config = TrainConfig(store="s", epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1)
+    config = TrainConfig.of(store="s", epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1)
     stepper = Stepper.__new__(Stepper)
     stepper.config, stepper.warmup_steps, stepper.steps = config, 10, 50
     rates = [stepper.learning_rate(step) for step in range(50)]
@@ -411,7 +411,7 @@ def test_learning_rate_warms_up_and_ends_at_its_minimum() -> None:
 
 def test_all_faults_of_the_settings_are_told_together() -> None:
     with pytest.raises(ValueError) as error:
-        TrainConfig(store="s", alignment_weight=-1, temperature=0, batch_size=1, workers=2, lr=-1)
+        TrainConfig.of(store="s", alignment_weight=-1, temperature=0, batch_size=1, workers=2, lr=-1)
     told = str(error.value)
     assert len(told.splitlines()) == 4 and "fewer than two images for each of 2 workers" in told
 
@@ -420,16 +420,16 @@ def test_every_preset_is_valid_and_builds() -> None:
     from training.presets import PRESETS, preset
 
     for name in PRESETS:
-        config = TrainConfig(store="s", **preset(name))
-        assert timm.is_model(config.backbone), name
+        config = TrainConfig.of(store="s", **preset(name))
+        assert timm.is_model(config.model.backbone), name
         backbones.probe(
-            config.backbone,
-            config.image_size,
-            config.patch_size,
-            small_stem=config.small_stem,
-            drop_path=config.drop_path,
+            config.model.backbone,
+            config.model.image_size,
+            config.model.patch_size,
+            small_stem=config.model.small_stem,
+            drop_path=config.model.drop_path,
         )
-        optimizers.check_optimizer(config.optimizer)
+        optimizers.check_optimizer(config.optim.optimizer)
     with pytest.raises(ValueError, match="choose one of small-64"):
         preset("nope")
 
@@ -439,7 +439,7 @@ def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path: Path, make_store:
     """torch.compile, forward and backward; the last batch of an evaluation is a smaller one."""
     from safetensors.torch import load_file
 
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=str(make_store(tmp_path / "s", train=32)),
         backbone="test_resnet",
         image_size=32,
@@ -449,7 +449,7 @@ def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path: Path, make_store:
         warmup_epochs=0.0,
     )
     plain = run_alone(config, tmp_path / "plain")
-    compiled = run_alone(replace(config, compile=True), tmp_path / "compiled")
+    compiled = run_alone(config.but(compile=True), tmp_path / "compiled")
     expected, found = (load_file(folder / "model.safetensors") for folder in (plain, compiled))
     for name, value in expected.items():
         torch.testing.assert_close(

@@ -21,7 +21,7 @@ from training.objectives.align import AlignTask, Goal
 
 def task_of(**changes: Any) -> AlignTask:
     settings: dict[str, Any] = {"backbone": "test_resnet", "image_size": 32, "batch_size": 64}
-    return align.build_task(TrainConfig(store="s", **settings | changes), 100, 16)
+    return align.build_task(TrainConfig.of(store="s", **settings | changes), 100, 16)
 
 
 def goal(count: int, matched: bool, images: Tensor) -> Goal:
@@ -79,7 +79,7 @@ def test_no_step_of_a_run_leaves_a_learned_temperature_below_its_bound(
         return tasks[-1]
 
     monkeypatch.setattr(align, "build_task", build_task)
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=str(make_store(tmp_path / "s", train=24, val=9)),
         backbone="test_resnet",
         image_size=32,

@@ -132,7 +132,7 @@ def test_a_run_deals_a_parquet_source_out_as_its_model_needs_it(
         return made[-1]
 
     monkeypatch.setattr(build, "Sequence", sequence)
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=str(store),
         backbone=backbone,
         image_size=32,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from training import run, run_folder
+from training import preparation, run_folder
+from training.__main__ import main, parse_train
 from training.config import ExportConfig, TrainConfig
 from training.engine import checkpoint, loop
 from training.export.export import export
-from training.objectives.protocol import METRICS, objective_named
+from training.objectives.settings import BUILT_IN, module_of
+from training.settings import flat
 
 NAME = "tests.toy_objective"
 
@@ -35,7 +36,7 @@ def settings(store: Path, **changes: Any) -> TrainConfig:
         "threads": 1,
         "ema": 0.5,
     }
-    return TrainConfig(**values | changes)
+    return TrainConfig.of(**values | changes)
 
 
 def trained(config: TrainConfig, folder: Path, resume_from: str | None = None) -> list[dict[str, float]]:
@@ -43,7 +44,7 @@ def trained(config: TrainConfig, folder: Path, resume_from: str | None = None) -
         snapshot = take()
         snapshot.write(str(folder / f"checkpoint_{snapshot.content['step']}"))
 
-    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    (folder / "config.json").write_text(json.dumps(flat(config)))
     return loop.fit(config, torch.device("cpu"), 0, resume_from, report)
 
 
@@ -84,12 +85,30 @@ def test_its_metric_says_what_is_best_and_its_backbone_is_exported(
 
 
 def test_what_is_told_of_built_in_methods_is_theirs() -> None:
-    for name, metric in METRICS.items():
-        assert objective_named(name).metric == metric
+    for name, told in BUILT_IN.items():
+        assert module_of(name).metric == told.metric and module_of(name).settings is told.settings
     with pytest.raises(
         ValueError, match=r"objective='nothing\.there': No module named 'nothing'; known are align"
     ):
-        objective_named("nothing.there")
+        module_of("nothing.there")
+
+
+def test_its_settings_are_flags_and_those_of_other_methods_are_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--store", "s", "--objective", NAME, "--preset", "paper-resnet50"]
+    config = parse_train([*flags, "--noise", "0.5"])
+    assert (config.method.noise, config.model.backbone, config.optim.lr) == (0.5, "resnet50", 0.4)
+    assert "alignment_weight" not in config.deciding() and config.deciding()["noise"] == 0.5
+    with pytest.raises(SystemExit):
+        main(["train", *flags, "--noise", "-1"])
+    assert "noise=-1.0: must be 0 or more." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_train([*flags, "--alignment-weight", "1"])
+    with pytest.raises(SystemExit):
+        parse_train([*flags, "--help"])
+    told = capsys.readouterr()
+    assert "--noise" in told.out and "--temperature" not in told.out and "--alignment-weight" in told.err
 
 
 @pytest.mark.slow
@@ -113,9 +132,9 @@ def test_it_is_trained_by_several_workers_and_swept(
         "2",
         "--tracking-uri",
         "none",
-        "--seeds",
-        "0",
-        "1",
+        "--noises",
+        "0.01",
+        "0.5",
         "--sweep",
         str(sweep),
         "--concurrent",
@@ -123,7 +142,7 @@ def test_it_is_trained_by_several_workers_and_swept(
     ]
     assert main(command) == 0
     told = capsys.readouterr()
-    assert "error" in told.out and "toy_objective-s0" in told.err
+    assert "error" in told.out and "toy-0.5-s0" in told.err and "noise" in told.out
     content = json.loads((sweep / "sweep.json").read_text())
     scores = {
         trial["name"]: run_folder.headline(trial["result"]["last"], "colour_error")
@@ -132,4 +151,4 @@ def test_it_is_trained_by_several_workers_and_swept(
     assert len(scores) == 2 and content["exported_from"]["trial"] == min(
         scores, key=lambda name: scores[name]
     )
-    assert run.prepare(settings(store, run=str(sweep / "new"), workers=1))[1] == {}
+    assert preparation.prepare(settings(store, run=str(sweep / "new"), workers=1))[1] == {}

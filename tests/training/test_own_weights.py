@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,17 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
-from training import run, run_folder
+from training import preparation, run_folder
 from training.__main__ import main
-from training.config import ExportConfig, TrainConfig, short_name
+from training.config import ExportConfig, TrainConfig
 from training.engine import build, checkpoint, loop
 from training.evaluation import outputs
 from training.export import export
 from training.models import backbones
+from training.models.settings import short_name
 from training.models.weights import architecture_of
 from training.objectives import align
+from training.settings import flat
 
 COMMIT, LATER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
 
@@ -54,7 +55,7 @@ def settings(store: Path | str, backbone: str, **changes: Any) -> TrainConfig:
         "projection_dim": 4,
         "threads": 1,
     }
-    return TrainConfig(store=str(store), backbone=backbone, **values | changes)
+    return TrainConfig.of(store=str(store), backbone=backbone, **values | changes)
 
 
 def fitted(config: TrainConfig, folder: Path, resume: Path | None = None) -> Path:
@@ -65,7 +66,7 @@ def fitted(config: TrainConfig, folder: Path, resume: Path | None = None) -> Pat
         snapshot.write(str(folder / f"epoch-{snapshot.content['epoch']}"))
 
     (folder).mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    (folder / "config.json").write_text(json.dumps(flat(config)))
     loop.fit(config, torch.device("cpu"), 0, str(resume) if resume else None, report)
     return folder
 
@@ -91,7 +92,7 @@ def test_a_run_starts_from_the_weights_and_the_normalisation_of_a_folder(
 ) -> None:
     model = saved(tmp_path / "mine", name, **arguments)
     config = backbones.resolved(settings("s", f"local-dir:{tmp_path / 'mine'}", image_size=size))
-    assert config.pretrained and architecture_of(config) == name
+    assert config.model.pretrained and architecture_of(config) == name
     task = align.build_task(config, 3, 4)
     same_but_for_the_classifier(task.backbone, model)
     norm = build.make_norm(task.backbone, torch.device("cpu"))
@@ -108,7 +109,7 @@ def test_a_transformer_is_taken_to_another_size(tmp_path: Path) -> None:
     config = backbones.resolved(settings("s", f"local-dir:{tmp_path / 'mine'}", image_size=32))
     task = align.build_task(config, 3, 4)
     assert task.backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
-    arguments = backbones.model_args(config.backbone, 32, 0, config.architecture)
+    arguments = backbones.model_args(config.model.backbone, 32, 0, config.model.architecture)
     assert arguments["img_size"] == 32 and arguments["patch_size"] == 8
 
 
@@ -121,7 +122,7 @@ def test_after_its_start_a_run_needs_the_folder_no_more(
     config = backbones.resolved(settings(store, f"local-dir:{tmp_path / 'mine'}"))
     straight = fitted(config, tmp_path / "straight")
     shutil.rmtree(tmp_path / "mine")
-    assert backbones.resolved(replace(config, architecture="", pretrained=False), asdict(config)) == config
+    assert backbones.resolved(config.but(architecture="", pretrained=False), flat(config)) == config
     resumed = fitted(config, tmp_path / "resumed", straight / "epoch-1")
     expected, found = (load_file(folder / "epoch-2" / "model.safetensors") for folder in (straight, resumed))
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
@@ -177,7 +178,7 @@ def test_files_that_changed_before_the_first_checkpoint_are_refused(tmp_path: Pa
     save_for_hf(model, str(tmp_path / "mine"), safe_serialization=True)
     with pytest.raises(ValueError, match="its files on this node differ"):
         align.build_task(config, 3, 4)
-    align.build_task(replace(config, pretrained=False), 3, 4)
+    align.build_task(config.but(pretrained=False), 3, 4)
 
 
 def test_what_is_no_model_of_timms_in_safetensors_is_refused(
@@ -226,7 +227,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_model_of_the_hub_is_pinned_to_its_commit(hub: Path) -> None:
     config = backbones.resolved(settings("s", "hf-hub:acme/tiny"))
-    assert config.backbone == f"hf-hub:acme/tiny@{COMMIT}" and architecture_of(config) == "test_resnet"
+    assert config.model.backbone == f"hf-hub:acme/tiny@{COMMIT}" and architecture_of(config) == "test_resnet"
     task = align.build_task(config, 3, 4)
     same_but_for_the_classifier(
         task.backbone, timm.create_model(f"local-dir:{hub / 'snapshots' / COMMIT}", pretrained=True)
@@ -236,9 +237,9 @@ def test_a_model_of_the_hub_is_pinned_to_its_commit(hub: Path) -> None:
     saved(hub / "snapshots" / LATER, "test_convnext")
     (hub / "refs" / "main").write_text(LATER)
     for name in ("acme/tiny", "acme/tiny@main", f"acme/tiny@{COMMIT}"):
-        assert backbones.resolved(settings("s", f"hf-hub:{name}"), asdict(config)) == config
-    assert backbones.resolved(settings("s", "hf-hub:acme/tiny")).backbone.endswith(LATER)
-    other = backbones.resolved(settings("s", f"hf-hub:acme/tiny@{LATER}"), asdict(config))
+        assert backbones.resolved(settings("s", f"hf-hub:{name}"), flat(config)) == config
+    assert backbones.resolved(settings("s", "hf-hub:acme/tiny")).model.backbone.endswith(LATER)
+    other = backbones.resolved(settings("s", f"hf-hub:acme/tiny@{LATER}"), flat(config))
     assert other.backbone.endswith(LATER), "another commit is another run"
 
 
@@ -255,7 +256,7 @@ def test_names_of_runs_have_no_slashes_and_stay_apart() -> None:
     names = [short_name(f"local-dir:{folder}") for folder in ("/a/best", "/b/best", "/a/my model/")]
     assert len(set(names)) == 3 and names[0].startswith("best-") and names[2].startswith("my_model-")
     assert short_name(f"hf-hub:timm/resnet50.a1_in1k@{COMMIT}").startswith("resnet50.a1_in1k-")
-    folder = run.default_run(settings("s", "local-dir:/a/best"))
+    folder = preparation.default_run(settings("s", "local-dir:/a/best"))
     assert folder.startswith(f"runs/{names[0]}-w0.3-d4-s0-") and folder.count("/") == 1
 
 

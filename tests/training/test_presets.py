@@ -11,6 +11,7 @@ import timm
 from training.config import TrainConfig
 from training.models import backbones
 from training.presets import PRESETS, preset
+from training.settings import flat
 
 # GPT4Image's released code (github.com/huawei-noah/Efficient-Computing, GPT4Image). Its lambda of 0.3 acts
 # like 0.3 / GPUs.
@@ -156,24 +157,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_is_the_published_one(name: str) -> None:
-    config = TrainConfig(store="s", **preset(name))
-    found = {key: getattr(config, key) for key in PUBLISHED[name]}
+    config = TrainConfig.of(store="s", **preset(name))
+    found = {key: flat(config)[key] for key in PUBLISHED[name]}
     assert found == pytest.approx(PUBLISHED[name])
 
 
 def test_hieras_fine_tuning_takes_300_epochs_and_others_as_long_as_small_sets_need() -> None:
     """Steps on 3,000 pictures, Pets' and Flowers' size: BiT and ViT take 500 on the smallest sets."""
-    assert TrainConfig(store="s", **preset("hiera-t-finetune")).epochs == 300
+    assert TrainConfig.of(store="s", **preset("hiera-t-finetune")).optim.epochs == 300
     for name in ("resnet50-finetune", "vit-s-finetune", "convnext-t-finetune"):
-        config = TrainConfig(store="s", **preset(name))
-        assert 400 < config.epochs * 3000 / config.batch_size < 2500, name
+        config = TrainConfig.of(store="s", **preset(name))
+        assert 400 < config.optim.epochs * 3000 / config.optim.batch_size < 2500, name
 
 
 def test_transformers_align_at_the_papers_temperature_for_them() -> None:
     for name in PRESETS:
-        config = TrainConfig(store="s", **preset(name))
-        if "vit" in config.backbone or "deit" in config.backbone:
-            assert config.temperature == 0.05, name
+        config = TrainConfig.of(store="s", **preset(name))
+        if "vit" in config.model.backbone or "deit" in config.model.backbone:
+            assert config.method.temperature == 0.05, name
 
 
 def test_recipes_that_fine_tune_name_weights_that_timm_has() -> None:

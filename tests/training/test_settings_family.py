@@ -7,7 +7,7 @@ import json
 import shutil
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,32 @@ import torch
 
 from pipeline.errors import OtherSettingsError
 from pipeline.store import IMAGES, Store, embeddings_table
-from training import run, run_folder
+from training import preparation, run, run_folder
 from training.__main__ import main, parse_train
-from training.config import DECIDING, FREE, TrainConfig
+from training.config import TrainConfig
 from training.data import text_targets
 from training.engine import checkpoint, loop
+from training.settings import Deciding, Free, flat
 from training.tracking.journal import Journal
 
-BASE = TrainConfig(
+BASE = TrainConfig.of(
     store="/store", run="/run", embeddings="first", alignment_weight=0.5, batch_size=64, workers=2, ema=0.5
 )
-HINTS = typing.get_type_hints(TrainConfig)
+GROUPS = TrainConfig.groups("align")
+HINTS = {
+    name: hint
+    for kind in (TrainConfig, *GROUPS.values())
+    for name, hint in typing.get_type_hints(kind).items()
+}
+PLAIN = TrainConfig.defaults("align")
+DECIDING = sorted(BASE.deciding())
+FREE = sorted(flat(BASE).keys() - BASE.deciding().keys())
 OLD_RUN = Path(__file__).resolve().parent.parent / "golden" / "run-55880e0"
 
 
 def another(name: str) -> Any:
     """A valid value that is not the one in BASE."""
-    value = getattr(BASE, name)
+    value = flat(BASE)[name]
     if typing.get_origin(HINTS[name]) is typing.Literal:
         return next(option for option in typing.get_args(HINTS[name]) if option != value)
     if isinstance(value, bool):
@@ -51,37 +60,56 @@ def recorded(config: TrainConfig) -> run_folder.Recorded:
     return content
 
 
-def test_every_setting_is_either_deciding_or_free() -> None:
-    names = {field.name for field in fields(TrainConfig)}
-    assert names == DECIDING | FREE, "a new setting belongs into one of the two sets of training/config.py"
-    assert not DECIDING & FREE
+def test_every_setting_is_declared_deciding_or_free() -> None:
+    """By the type of its group; what stands in no group decides, but where the run lies."""
+    for name, kind in GROUPS.items():
+        assert issubclass(kind, Deciding) != issubclass(kind, Free), name
+    own = {field.name for field in fields(TrainConfig)} - GROUPS.keys()
+    assert own == {"store", "run", "preset", "objective", "seed"}, "a new setting belongs into a group"
+    free = {name for kind in GROUPS.values() if issubclass(kind, Free) for name in flat(kind())}
+    assert set(FREE) == free | {"run"} and {"lr", "precision", "crop_scale", "head"} <= set(DECIDING)
 
 
-@pytest.mark.parametrize("name", sorted(DECIDING))
+def test_no_two_groups_have_a_setting_of_one_name() -> None:
+    names = [field.name for kind in (TrainConfig, *GROUPS.values()) for field in fields(kind)]
+    assert len(names) == len(set(names))
+    assert TrainConfig.of(**flat(BASE)) == BASE and BASE.but(lr=1.0).optim.lr == 1.0
+    with pytest.raises(TypeError, match="warp_factor"):
+        TrainConfig.of(store="s", warp_factor=9)
+
+
+@pytest.mark.parametrize("name", [name for name in DECIDING if name != "objective"])
 def test_a_run_does_not_go_on_with_a_deciding_setting_changed(name: str) -> None:
     with pytest.raises(
         ValueError, match=rf"(?s)begun with other settings; pass another --run.*\n  {name}: .* then, .* now"
     ):
-        run_folder.resumed(replace(BASE, **{name: another(name)}), recorded(BASE))
+        run_folder.resumed(BASE.but(**{name: another(name)}), recorded(BASE))
 
 
-@pytest.mark.parametrize("name", sorted(FREE))
+def test_a_run_does_not_go_on_with_another_method() -> None:
+    """Whose settings are others."""
+    other = TrainConfig.of(store="/store", run="/run", objective="tests.toy_objective")
+    with pytest.raises(OtherSettingsError, match=r"objective: 'align' then, 'tests\.toy_objective' now"):
+        run_folder.resumed(other, recorded(BASE))
+    with pytest.raises(OtherSettingsError, match=r"objective: 'tests\.toy_objective' then, 'align' now"):
+        run_folder.resumed(BASE, recorded(other))
+
+
+@pytest.mark.parametrize("name", FREE)
 def test_a_run_goes_on_with_a_free_setting_changed(name: str) -> None:
-    now = replace(BASE, **{name: another(name)})
+    now = BASE.but(**{name: another(name)})
     assert run_folder.resumed(now, recorded(BASE)) == now
 
 
-@pytest.mark.parametrize(
-    "name", sorted(field.name for field in fields(TrainConfig) if field.default is not MISSING)
-)
+@pytest.mark.parametrize("name", sorted(name for name, value in PLAIN.items() if value is not None))
 def test_a_record_without_a_setting_is_of_a_run_that_had_its_default(name: str) -> None:
     """As of a release before the setting: the run goes on with it as it was, and not with it switched on."""
-    content = recorded(replace(BASE, embeddings=""))
-    before = run_folder._BEFORE.get(name, TrainConfig.__dataclass_fields__[name].default)
+    content = recorded(BASE.but(embeddings=""))
+    before = run_folder._BEFORE.get(name, PLAIN[name])
     del content[name]
-    config = replace(BASE, **{"embeddings": "", name: TrainConfig.__dataclass_fields__[name].default})
-    assert getattr(run_folder.settings("/run", content), name) == before
-    assert getattr(run_folder.resumed(config, content), name) == before
+    config = BASE.but(**{"embeddings": "", name: PLAIN[name]})
+    assert flat(run_folder.settings("/run", content))[name] == before
+    assert flat(run_folder.resumed(config, content))[name] == before
 
 
 def test_a_record_of_a_later_release_is_refused_with_what_is_unknown() -> None:
@@ -94,7 +122,7 @@ def test_a_record_of_a_later_release_is_refused_with_what_is_unknown() -> None:
 
 
 def test_a_record_holds_no_secrets_and_its_version() -> None:
-    content = run_folder.written(replace(BASE, tracking_uri="https://me:secret@host"), "")
+    content = run_folder.written(BASE.but(tracking_uri="https://me:secret@host"), "")
     assert content["version"] == run_folder.VERSION and "secret" not in json.dumps(content)
 
 
@@ -130,39 +158,39 @@ def test_a_run_records_which_embeddings_it_found_and_goes_on_with_them(
         "--projection-dim",
         "4",
     ]
-    config, variants = run.prepare(parse_train(flags))
+    config, variants = preparation.prepare(parse_train(flags))
     assert variants == {"embeddings": "test", "captions": "test"}
-    assert config.embeddings == "test"
+    assert config.method.embeddings == "test"
     begun(config)
     shutil.copytree(store / "embeddings" / "test", store / "embeddings" / "another")
-    again, _ = run.prepare(parse_train(flags))
+    again, _ = preparation.prepare(parse_train(flags))
     assert again == config
     with pytest.raises(ValueError, match="embeddings: 'test' then, 'another' now"):
-        run.prepare(parse_train([*flags, "--embeddings", "another"]))
+        preparation.prepare(parse_train([*flags, "--embeddings", "another"]))
 
 
 def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(
     tmp_path: Path, two_embeddings: Path
 ) -> None:
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=str(two_embeddings), run=str(tmp_path / "run"), batch_size=12, projection_dim=4
     )
     folder = begun(config)
     Journal(str(folder / "tracking")).append(
         {"kind": "create", "tags": {"embeddings": "test", "captions": "test"}}
     )
-    assert run.prepare(config)[0].embeddings == "test"
-    assert run_folder.read(str(folder)).embeddings == "test"
+    assert preparation.prepare(config)[0].method.embeddings == "test"
+    assert run_folder.read(str(folder)).method.embeddings == "test"
 
 
 def test_an_early_run_that_told_nobody_is_given_its_embeddings(tmp_path: Path, two_embeddings: Path) -> None:
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=str(two_embeddings), run=str(tmp_path / "run"), batch_size=12, projection_dim=4
     )
     begun(config)
     with pytest.raises(ValueError, match=r"one of: another \(of captions test\), test \("):
-        run.prepare(config)
-    assert run.prepare(replace(config, embeddings="test"))[0].embeddings == "test"
+        preparation.prepare(config)
+    assert preparation.prepare(config.but(embeddings="test"))[0].method.embeddings == "test"
 
 
 def test_paths_are_recorded_whole(
@@ -171,7 +199,7 @@ def test_paths_are_recorded_whole(
     """Workers have working directories of their own."""
     make_store(tmp_path / "store")
     monkeypatch.chdir(tmp_path)
-    config, _ = run.prepare(TrainConfig(store="store", run="run", batch_size=12, projection_dim=4))
+    config, _ = preparation.prepare(TrainConfig.of(store="store", run="run", batch_size=12, projection_dim=4))
     assert (config.store, config.run) == (str(tmp_path / "store"), str(tmp_path / "run"))
 
 
@@ -215,10 +243,10 @@ def test_a_run_that_an_early_release_began_goes_on(
     """Its settings, its checkpoint, and what evaluation makes of it; two more epochs in this process, without
     Ray."""
     folder, flags = old_run(tmp_path, make_store)
-    config, _ = run.prepare(parse_train(flags))
+    config, _ = preparation.prepare(parse_train(flags))
     latest = checkpoint.find(str(folder))
     before = checkpoint.read_state(latest)["history"]
-    history = loop.fit(replace(config, epochs=3), torch.device("cpu"), 0, latest, lambda metrics, take: None)
+    history = loop.fit(config.but(epochs=3), torch.device("cpu"), 0, latest, lambda metrics, take: None)
     assert history[:1] == before and [metrics["epoch"] for metrics in history] == [1, 2, 3]
     assert main(["evaluate", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(before[-1]["top1"], abs=1e-3)
@@ -251,7 +279,7 @@ def test_the_command_of_an_early_release_ends_its_run(
     assert set(json.loads((folder / "config.json").read_text())) == {
         "version",
         "store_contents",
-        *asdict(BASE),
+        *flat(BASE),
     }
 
 
@@ -261,7 +289,7 @@ def test_a_second_driver_of_a_run_is_refused_while_the_first_is_at_work(
     from pipeline.errors import SettingsError
     from pipeline.store import lock
 
-    config = TrainConfig(
+    config = TrainConfig.of(
         store=str(make_store(tmp_path / "store")),
         run=str(tmp_path / "run"),
         alignment_weight=0.0,
@@ -281,23 +309,25 @@ def test_a_run_does_not_go_on_with_a_store_that_was_made_anew(
     tmp_path: Path, make_store: Callable[..., Path]
 ) -> None:
     make_store(tmp_path / "store")
-    config, _ = run.prepare(
-        TrainConfig(store=str(tmp_path / "store"), run=str(tmp_path / "run"), batch_size=12, projection_dim=4)
+    config, _ = preparation.prepare(
+        TrainConfig.of(
+            store=str(tmp_path / "store"), run=str(tmp_path / "run"), batch_size=12, projection_dim=4
+        )
     )
     begun(config)
-    assert run.prepare(config)[0] == config
+    assert preparation.prepare(config)[0] == config
     shutil.rmtree(tmp_path / "store")
     make_store(tmp_path / "store", train=36)
     with pytest.raises(
         OtherSettingsError, match="other pictures, classes, splits or shards now than when the run began"
     ):
-        run.prepare(config)
+        preparation.prepare(config)
     with pytest.raises(OtherSettingsError, match="was begun on another store"):
         run_folder.read(config.run)
     content = json.loads((tmp_path / "run" / "config.json").read_text())
     del content["store_contents"]  # as early releases wrote it
     (tmp_path / "run" / "config.json").write_text(json.dumps(content))
-    assert run.prepare(config)[0] == config
+    assert preparation.prepare(config)[0] == config
 
 
 def test_texts_are_reduced_by_what_the_split_that_is_trained_on_holds(
@@ -333,4 +363,6 @@ def test_a_val_split_without_a_usable_picture_is_found_before_training(
     rows = [row | {"error": "damaged"} for row in store.read_shard("images", "", shard).to_pylist()]
     store.write_shard("images", "", shard, pa.Table.from_pylist(rows, schema=IMAGES), seconds=0)
     with pytest.raises(ValueError, match="eval_split=val: none of its pictures can be used"):
-        run.prepare(TrainConfig(store=store.uri, run=str(tmp_path / "run"), batch_size=12, projection_dim=4))
+        preparation.prepare(
+            TrainConfig.of(store=store.uri, run=str(tmp_path / "run"), batch_size=12, projection_dim=4)
+        )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from pyarrow import fs
 from pipeline.store import locations, lock
 from training.config import TrainConfig
 from training.engine import checkpoint, loop
+from training.objectives.settings import AlignGrid
+from training.settings import flat
 from tuning import config as tuning_config
 from tuning import space
 from tuning.__main__ import main, parse_tune
-from tuning.config import SharedConfig, TuneConfig
+from tuning.config import TuneConfig
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def begun(command: list[str], weights: Path, sweep: Path, **ends: float | str) -
             continue
         run = Path(trial.run)
         shutil.copytree(weights, run / "checkpoint")
-        (run / "config.json").write_text(json.dumps(asdict(trial) | {"workers": 7}))
+        (run / "config.json").write_text(json.dumps(flat(trial) | {"workers": 7}))
         last = {"epoch": 1, "top1": end, "top5": 90.0, "images_per_s": 9.0}
         result = {
             "run": trial.run,
@@ -143,18 +145,19 @@ def test_trials_of_an_earlier_grid_are_not_compared_with_ones_of_other_settings(
 
 
 def test_a_trial_is_named_by_its_folder_whatever_its_backbone_is_pinned_to() -> None:
-    from dataclasses import replace
 
     from training.config import TrainConfig
     from tuning import space
     from tuning.config import TuneConfig
 
-    train = TrainConfig(store="s")
+    train = TrainConfig.of(store="s")
     config = TuneConfig(
-        train=train, backbones=("local-dir:models/own",), alignment_weights=(0.1,), projection_dims=(0,)
+        train=train,
+        backbones=("local-dir:models/own",),
+        grid=AlignGrid(alignment_weights=(0.1,), projection_dims=(0,)),
     )
     [trial] = space.trials(config, "s3://bucket/sweep?region=eu-west-1")
-    pinned = replace(trial, backbone="local-dir:/home/somebody/models/own")
+    pinned = trial.but(backbone="local-dir:/home/somebody/models/own")
     assert space.trial_name(pinned) == space.trial_name(trial)
     assert trial.run == f"s3://bucket/sweep/{space.trial_name(trial)}?region=eu-west-1"
 
@@ -240,53 +243,58 @@ def test_a_sweep_on_an_object_store_is_served_from_there(
 
 
 def test_every_setting_of_a_sweep_says_whether_it_may_differ_when_the_sweep_goes_on() -> None:
-    declared = [*tuning_config.DECIDING, *tuning_config.GROWING, *tuning_config.FREE]
-    assert sorted(declared) == sorted(field.name for field in fields(TuneConfig))
+    """What decides the results of trials that are there already; axes, which may have other values; and the
+    rest, which changes no result."""
+    axes = {
+        name for name in TuneConfig(train=TrainConfig(store="s")).axes() if name in ("backbones", "seeds")
+    }
+    deciding, free = {"train"}, {"sweep", "concurrent", "export"}
+    assert deciding | axes | {"grid"} | free == {field.name for field in fields(TuneConfig)}
 
 
 def test_what_the_sweep_sets_is_no_flag_of_it_and_is_refused_with_the_flag_that_is_meant(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shared = TrainConfig(
-        store="s", run="x", backbone="b", alignment_weight=9, projection_dim=9, seed=9, log_artifacts="all"
-    )
-    (trial,) = space.trials(
-        TuneConfig(
-            train=SharedConfig(**asdict(shared)),
-            alignment_weights=(1,),
-            projection_dims=(3,),
-            backbones=("a",),
-            seeds=(2,),
-        ),
-        "/sweep",
-    )
-    owned = {name for name, value in asdict(trial).items() if value != getattr(shared, name)}
-    assert owned | {"parent_run"} == {
-        flag.removeprefix("--").replace("-", "_") for flag in tuning_config.INSTEAD
+    given = {
+        "run": "x",
+        "backbone": "b",
+        "alignment_weight": 9,
+        "projection_dim": 9,
+        "seed": 9,
+        "log_artifacts": "all",
     }
-    assert owned == set(SharedConfig.__annotations__), "hidden from the help"
+    shared = tuning_config.shared("align").of(store="s", **given)
+    grid = AlignGrid(alignment_weights=(1,), projection_dims=(3,))
+    (trial,) = space.trials(TuneConfig(train=shared, grid=grid, backbones=("a",), seeds=(2,)), "/sweep")
+    assert {name for name, value in flat(trial).items() if value != flat(shared)[name]} == set(given)
+    refused = [f"--{name.replace('_', '-')}" for name in (*given, "parent_run")]
     with pytest.raises(SystemExit):
         main(["tune", "--help"])
-    told = set(capsys.readouterr().out.split())
-    assert told.isdisjoint(tuning_config.INSTEAD)
-    for flag in tuning_config.INSTEAD:
-        for given in ([flag, "1"], [f"{flag}=1"], [flag.replace("-", "_").replace("__", "--", 1), "1"]):
-            assert main(["tune", "--store", "s", *given]) == 2
+    assert set(capsys.readouterr().out.split()).isdisjoint(refused)
+    for flag in refused:
+        for wrong in ([flag, "1"], [f"{flag}=1"], [flag.replace("-", "_").replace("__", "--", 1), "1"]):
+            assert main(["tune", "--store", "s", *wrong]) == 2
             assert f"{flag}: a sweep sets this" in capsys.readouterr().err
 
 
 def test_a_trial_is_a_plain_training_run() -> None:
     (trial,) = space.trials(
-        TuneConfig(train=SharedConfig(store="s"), alignment_weights=(0,), projection_dims=(3, 4), seeds=(0,)),
+        TuneConfig(
+            train=TrainConfig(store="s"),
+            grid=AlignGrid(alignment_weights=(0,), projection_dims=(3, 4)),
+            seeds=(0,),
+        ),
         "/sweep",
     )
-    assert type(trial) is TrainConfig and trial == replace(trial, projection_dim=0)
+    assert type(trial) is TrainConfig and trial == trial.but(projection_dim=0)
 
 
 def test_trials_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match=r"backbones=.*each once"):
-        TuneConfig(train=SharedConfig(store="s"), backbones=("a", "a"))
-    near = TuneConfig(train=SharedConfig(store="s"), alignment_weights=(0.3, 0.3000001), projection_dims=(8,))
+        TuneConfig(train=TrainConfig(store="s"), backbones=("a", "a"))
+    near = TuneConfig(
+        train=TrainConfig(store="s"), grid=AlignGrid(alignment_weights=(0.3, 0.3000001), projection_dims=(8,))
+    )
     assert [space.trial_name(trial) for trial in space.trials(near, "/sweep")] == [
         "resnet18-w0.3-d8-s0",
         "resnet18-w0.3000001-d8-s0",

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import timm
 
+from training.config import TrainConfig
+from training.objectives.settings import AlignGrid
 from tuning import page, report, space
 from tuning.__main__ import main, parse_tune
-from tuning.config import SharedConfig, TuneConfig
+from tuning.config import TuneConfig
 from tuning.significance import paired
 
 
@@ -38,16 +40,15 @@ def trial(backbone: str, weight: float, dim: int, seed: int, top1: float) -> dic
 
 def test_the_baseline_is_trained_once_whatever_the_dimensions() -> None:
     config = TuneConfig(
-        train=SharedConfig(store="s"),
-        alignment_weights=(0.0, 0.3, 1.0),
-        projection_dims=(64, 128),
+        train=TrainConfig(store="s"),
+        grid=AlignGrid(alignment_weights=(0.0, 0.3, 1.0), projection_dims=(64, 128)),
         backbones=("a", "b"),
         seeds=(0, 1),
     )
     found = space.trials(config, "/sweep")
     assert len(found) == 2 * 2 * (1 + 2 * 2)
     assert len({t.run for t in found}) == len(found)
-    assert {space.trial_name(t) for t in found if t.alignment_weight == 0} == {
+    assert {space.trial_name(t) for t in found if t.method.is_baseline} == {
         f"{b}-baseline-s{s}" for b in "ab" for s in (0, 1)
     }
 
@@ -71,12 +72,8 @@ def test_the_command_line_takes_the_recipes_flags_and_the_grids() -> None:
             "2",
         ]
     )
-    assert (settings.train.epochs, settings.train.flip, settings.alignment_weights, settings.seeds) == (
-        3,
-        0.0,
-        (0.0, 0.5),
-        (1, 2),
-    )
+    assert (settings.train.optim.epochs, settings.train.data.flip) == (3, 0.0)
+    assert (settings.grid.alignment_weights, settings.seeds) == ((0.0, 0.5), (1, 2))
 
 
 def test_the_interval_is_students_on_paired_differences() -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.store import Store
-from training.data.text_targets import Targets, text_columns
+from training.data.text_targets import Targets, target_columns
 from training.losses.alignment import Texts
 
 Array = npt.NDArray[Any]
@@ -38,26 +38,28 @@ class Negatives:
         return self
 
     def draw(self, step: int, device: torch.device) -> Texts:
-        """The texts of a step: vectors [K, d] and groups [K], without repetition of rows."""
+        """The texts of a step: targets [K, d] and groups [K], without repetition of rows."""
         period = step // PERIOD
         self._pools = {p: pool for p, pool in self._pools.items() if p >= period}
         for number in (period, period + 1):  # the next pool is read while this one is used
             if number not in self._pools:
                 self._pools[number] = self._reader.submit(self._pool, number)
-        vectors, groups = self._pools[period].result()
+        targets, groups = self._pools[period].result()
         rows = np.random.default_rng([self._seed, 1, step]).permutation(len(groups))[: self._count]
-        return Texts(torch.from_numpy(vectors[rows]).to(device), torch.from_numpy(groups[rows]).to(device))
+        return Texts(torch.from_numpy(targets[rows]).to(device), torch.from_numpy(groups[rows]).to(device))
 
     def _pool(self, period: int) -> tuple[Array, Array]:
         rng = np.random.default_rng([self._seed, 2, period])
         shards = rng.permutation(self._shards)[:POOL_SHARDS]
         parts = [self._columns(int(shard)) for shard in np.sort(shards)]
-        vectors, groups = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return vectors[groups >= 0], groups[groups >= 0]
+        targets, groups = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return targets[groups >= 0], groups[groups >= 0]
 
     def _columns(self, shard: int) -> tuple[Array, Array]:
         captions = self._store.read_shard(
             "captions", self._targets.captions, shard, ["id", "caption", "others"]
         )
-        vectors = self._store.read_shard("embeddings", self._targets.embeddings, shard, ["id", "embedding"])
-        return text_columns(self._targets, captions, vectors)
+        embeddings = self._store.read_shard(
+            "embeddings", self._targets.embeddings, shard, ["id", "embedding"]
+        )
+        return target_columns(self._targets, captions, embeddings)

@@ -35,20 +35,20 @@ class Targets:
     mean: Array | None = None
     basis: Array | None = None
 
-    def project(self, vectors: Array) -> Array:
-        """[n, D] unit-length vectors to [n, dim] unit-length targets in float32."""
-        wide = vectors.astype(np.float32)
+    def project(self, embeddings: Array) -> Array:
+        """[n, D] unit-length text embeddings to [n, dim] unit-length text targets in float32."""
+        full = embeddings.astype(np.float32)
         if self.mean is None or self.basis is None:
-            return wide
-        narrow = (wide - self.mean) @ self.basis
-        unit: Array = narrow / np.maximum(np.linalg.norm(narrow, axis=1, keepdims=True), 1e-12)
+            return full
+        reduced = (full - self.mean) @ self.basis
+        unit: Array = reduced / np.maximum(np.linalg.norm(reduced, axis=1, keepdims=True), 1e-12)
         return unit
 
 
 def of_config(config: TrainConfig, store: Store) -> Targets:
     """The targets of a run; as wide as the embeddings where the run learns its own projection of them."""
-    dim = 0 if config.text_projection == "learned" else config.projection_dim
-    return load(store, embeddings=config.embeddings, dim=dim, split=config.train_split)
+    dim = 0 if config.method.text_projection == "learned" else config.method.projection_dim
+    return load(store, embeddings=config.method.embeddings, dim=dim, split=config.data.train_split)
 
 
 def load(store: Store, *, embeddings: str, dim: int, split: str) -> Targets:
@@ -77,7 +77,7 @@ def load(store: Store, *, embeddings: str, dim: int, split: str) -> Targets:
 
 @dataclass(frozen=True)
 class TextColumns:
-    """Columns `texts` and `groups` (see `columns.Columns`)."""
+    """Columns `targets` and `groups` (see `columns.Columns`)."""
 
     targets: Targets
 
@@ -85,26 +85,26 @@ class TextColumns:
         """[n, d] float32 text targets of unit length, zero where there is no text, and [n] int64 groups, -1
         there."""
         captions = store.read_shard("captions", self.targets.captions, shard, ["id", "caption", "others"])
-        vectors = store.read_shard("embeddings", self.targets.embeddings, shard, ["id", "embedding"])
-        if not ids.equals(captions["id"]) or not ids.equals(vectors["id"]):
+        embeddings = store.read_shard("embeddings", self.targets.embeddings, shard, ["id", "embedding"])
+        if not ids.equals(captions["id"]) or not ids.equals(embeddings["id"]):
             message = (
                 f"shard {shard}: images, captions and embeddings hold different rows; was the store copied "
                 "in part?"
             )
             raise SettingsError(message)
-        texts, groups = text_columns(self.targets, captions, vectors)
-        return {"texts": texts, "groups": groups}
+        targets, groups = target_columns(self.targets, captions, embeddings)
+        return {"targets": targets, "groups": groups}
 
 
-def text_columns(targets: Targets, captions: pa.Table, vectors: pa.Table) -> tuple[Array, Array]:
-    """([n, d] float32 text targets, [n] int64 groups) of a shard's captions and vectors; zero and -1 where
-    there is no text."""
-    wide = vectors_of(vectors["embedding"])
-    present = np.abs(wide).sum(1) > 0
-    texts = np.where(present[:, None], targets.project(wide), 0).astype(np.float32)
-    texts_of = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
-    groups = np.array([_group(text, others) for text, others in texts_of], dtype=np.int64)
-    return texts, np.where(present, groups, -1)
+def target_columns(settings: Targets, captions: pa.Table, embeddings: pa.Table) -> tuple[Array, Array]:
+    """([n, d] float32 text targets, [n] int64 groups) of a shard's captions and text embeddings; zero and -1
+    where there is no text."""
+    full = rows_of(embeddings["embedding"])
+    present = np.abs(full).sum(1) > 0
+    targets = np.where(present[:, None], settings.project(full), 0).astype(np.float32)
+    texts = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
+    groups = np.array([_group(caption, others) for caption, others in texts], dtype=np.int64)
+    return targets, np.where(present, groups, -1)
 
 
 def _group(caption: str | None, others: list[str] | None) -> int:
@@ -117,7 +117,7 @@ def _group(caption: str | None, others: list[str] | None) -> int:
     )  # 63 bits: never negative
 
 
-def vectors_of(column: Any) -> Array:
+def rows_of(column: Any) -> Array:
     """[n, D] float16 of a chunked fixed-size-list column; failed rows are zero."""
     array = column.combine_chunks()
     width = array.type.list_size
@@ -159,7 +159,7 @@ def _made_of(data: bytes) -> str:
 def _fit(store: Store, name: str, split: str, width: int) -> tuple[Array, Array, Array]:
     count, total, second = 0, np.zeros(width), np.zeros((width, width))
     for shard in store.split_shards(split):
-        vectors = vectors_of(store.read_shard("embeddings", name, shard, ["embedding"])["embedding"]).astype(
+        vectors = rows_of(store.read_shard("embeddings", name, shard, ["embedding"])["embedding"]).astype(
             np.float64
         )
         vectors = vectors[np.abs(vectors).sum(1) > 0]

@@ -77,19 +77,21 @@ class Views:
 
         self.norm, self._classes = norm, classes
         self._mixing: Mixing | None = None
-        if config.mixes:
+        if config.data.mixes:
             self._mixing = Mixing(
-                mixup=config.mixup,
-                cutmix=config.cutmix,
-                prob=config.mix_prob,
-                switch_prob=config.mix_switch_prob,
+                mixup=config.data.mixup,
+                cutmix=config.data.cutmix,
+                prob=config.data.mix_prob,
+                switch_prob=config.data.mix_switch_prob,
             )
         device = norm.mean.device.type
         self._erase: Any = (
-            RandomErasing(probability=config.erase, mode="pixel", device=device) if config.erase else None
+            RandomErasing(probability=config.data.erase, mode="pixel", device=device)
+            if config.data.erase
+            else None
         )
         # Cross entropy smooths what it is given; timm's binary one does so only with class numbers.
-        self._smoothing = config.label_smoothing if config.loss == "bce" else 0.0
+        self._smoothing = config.optim.label_smoothing if config.optim.loss == "bce" else 0.0
 
     def __call__(self, images: Tensor, labels: Tensor, draw: Draw) -> Viewed:
         """[b, 3, S, S] uint8 and [b] labels; draws from the generators that `draw.begin(0)` has seeded."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -61,41 +61,43 @@ class Run:
         store, world = Store(config.store), world_size()
         objective = objective_of(config)
         facts = objective.check(config, store)
-        begun = replace(config, pretrained=False) if resume_from else config  # a checkpoint has all weights
+        begun = config.but(pretrained=False) if resume_from else config  # a checkpoint has all weights
         task = objective.build(begun, facts, len(store.dataset.classes))
-        if config.checkpoint_activations:
+        if config.compute.checkpoint_activations:
             task.backbone.set_grad_checkpointing()
-        if config.sync_batch_norm and world > 1:
+        if config.compute.sync_batch_norm and world > 1:
             from timm.layers import convert_sync_batchnorm
 
             task = convert_sync_batchnorm(task)
-        task = to_device(task, device, channels_last=config.channels_last)
+        task = to_device(task, device, channels_last=config.compute.channels_last)
         optimizer = optimizers.optimizer(config, task)
         ema = moving_average(config, task)
         state = checkpoint.load(resume_from, task, optimizer, ema) if resume_from else checkpoint.State()
-        norm = make_norm(task.backbone, device, channels_last=config.channels_last)
-        by = order.deal(store.dataset.source, looks_across=config.mixes or has_own_statistics(task))
+        norm = make_norm(task.backbone, device, channels_last=config.compute.channels_last)
+        by = order.deal(store.dataset.source, looks_across=config.data.mixes or has_own_statistics(task))
         sharing = 1 if by == "place" else world  # workers that share the shards of a window
         spec = decoder_spec(
-            config, facts.columns, task.backbone, sharing * config.loader_workers if decode else sharing
+            config, facts.columns, task.backbone, sharing * config.place.loader_workers if decode else sharing
         )
         decoding = (
-            decode(spec, config.loader_workers)
+            decode(spec, config.place.loader_workers)
             if decode
-            else ThreadDecoding(spec.build(), config.loader_workers)
+            else ThreadDecoding(spec.build(), config.place.loader_workers)
         )
-        train_rows, eval_rows = Rows(store, config.train_split), Rows(store, config.eval_split)
+        train_rows, eval_rows = Rows(store, config.data.train_split), Rows(store, config.data.eval_split)
         sequence = Sequence(
             train_rows,
             seed=config.seed,
-            window=config.shuffle_shards,
-            batch=config.batch_size,
-            repeats=config.repeats,
+            window=config.data.shuffle_shards,
+            batch=config.optim.batch_size,
+            repeats=config.data.repeats,
             by=by,
         )
-        ahead = lookahead(sequence, len(train_rows) / max(1, len(train_rows.rows)), config.shuffle_shards)
+        ahead = lookahead(
+            sequence, len(train_rows) / max(1, len(train_rows.rows)), config.data.shuffle_shards
+        )
         loader = Loader(decoding, lookahead=ahead, pin=device.type == "cuda")
-        if config.compile:
+        if config.compute.compile:
             task.compile()
         model: nn.Module = task
         if world > 1:
@@ -112,8 +114,8 @@ class Run:
             views=Views(config, norm, len(store.dataset.classes)),
             rank=rank,
             world=world,
-            steps=sequence.steps(config.epochs),
-            warmup_steps=round(config.warmup_epochs * len(train_rows) / config.batch_size),
+            steps=sequence.steps(config.optim.epochs),
+            warmup_steps=round(config.optim.warmup_epochs * len(train_rows) / config.optim.batch_size),
             precision=precision,
         )
         return cls(
@@ -145,14 +147,14 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     """timm's mean, std and crop_pct of a backbone."""
     import timm.data
 
-    found: dict[str, Any] = timm.data.resolve_model_data_config(model)
-    return found
+    timm_data: dict[str, Any] = timm.data.resolve_model_data_config(model)
+    return timm_data
 
 
 def make_norm(model: nn.Module, device: torch.device, *, channels_last: bool = True) -> Norm:
     """The normalisation that belongs to a backbone."""
-    found = data_config(model)
-    mean, std = (torch.tensor(found[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
+    timm_data = data_config(model)
+    mean, std = (torch.tensor(timm_data[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
     return Norm(mean, std, channels_last)
 
 
@@ -163,32 +165,35 @@ def decoder_spec(
     of a batch."""
     from_timm = data_config(model)
     augment = Augment(
-        size=config.image_size,
-        crop_scale=config.crop_scale,
-        flip=config.flip,
+        size=config.model.image_size,
+        crop_scale=config.data.crop_scale,
+        flip=config.data.flip,
         seed=config.seed,
         crop_pct=float(from_timm["crop_pct"]),
         interpolation=str(from_timm["interpolation"]),
         mean=tuple(from_timm["mean"]),
-        auto_augment=config.auto_augment,
-        color_jitter=config.color_jitter,
+        auto_augment=config.data.auto_augment,
+        color_jitter=config.data.color_jitter,
     )
     # Of the window in use and of the next one, each decoder opens its part; one shard more at either end.
-    keep = 2 * (math.ceil(config.shuffle_shards / decoders) + 2)
+    keep = 2 * (math.ceil(config.data.shuffle_shards / decoders) + 2)
     return DecoderSpec(store=config.store, columns=columns, augment=augment, keep=keep)
 
 
 def make_loader(config: TrainConfig, columns: tuple[Columns, ...], model: nn.Module) -> Loader:
     """A loader that decodes in threads of this process, for evaluation."""
     return Loader(
-        ThreadDecoding(decoder_spec(config, columns, model, 1).build(), config.loader_workers), lookahead=4
+        ThreadDecoding(decoder_spec(config, columns, model, 1).build(), config.place.loader_workers),
+        lookahead=4,
     )
 
 
 def make_precision(config: TrainConfig, device: torch.device) -> Precision:
     """The context of forward passes: bfloat16 where torch's autocast says so, if the run or its device is for
     that."""
-    wanted = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    wanted = config.compute.precision == "bfloat16" or (
+        config.compute.precision == "auto" and device.type == "cuda"
+    )
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
@@ -199,12 +204,12 @@ def has_own_statistics(task: nn.Module) -> bool:
 
 
 def moving_average(config: TrainConfig, task: nn.Module) -> Any:
-    if not config.ema:
+    if not config.optim.ema:
         return None
     from timm.utils import ModelEmaV3
 
     # Decay n / (10 + n) after n steps, so that the last tenth counts, until it reaches --ema; the first
     # step's is 0.
     return ModelEmaV3(
-        task, decay=config.ema, use_warmup=config.ema_warmup, warmup_gamma=10.0, warmup_power=1.0
+        task, decay=config.optim.ema, use_warmup=config.optim.ema_warmup, warmup_gamma=10.0, warmup_power=1.0
     )

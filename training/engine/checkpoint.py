@@ -111,8 +111,8 @@ def find(run: str, which: str = "last") -> str:
         FileNotFoundError: the run has none.
     """
     filesystem, root = locations.resolve(run)
-    found = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
-    folders = [info.path for info in found if info.type == fs.FileType.Directory]
+    entries = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    folders = [info.path for info in entries if info.type == fs.FileType.Directory]
     both = {
         path: filesystem.get_file_info([f"{path}/{STATE}", f"{path}/model.safetensors"]) for path in folders
     }
@@ -140,11 +140,11 @@ def find(run: str, which: str = "last") -> str:
 @contextmanager
 def opened(run: str, which: str = "last") -> Iterator[str]:
     """See `find`; of a remote run a copy on this machine, for as long as it is open."""
-    found = find(run, which)
+    folder = find(run, which)
     if locations.is_local(run):
-        yield found
+        yield folder
         return
-    filesystem, path = locations.resolve(found)
+    filesystem, path = locations.resolve(folder)
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         fs.copy_files(path, folder, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
         yield folder

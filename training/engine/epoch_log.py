@@ -68,12 +68,17 @@ class Watch:
             NotFiniteError: on all workers, if the loss of one was no number.
         """
         config = self._config
-        by_steps = bool(config.checkpoint_steps) and (step + 1) % config.checkpoint_steps == 0
+        by_steps = bool(config.place.checkpoint_steps) and (step + 1) % config.place.checkpoint_steps == 0
         if (step + 1) % TOGETHER and step + 1 != stop and not by_steps:
             return False
         bad = ~torch.isfinite(torch.stack([loss for _, _, loss in self._recent]))
-        waited = time.monotonic() - self._checkpointed > 60 * config.checkpoint_minutes
-        wanted = self._rank == 0 and not config.checkpoint_steps and config.checkpoint_minutes > 0 and waited
+        waited = time.monotonic() - self._checkpointed > 60 * config.place.checkpoint_minutes
+        wanted = (
+            self._rank == 0
+            and not config.place.checkpoint_steps
+            and config.place.checkpoint_minutes > 0
+            and waited
+        )
         notes = torch.stack([bad.any(), torch.tensor(wanted, device=bad.device)]).to(
             self._device, torch.float32
         )
@@ -83,11 +88,11 @@ class Watch:
         if any_bad:
             raise NotFiniteError(self._accusation(bad.tolist()))
         if progress is not None:
-            done = (step + 1 - self._first_step) * config.batch_size
+            done = (step + 1 - self._first_step) * config.optim.batch_size
             now = {
                 "step": step + 1,
                 "steps": self._steps,
-                "batch": config.batch_size,
+                "batch": config.optim.batch_size,
                 "images_per_s": done / self._seconds(),
             }
             progress({**now, "loss": float(self._recent[-1][2])})
@@ -110,7 +115,7 @@ class Watch:
         means = {name: value / samples for name, value in sums.items()}
         if "correct" in means:  # of methods that classify
             means["train_top1"] = 100 * means.pop("correct")
-        done = (step - self._first_step) * self._config.batch_size
+        done = (step - self._first_step) * self._config.optim.batch_size
         return means | {"samples": samples, "seconds": seconds, "images_per_s": done / self._seconds()}
 
     def end_epoch(self, step: int, metrics: Metrics) -> State:
@@ -134,17 +139,17 @@ class Watch:
         """The steps and ids of the first batch of each worker that went wrong first."""
         first = next((place for place, is_bad in enumerate(bad) if is_bad), None)
         mine = None if first is None else (self._recent[first][0], self._ids(self._recent[first][1]))
-        found = [mine] * world_size()
+        notes = [mine] * world_size()
         if world_size() > 1:
-            dist.all_gather_object(found, mine)
-        guilty = [note for note in found if note is not None]
+            dist.all_gather_object(notes, mine)
+        guilty = [note for note in notes if note is not None]
         step = min(step for step, _ in guilty)
         ids = [key for at, keys in guilty if at == step for key in keys]
         more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
         return (
             f"step {step + 1}: the loss is no finite number. The batch: {', '.join(ids[:NAMED])}{more}. Look "
-            f"at these pictures and their captions, or try a lower --lr (now {self._config.lr}), a longer "
-            "--warmup-epochs or --clip-grad 1."
+            f"at these pictures and their captions, or try a lower --lr (now {self._config.optim.lr}), a "
+            "longer --warmup-epochs or --clip-grad 1."
         )
 
     def _ids(self, samples: Array) -> list[str]:

@@ -41,19 +41,19 @@ def in_parts(
     if features is not None:
         features.requires_grad_()
         joint = contrastive.contrast(features, inputs)
-        found, *own = torch.autograd.grad(joint, [features, *contrastive.loss_parameters()])
+        of_features, *own = torch.autograd.grad(joint, [features, *contrastive.loss_parameters()])
         gradients = [
-            Gradient(found[place], own if n == len(cut) - 1 else None) for n, place in enumerate(cut)
+            Gradient(of_features[rows], own if n == len(cut) - 1 else None) for n, rows in enumerate(cut)
         ]
     sums: Losses = {}
-    for n, (place, gradient) in enumerate(zip(cut, gradients, strict=True)):
+    for n, (rows, gradient) in enumerate(zip(cut, gradients, strict=True)):
         draw.begin(1 + n)
-        weight = (place.stop - place.start) / len(inputs)
+        weight = (rows.stop - rows.start) / len(inputs)
         last = n == len(cut) - 1
         wait = contextlib.nullcontext() if last or draw.world == 1 else model.no_sync()
         with wait:
             with precision():
-                losses: Losses = model(inputs.part(place, gradient), share * weight)
+                losses: Losses = model(inputs.part(rows, gradient), share * weight)
             torch.autograd.backward(losses["loss"])
         for name, value in losses.items():
             if name != "loss" or joint is None:
@@ -66,15 +66,15 @@ def in_parts(
 def _features(
     task: Contrastive, inputs: Inputs, cut: list[slice], draw: Draw, precision: Precision
 ) -> Tensor | None:
-    found = []
+    features_of_parts = []
     with torch.no_grad(), precision(), frozen_statistics(cast(nn.Module, task)):
-        for n, place in enumerate(cut):
+        for n, rows in enumerate(cut):
             draw.begin(1 + n)
-            features = task.features(inputs.part(place, None))
+            features = task.features(inputs.part(rows, None))
             if features is None:
                 return None
-            found.append(features)
-    return torch.cat(found)
+            features_of_parts.append(features)
+    return torch.cat(features_of_parts)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ def fit(
     def take(now: checkpoint.State) -> Callable[[], checkpoint.Snapshot]:
         return lambda: checkpoint.Snapshot.take(task, run.optimizer, run.ema, now)
 
-    while len(state.history) < config.epochs:
+    while len(state.history) < config.optim.epochs:
         epoch = len(state.history) + 1
         run.model.train()
         watch.begin()
@@ -100,5 +100,5 @@ def evaluate(run: Run, task: Any) -> Metrics:
     sums = evaluator.sums()
     if run.world > 1:
         dist.all_reduce(sums)
-    found: Metrics = evaluator.metrics(sums.tolist())
-    return found
+    metrics: Metrics = evaluator.metrics(sums.tolist())
+    return metrics

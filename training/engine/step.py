@@ -43,45 +43,50 @@ class Stepper:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step) * group.get("lr_scale", 1.0)
-        draw = Draw(config.seed, step, self.rank, self.world, config.batch_size)
+        draw = Draw(config.seed, step, self.rank, self.world, config.optim.batch_size)
         inputs = self.task.prepare(batch, self.views, draw)
         self.optimizer.zero_grad(set_to_none=True)
         # DDP takes the mean over workers; shares may differ by one image.
-        share = self.world * len(inputs) / config.batch_size
-        if config.accumulate == 1:
+        share = self.world * len(inputs) / config.optim.batch_size
+        if config.optim.accumulate == 1:
             draw.begin(1)
             with self.precision():
                 losses: Losses = self.model(inputs, share)
             torch.autograd.backward(losses["loss"])
         else:
-            losses = in_parts(self.task, self.model, inputs, config.accumulate, share, draw, self.precision)
+            losses = in_parts(
+                self.task, self.model, inputs, config.optim.accumulate, share, draw, self.precision
+            )
         self._clip()
         self.optimizer.step()
         self.task.after_step()
         if self.ema is not None:
             # The warm-up follows from the step: a resumed run's average goes on as it would have.
-            self.ema.update(self.task, step + 1 if config.ema_warmup else None)
+            self.ema.update(self.task, step + 1 if config.optim.ema_warmup else None)
         return losses
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up to `lr`, then a cosine to `min_lr` at the last step."""
         config = self.config
         if step < self.warmup_steps:
-            return config.warmup_lr + (config.lr - config.warmup_lr) * (step + 1) / self.warmup_steps
+            return (
+                config.optim.warmup_lr
+                + (config.optim.lr - config.optim.warmup_lr) * (step + 1) / self.warmup_steps
+            )
         progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
-        return config.min_lr + (config.lr - config.min_lr) * 0.5 * (
+        return config.optim.min_lr + (config.optim.lr - config.optim.min_lr) * 0.5 * (
             1 + math.cos(math.pi * min(1.0, progress))
         )
 
     def _clip(self) -> None:
         config = self.config
-        if not config.clip_grad:
+        if not config.optim.clip_grad:
             return
         from timm.models import model_parameters
         from timm.utils.clip_grad import dispatch_clip_grad
 
-        adaptive = config.clip_mode == "agc"
+        adaptive = config.optim.clip_mode == "agc"
         limited = (
             model_parameters(self.task.backbone, exclude_head=True) if adaptive else self.task.parameters()
         )
-        dispatch_clip_grad(list(limited), config.clip_grad, config.clip_mode)
+        dispatch_clip_grad(list(limited), config.optim.clip_grad, config.optim.clip_mode)

@@ -16,12 +16,11 @@ from pipeline.captioners.prompts import class_name
 from pipeline.errors import SettingsError
 from pipeline.store import Store, locations
 from training import run_folder
-from training.config import EvaluateConfig, TrainConfig
-from training.data import text_targets
+from training.config import EvaluateConfig
 from training.engine import checkpoint
 from training.evaluation import findings, measures, zeroshot
 from training.evaluation.outputs import Array, Judge, Outputs, load
-from training.objectives.align import AlignTask
+from training.objectives.protocol import TextSpace, objective_of
 
 Found = dict[str, Any]
 
@@ -52,24 +51,22 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
     config = run_folder.read(settings.run)
     if settings.to:
         locations.check_writable("to", settings.to)
-    if settings.asks_zero_shot and not config.alignment_weight:
-        message = (
-            f"zero_shot: {settings.run} is a baseline, without a head into the texts' space; evaluate an "
-            "aligned run."
-        )
-        raise SettingsError(message)
     store = Store(config.store)
     classes = store.dataset.classes
     asked = zeroshot.candidates(classes, settings.classes_file) if settings.asks_zero_shot else None
     with checkpoint.opened(settings.run, settings.checkpoint) as folder:
         loaded = load(config, folder, len(classes), settings.weights)
-    found = (
-        _targets(settings.run, config, store)
-        if config.alignment_weight and (settings.retrieval or asked)
-        else None
-    )
-    judge, split = Judge(config, loaded), settings.split or config.eval_split
-    outputs = judge.outputs(split, found if settings.retrieval else None, features=settings.knn)
+    judge, split = Judge(config, loaded), settings.split or config.data.eval_split
+    space = None
+    if settings.retrieval or asked:
+        space = objective_of(config).text_space(config, store, judge.task)
+    if asked and space is None:
+        message = (
+            f"zero_shot: {settings.run} is a baseline, without a head into the texts' space; evaluate an "
+            "aligned run."
+        )
+        raise SettingsError(message)
+    outputs = judge.outputs(split, space, texts=settings.retrieval, features=settings.knn)
     judgement = _judged(outputs, classes)
     summary: Found = {
         "run": settings.run,
@@ -81,32 +78,19 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
     }
     if settings.knn:
         summary["knn"] = _knn(judge, outputs, split)
-    if found is not None and settings.retrieval:
-        summary["retrieval"] = _retrieval(judge.task, outputs)
-    if found is not None and asked is not None:
+    if space is not None and settings.retrieval:
+        summary["retrieval"] = _retrieval(space, outputs)
+    if space is not None and asked is not None:
         templates = settings.class_prompts or PROMPTS
-        prompts = zeroshot.prompt_vectors(store, found, judge.task, asked.names, templates)
+        prompts = zeroshot.prompt_vectors(store, space, asked.names, templates)
         assert outputs.projected is not None
-        seen = zeroshot.seen_classes(store, config.train_split)
+        seen = zeroshot.seen_classes(store, config.data.train_split)
         scores = zeroshot.judge(outputs.projected, outputs.labels, prompts, asked, seen)
         summary["zero_shot"] = {"prompts": list(templates), "classes_file": settings.classes_file, **scores}
     judgement = replace(judgement, summary=summary)
     if settings.to:
         findings.write(judgement, store, settings.to)
     return judgement
-
-
-def _targets(run: str, config: TrainConfig, store: Store) -> text_targets.Targets:
-    names = store.variants("embeddings")
-    if not config.embeddings and len(names) > 1:
-        message = (
-            f"run={run}: does not say which embeddings it was trained on, and the store has several: "
-            f"{', '.join(names)}; write "
-            'the name into "embeddings" of its config.json, or pass --no-retrieval.'
-        )
-        raise SettingsError(message)
-    dim = 0 if config.text_projection == "learned" else config.projection_dim
-    return text_targets.load(store, embeddings=config.embeddings, dim=dim, split=config.train_split)
 
 
 def _judged(outputs: Outputs, classes: list[str]) -> Judgement:
@@ -145,7 +129,7 @@ def _judged(outputs: Outputs, classes: list[str]) -> Judgement:
 
 
 def _knn(judge: Judge, outputs: Outputs, split: str) -> Found:
-    train = judge.config.train_split
+    train = judge.config.data.train_split
     bank = outputs if split == train else judge.outputs(train, features=True)
     assert outputs.features is not None and bank.features is not None
     predicted = measures.nearest(
@@ -161,18 +145,16 @@ def _knn(judge: Judge, outputs: Outputs, split: str) -> Found:
     return {"top1": top1, "k": K, "temperature": TEMPERATURE, "bank": len(bank.labels)}
 
 
-def _retrieval(task: AlignTask, outputs: Outputs) -> Found | None:
+def _retrieval(space: TextSpace, outputs: Outputs) -> Found | None:
     """None where fewer than two captions differ: then there is nothing to find."""
-    assert outputs.projected is not None and outputs.texts is not None and outputs.groups is not None
+    assert outputs.projected is not None and outputs.targets is not None and outputs.groups is not None
     described = outputs.groups >= 0
     if not described.any():
         return None
-    texts, groups = outputs.texts[described], outputs.groups[described]
+    texts, groups = outputs.targets[described], outputs.groups[described]
     one_of, own = measures.different_texts(texts, groups)
     if len(one_of) < 2:
         return None
-    ranks = measures.caption_ranks(
-        outputs.projected[described], zeroshot.shared_space(task, texts[one_of]), own
-    )
-    found = {name: round(value, 3) for name, value in measures.retrieval(ranks).items()}
-    return found | {"images": len(own), "captions": len(one_of)}
+    ranks = measures.caption_ranks(outputs.projected[described], space.texts(texts[one_of]), own)
+    recalls = {name: round(value, 3) for name, value in measures.retrieval(ranks).items()}
+    return recalls | {"images": len(own), "captions": len(one_of)}

@@ -51,30 +51,37 @@ def confusion_figure(
     return figure
 
 
-def reliability_figure(found: Calibration, title: str) -> Figure:
+def reliability_figure(calibration: Calibration, title: str) -> Figure:
     """Accuracy against confidence in each bin (DeGroot and Fienberg's reliability diagram), and how many
     images each holds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 7), layout="constrained")
     axes, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
-    width = found.edges[1] - found.edges[0]
-    centres = found.edges[:-1] + width / 2
-    filled = found.counts > 0
+    width = calibration.edges[1] - calibration.edges[0]
+    centres = calibration.edges[:-1] + width / 2
+    filled = calibration.counts > 0
     axes.bar(
-        centres[filled], found.accuracy[filled], width, edgecolor="white", color="tab:blue", label="accuracy"
+        centres[filled],
+        calibration.accuracy[filled],
+        width,
+        edgecolor="white",
+        color="tab:blue",
+        label="accuracy",
     )
     axes.plot(
-        found.confidence[filled],
-        found.accuracy[filled],
+        calibration.confidence[filled],
+        calibration.accuracy[filled],
         "o",
         color="tab:orange",
         label="at the mean confidence",
     )
     axes.plot([0, 1], [0, 1], "--", color="grey", label="perfect calibration")
-    axes.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"{title}\nECE {100 * found.ece:.2f} %")
+    axes.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"{title}\nECE {100 * calibration.ece:.2f} %")
     axes.legend(loc="upper left")
-    below.bar(centres, found.counts / max(1, found.counts.sum()), width, edgecolor="white", color="grey")
+    below.bar(
+        centres, calibration.counts / max(1, calibration.counts.sum()), width, edgecolor="white", color="grey"
+    )
     below.set(xlabel="confidence", ylabel="share of images")
     return figure
 

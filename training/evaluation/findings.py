@@ -47,14 +47,14 @@ def table(summary: dict[str, Any]) -> str:
                 f"k = {knn['k']}, T = {knn['temperature']}, {knn['bank']} training images",
             )
         )
-    if found := summary.get("retrieval"):
-        recalls = ", ".join(f"R@{k} {found[f'recall{k}']:.2f}" for k in (1, 5, 10))
+    if retrieval := summary.get("retrieval"):
+        recalls = ", ".join(f"R@{k} {retrieval[f'recall{k}']:.2f}" for k in (1, 5, 10))
         lines.append(
-            f"  own caption found   {recalls} %, median rank {found['median_rank']:g} of {found['captions']} "
-            "captions"
+            f"  own caption found   {recalls} %, median rank {retrieval['median_rank']:g} of "
+            f"{retrieval['captions']} captions"
         )
-    if found := summary.get("zero_shot"):
-        lines += _zero_shot_lines(found)
+    if scores := summary.get("zero_shot"):
+        lines += _zero_shot_lines(scores)
     worst = ", ".join(f"{row['class']} {row['accuracy']:.1f} %" for row in summary["worst_classes"][:5])
     confused = ", ".join(
         f"{row['true']} as {row['predicted']} ({row['images']})" for row in summary["confused"][:5]
@@ -64,22 +64,22 @@ def table(summary: dict[str, Any]) -> str:
     )
 
 
-def _zero_shot_lines(found: dict[str, Any]) -> list[str]:
-    left_out = f", {found['left_out']} images of other classes left out" if found["left_out"] else ""
+def _zero_shot_lines(scores: dict[str, Any]) -> list[str]:
+    left_out = f", {scores['left_out']} images of other classes left out" if scores["left_out"] else ""
     lines = [
-        _line("zero-shot top-1", found["top1"], f"among {found['classes']} classes{left_out}"),
-        _line("zero-shot top-5", found["top5"]),
+        _line("zero-shot top-1", scores["top1"], f"among {scores['classes']} classes{left_out}"),
+        _line("zero-shot top-5", scores["top5"]),
     ]
-    if found["unseen_images"]:
+    if scores["unseen_images"]:
         lines += [
-            _line("  seen classes", found["seen_top1"], f"{found['seen_images']} images"),
+            _line("  seen classes", scores["seen_top1"], f"{scores['seen_images']} images"),
             _line(
                 "  unseen classes",
-                found["unseen_top1"],
-                f"{found['unseen_images']} images, among all classes",
+                scores["unseen_top1"],
+                f"{scores['unseen_images']} images, among all classes",
             ),
-            _line("  harmonic mean", found["harmonic_mean"]),
-            _line("  unseen, apart", found["unseen_only_top1"], "among the unseen classes alone"),
+            _line("  harmonic mean", scores["harmonic_mean"]),
+            _line("  unseen, apart", scores["unseen_only_top1"], "among the unseen classes alone"),
         ]
     return lines
 

@@ -63,18 +63,18 @@ def confused_pairs(matrix: Array, most: int) -> list[tuple[int, int, int]]:
     mistakes = matrix.copy()
     np.fill_diagonal(mistakes, 0)
     flat = mistakes.ravel()
-    found = np.argpartition(flat, -most)[-most:] if most < flat.size else np.arange(flat.size)
-    found = found[flat[found] > 0]
-    found = found[np.lexsort((found, -flat[found]))]
-    return [(int(place // len(matrix)), int(place % len(matrix)), int(flat[place])) for place in found]
+    cells = np.argpartition(flat, -most)[-most:] if most < flat.size else np.arange(flat.size)
+    cells = cells[flat[cells] > 0]
+    cells = cells[np.lexsort((cells, -flat[cells]))]
+    return [(int(place // len(matrix)), int(place % len(matrix)), int(flat[place])) for place in cells]
 
 
 def interval(hits: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share, for the images being a sample; both ends between 0 and 1."""
     from scipy.stats import binomtest
 
-    found = binomtest(hits, count).proportion_ci(0.95, method="wilson")
-    return float(found.low), float(found.high)
+    interval = binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def nearest(
@@ -110,7 +110,7 @@ def nearest(
     bank_mF = torch.nn.functional.normalize(torch.from_numpy(bank).to(device), dim=1)
     labels_m = torch.from_numpy(labels).to(device)
     k = min(k, len(bank) - same)
-    found = np.empty(len(queries), np.int64)
+    predicted = np.empty(len(queries), np.int64)
     for start, stop in _blocks(len(queries), max(len(bank), classes)):
         block = torch.nn.functional.normalize(torch.from_numpy(queries[start:stop]).to(device), dim=1)
         cosines = block @ bank_mF.T
@@ -120,8 +120,8 @@ def nearest(
         values, places = cosines.topk(k)
         votes = torch.zeros(stop - start, classes, device=device)
         votes.scatter_add_(1, labels_m[places], (values / temperature).exp())
-        found[start:stop] = votes.argmax(1).cpu().numpy()
-    return found
+        predicted[start:stop] = votes.argmax(1).cpu().numpy()
+    return predicted
 
 
 def different_texts(texts: Array, groups: Array) -> tuple[Array, Array]:
@@ -171,8 +171,8 @@ def ranks_of(cosines: Tensor, own: Tensor) -> Tensor:
 
 def retrieval(ranks: Array) -> dict[str, float]:
     """Recall at 1, 5 and 10 in percent, and the median rank."""
-    found = {f"recall{k}": 100 * float((ranks <= k).mean()) for k in (1, 5, 10)}
-    return found | {"median_rank": float(np.median(ranks))}
+    recalls = {f"recall{k}": 100 * float((ranks <= k).mean()) for k in (1, 5, 10)}
+    return recalls | {"median_rank": float(np.median(ranks))}
 
 
 def best_texts(z: Array, texts: Array, k: int) -> Array:
@@ -181,11 +181,11 @@ def best_texts(z: Array, texts: Array, k: int) -> Array:
 
     device = _device()
     texts_Md = torch.from_numpy(texts).to(device)
-    found = np.empty((len(z), min(k, len(texts))), np.int64)
+    best = np.empty((len(z), min(k, len(texts))), np.int64)
     for start, stop in _blocks(len(z), len(texts)):
         cosines = torch.from_numpy(z[start:stop]).to(device) @ texts_Md.T
-        found[start:stop] = cosines.topk(found.shape[1]).indices.cpu().numpy()
-    return found
+        best[start:stop] = cosines.topk(best.shape[1]).indices.cpu().numpy()
+    return best
 
 
 def harmonic_mean(seen: float, unseen: float) -> float:

@@ -13,11 +13,10 @@ import numpy.typing as npt
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.data import text_targets
 from training.data.order import Rows
 from training.engine import build, checkpoint, loop
 from training.models import backbones
-from training.objectives.protocol import objective_of
+from training.objectives.protocol import TextSpace, objective_of
 
 Array = npt.NDArray[Any]
 
@@ -75,7 +74,7 @@ class Outputs:
     """[n, F] what the classifier reads."""
     projected: Array | None
     """[n, d] in the space shared with texts."""
-    texts: Array | None
+    targets: Array | None
     """[n, D] text targets."""
     groups: Array | None
     """[n] equal for equal captions, -1 where there is none."""
@@ -93,13 +92,14 @@ class Judge:
         self._norm = build.make_norm(self.task.backbone, self.device)
 
     def outputs(
-        self, split: str, texts: text_targets.Targets | None = None, *, features: bool = False
+        self, split: str, space: TextSpace | None = None, *, texts: bool = False, features: bool = False
     ) -> Outputs:
         """Shows the model every usable picture of a split once.
 
         Args:
             split: of the store.
-            texts: which text targets to read beside the pictures.
+            space: that images are projected into.
+            texts: read the space's text targets beside the pictures, too.
             features: keep the features.
 
         Raises:
@@ -116,7 +116,7 @@ class Judge:
             )
             raise SettingsError(message)
         loader = build.make_loader(
-            self.config, (text_targets.TextColumns(texts),) if texts else (), self.task.backbone
+            self.config, (space.columns,) if space and texts else (), self.task.backbone
         )
         parts: dict[str, list[Array]] = {}
         bar = tqdm(
@@ -124,29 +124,29 @@ class Judge:
         )
         with bar, torch.inference_mode():
             for batch in loader.evaluate(rows.in_order(), loop.EVALUATED, 0, 1):
-                for name, value in self._answers(batch.images, batch.labels, features).items():
+                for name, value in self._answers(batch.images, batch.labels, space, features).items():
                     parts.setdefault(name, []).append(value.cpu().numpy())
                 parts.setdefault("samples", []).append(batch.samples)
                 for name, column in batch.columns.items():
                     parts.setdefault(name, []).append(column.numpy())
                 bar.update(len(batch.labels))
         columns: dict[str, Any] = {name: np.concatenate(value) for name, value in parts.items()}
-        absent: dict[str, Any] = dict.fromkeys(("features", "projected", "texts", "groups"))
+        absent: dict[str, Any] = dict.fromkeys(("features", "projected", "targets", "groups"))
         return Outputs(**absent | columns)
 
-    def _answers(self, images: Any, labels: Any, keep: bool) -> dict[str, Any]:
+    def _answers(self, images: Any, labels: Any, space: TextSpace | None, keep: bool) -> dict[str, Any]:
         images, labels = images.to(self.device), labels.to(self.device)
         features, logits = backbones.features_and_logits(self.task.backbone, self._norm(images))
         best = logits.topk(min(5, logits.shape[1])).indices
-        probabilities = logits.sigmoid() if self.config.loss == "bce" else logits.softmax(1)
-        found = {
+        probabilities = logits.sigmoid() if self.config.optim.loss == "bce" else logits.softmax(1)
+        answers = {
             "labels": labels,
             "predicted": best[:, 0],
             "top5": (best == labels[:, None]).any(1),
             "confidence": probabilities.gather(1, best[:, :1])[:, 0],
         }
         if keep:
-            found["features"] = features
-        if getattr(self.task, "head", None) is not None:
-            found["projected"] = self.task.head(features)
-        return found
+            answers["features"] = features
+        if space is not None:
+            answers["projected"] = space.images(features)
+        return answers

@@ -20,12 +20,11 @@ from pipeline.encoders.models import ModelRef, resolve
 from pipeline.encoders.text import TextEncoder
 from pipeline.errors import MissingError, SettingsError
 from pipeline.store import Store
-from training.data import text_targets
 from training.data.order import Rows
 from training.evaluation import measures
 
 if TYPE_CHECKING:
-    from training.objectives.align import AlignTask
+    from training.objectives.protocol import TextSpace
 
 Array = npt.NDArray[Any]
 
@@ -82,30 +81,15 @@ def seen_classes(store: Store, split: str) -> Array:
     return seen
 
 
-def prompt_vectors(
-    store: Store, found: text_targets.Targets, task: AlignTask, names: list[str], templates: tuple[str, ...]
-) -> Array:
+def prompt_vectors(store: Store, space: TextSpace, names: list[str], templates: tuple[str, ...]) -> Array:
     """[M, d] unit-length vectors in the shared space, each the mean over the templates.
 
     Raises:
         ValueError: the encoder that made the run's embeddings is not to be had, or has changed.
     """
-    encoder = _encoder(store, found.embeddings)
+    encoder = _encoder(store, space.embeddings)
     vectors = encoder.averaged([[fill(template, name) for template in templates] for name in names]).vectors
-    return shared_space(task, found.project(vectors))
-
-
-def shared_space(task: AlignTask, texts: Array) -> Array:
-    """[n, d] vectors as the loss compares them: through the text projection, where the run has learned
-    one."""
-    import torch
-
-    if task.text_projection is None:
-        return texts
-    with torch.inference_mode():
-        weight = task.text_projection.weight
-        array: Array = task.text_projection(torch.from_numpy(texts).to(weight.device)).cpu().numpy()
-    return array
+    return space.prompts(vectors)
 
 
 def judge(z: Array, labels: Array, prompts: Array, classes: Candidates, seen: Array) -> dict[str, Any]:
@@ -123,7 +107,7 @@ def judge(z: Array, labels: Array, prompts: Array, classes: Candidates, seen: Ar
     asked = truth >= 0
     z, truth, of_seen = z[asked], truth[asked], seen[labels[asked]]
     hits = measures.best_texts(z, prompts, 5) == truth[:, None]
-    found: dict[str, Any] = {
+    scores: dict[str, Any] = {
         "classes": len(classes.names),
         "images": len(truth),
         "left_out": int((~asked).sum()),
@@ -136,16 +120,16 @@ def judge(z: Array, labels: Array, prompts: Array, classes: Candidates, seen: Ar
         "harmonic_mean": None,
         "unseen_only_top1": None,
     }
-    if found["seen_images"] and found["unseen_images"]:
-        found["harmonic_mean"] = round(measures.harmonic_mean(found["seen_top1"], found["unseen_top1"]), 3)
-    if found["unseen_images"]:
+    if scores["seen_images"] and scores["unseen_images"]:
+        scores["harmonic_mean"] = round(measures.harmonic_mean(scores["seen_top1"], scores["unseen_top1"]), 3)
+    if scores["unseen_images"]:
         # The older, easier question: the right one among the unseen classes alone.
         others = np.ones(len(classes.names), bool)
         others[classes.of_class[seen & (classes.of_class >= 0)]] = False
         numbers = np.flatnonzero(others)
         best = numbers[measures.best_texts(z[~of_seen], prompts[others], 1)[:, 0]]
-        found["unseen_only_top1"] = _percent(best == truth[~of_seen])
-    return found
+        scores["unseen_only_top1"] = _percent(best == truth[~of_seen])
+    return scores
 
 
 def _percent(hits: Array) -> float | None:

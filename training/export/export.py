@@ -77,60 +77,60 @@ def export(settings: ExportConfig) -> dict[str, Any]:
         }
         _write_text(work, "labels.txt", "".join(f"{name}\n" for name in recipe["labels"]))
         _write_text(work, "preprocessing.json", json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
-        found = {
+        exported = {
             "to": settings.to,
             "architecture": weights.architecture_of(config),
             "parameters": sum(p.numel() for p in model.parameters()),
             "epoch": int(loaded.state["epoch"]),
             "weights": loaded.weights,
             "formats": list(settings.formats),
-            "small_stem": config.small_stem,
+            "small_stem": config.model.small_stem,
             "checks": checks,
             "files": [],
         }
-        _write_text(work, "README.md", model_card(config, found, recipe, loaded.state, store))
-        found["files"] = sorted(os.listdir(work))
+        _write_text(work, "README.md", model_card(config, exported, recipe, loaded.state, store))
+        exported["files"] = sorted(os.listdir(work))
         _move(work, settings.to)
-    return found
+    return exported
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(exported: dict[str, Any]) -> str:
     """What `export` returned, as lines for a terminal."""
     lines = [
-        f"{found['to']}: {found['architecture']}, {found['parameters']:,} parameters, epoch "
-        f"{found['epoch']}, {found['weights']} weights: {', '.join(found['files'])}"
+        f"{exported['to']}: {exported['architecture']}, {exported['parameters']:,} parameters, epoch "
+        f"{exported['epoch']}, {exported['weights']} weights: {', '.join(exported['files'])}"
     ]
-    for name, check in found["checks"].items():
+    for name, check in exported["checks"].items():
         lines.append(
             f"  {name}: loaded again; same top-1 on {check['same']} of {check['random'] + check['real']} "
             f"pictures ({check['random']} random, {check['real']} real), largest difference of logits "
             f"{check['difference']:.1e}"
         )
-    if "timm" in found["formats"] and found["small_stem"]:
+    if "timm" in exported["formats"] and exported["small_stem"]:
         lines.append(
             "timm has no argument for the small stem: README.md in the folder shows how to load the weights"
         )
-    elif "timm" in found["formats"]:
-        lines.append(f'load it with: timm.create_model("local-dir:{found["to"]}", pretrained=True)')
+    elif "timm" in exported["formats"]:
+        lines.append(f'load it with: timm.create_model("local-dir:{exported["to"]}", pretrained=True)')
     return "\n".join(lines)
 
 
 def preprocessing(model: Any, config: TrainConfig, classes: list[str]) -> dict[str, Any]:
     """What turns an RGB picture into the model's input, as the run did it: the content of
     preprocessing.json."""
-    found = build.data_config(model)
-    size = config.image_size
+    timm_data = build.data_config(model)
+    size = config.model.image_size
     return {
         "input": {"name": "images", "shape": ["batch", 3, size, size], "dtype": "float32", "color": "RGB"},
         "output": {"name": "logits", "shape": ["batch", len(classes)], "dtype": "float32"},
-        "resize_shorter_edge": int(size / float(found["crop_pct"])),
-        "interpolation": str(found["interpolation"]),
+        "resize_shorter_edge": int(size / float(timm_data["crop_pct"])),
+        "interpolation": str(timm_data["interpolation"]),
         "antialias": True,
         "center_crop": size,
         "scale": 1 / 255,
-        "mean": list(found["mean"]),
-        "std": list(found["std"]),
-        "crop_pct": float(found["crop_pct"]),
+        "mean": list(timm_data["mean"]),
+        "std": list(timm_data["std"]),
+        "crop_pct": float(timm_data["crop_pct"]),
         "labels": [class_name(name) for name in classes],
     }
 
@@ -141,10 +141,10 @@ def _batches(config: TrainConfig, store: Store, model: Any) -> dict[str, list[Ba
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    size = config.image_size
+    size = config.model.image_size
     random = [torch.randn(count, 3, size, size, generator=generator) for count in (1, 2, 5, 16)]
     norm = build.make_norm(model, torch.device("cpu"))
-    samples = Rows(store, config.eval_split).in_order()
+    samples = Rows(store, config.data.eval_split).in_order()
     samples = samples[np.linspace(0, len(samples) - 1, min(REAL, len(samples))).astype(int)]
     loader = build.make_loader(config, (), model)
     return {"random": random, "real": [norm(batch.images) for batch in loader.evaluate(samples, 16, 0, 1)]}
@@ -158,7 +158,7 @@ def _compare(name: str, model: Any, written: Model, batches: dict[str, list[Batc
     """
     import torch
 
-    found: dict[str, Any] = {kind: sum(len(batch) for batch in several) for kind, several in batches.items()}
+    counts: dict[str, Any] = {kind: sum(len(batch) for batch in several) for kind, several in batches.items()}
     same, difference, largest = 0, 0.0, 10.0
     with torch.no_grad():
         for batch in [batch for several in batches.values() for batch in several]:
@@ -166,7 +166,7 @@ def _compare(name: str, model: Any, written: Model, batches: dict[str, list[Batc
             difference = max(difference, float((ours - theirs).abs().max()))
             largest = max(largest, float(ours.abs().max()))
             same += int((ours.argmax(1) == theirs.argmax(1)).sum())
-    images = found["random"] + found["real"]
+    images = counts["random"] + counts["real"]
     limit = LARGEST * largest
     if not difference < limit or same < images:
         message = (
@@ -175,7 +175,7 @@ def _compare(name: str, model: Any, written: Model, batches: dict[str, list[Batc
             "export another format."
         )
         raise RunStoppedError(message)
-    return found | {"same": same, "difference": difference, "limit": limit}
+    return counts | {"same": same, "difference": difference, "limit": limit}
 
 
 def _check_folder(settings: ExportConfig) -> None:

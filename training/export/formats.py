@@ -20,7 +20,7 @@ def _timm(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) 
     import timm
     from timm.models import save_for_hf
 
-    size = config.image_size
+    size = config.model.image_size
     # Of the weights that training started from, which these are not.
     foreign = (
         "url",
@@ -44,7 +44,9 @@ def _timm(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) 
             folder,
             model_config={"label_names": recipe["labels"]},
             safe_serialization=True,
-            model_args=backbones.model_args(config.backbone, size, config.patch_size, config.architecture)
+            model_args=backbones.model_args(
+                config.model.backbone, size, config.model.patch_size, config.model.architecture
+            )
             or None,
             data_config={
                 "input_size": (3, size, size),
@@ -57,7 +59,7 @@ def _timm(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) 
         )
     finally:
         model.pretrained_cfg = before
-    if not config.small_stem:
+    if not config.model.small_stem:
         loaded: Model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         return loaded
     from safetensors.torch import load_file
@@ -80,7 +82,7 @@ def _onnx(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) 
         ):  # the exporter knows fused attention for 4 axes only, and Hiera's has 5
             module.fused_attn = False
     path = os.path.join(folder, "model.onnx")
-    size = config.image_size
+    size = config.model.image_size
     # A file beside the weights is needed from 2 GiB (protobuf's limit) on; below it one file is easier to
     # carry.
     outside = sum(p.numel() * p.element_size() for p in plain.parameters()) > 1.9e9
@@ -104,7 +106,7 @@ def _torch(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str)
     """model.pt2 with any batch size; returns it as torch loads it."""
     import torch
 
-    size, path = config.image_size, os.path.join(folder, "model.pt2")
+    size, path = config.model.image_size, os.path.join(folder, "model.pt2")
     with torch.no_grad():
         program = torch.export.export(
             model, (torch.randn(2, 3, size, size),), dynamic_shapes=({0: torch.export.Dim("batch")},)

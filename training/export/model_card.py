@@ -4,80 +4,41 @@ how it was made."""
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from typing import Any
 
 from pipeline.store import Store
-from training.config import FOLDER, HUB, TrainConfig
+from training.config import TrainConfig
+from training.models.settings import FOLDER, HUB
 from training.models.weights import source_of
-
-# Settings that say how the model was trained, and not where or how fast.
-_TOLD = (
-    "backbone",
-    "pretrained",
-    "image_size",
-    "patch_size",
-    "small_stem",
-    "drop_path",
-    "epochs",
-    "batch_size",
-    "alignment_weight",
-    "alignment",
-    "projection_dim",
-    "text_projection",
-    "head",
-    "temperature",
-    "learn_temperature",
-    "store_negatives",
-    "optimizer",
-    "lr",
-    "weight_decay",
-    "layer_decay",
-    "ema",
-    "ema_warmup",
-    "loss",
-    "label_smoothing",
-    "crop_scale",
-    "flip",
-    "auto_augment",
-    "color_jitter",
-    "erase",
-    "mixup",
-    "cutmix",
-    "repeats",
-    "seed",
-)
+from training.objectives.protocol import Description, objective_of
+from training.settings import flat
 
 
 def model_card(
-    config: TrainConfig, found: dict[str, Any], recipe: dict[str, Any], state: dict[str, Any], store: Store
+    config: TrainConfig, exported: dict[str, Any], recipe: dict[str, Any], state: dict[str, Any], store: Store
 ) -> str:
     """The card as Markdown.
 
     Args:
         config: the run's settings.
-        found: see `export.export`.
+        exported: see `export.export`.
         recipe: see `export.preprocessing`.
         state: the checkpoint's.
         store: that the run was trained on.
     """
-    aligned = config.alignment_weight > 0
-    how = (
-        f"cross entropy plus {config.alignment_weight:g} times an alignment to image descriptions"
-        if aligned
-        else "cross entropy"
-    )
+    description = objective_of(config).describe(config, store)
     parts = [
         "---\nlibrary_name: timm\npipeline_tag: image-classification\ntags:\n- timm\n- gpt4image-ray\n---",
-        f"# {found['architecture']}, {len(recipe['labels'])} classes, {config.image_size} x "
-        f"{config.image_size}",
-        f"{found['parameters']:,} parameters, trained with {how} by gpt4image-ray. What served the alignment "
-        f"is not in it: it has the size and speed of timm's `{found['architecture']}`.",
-        "## Accuracy\n\n" + _accuracy(config, found["weights"], state),
+        f"# {exported['architecture']}, {len(recipe['labels'])} classes, {config.model.image_size} x "
+        f"{config.model.image_size}",
+        f"{exported['parameters']:,} parameters, trained with {description.how} by gpt4image-ray. What else "
+        f"took part in training is not in it: it has the size and speed of timm's "
+        f"`{exported['architecture']}`.",
+        "## Accuracy\n\n" + _accuracy(config, exported["weights"], state),
         "## Input\n\n" + _input(recipe),
-        "## Use\n\n" + "\n\n".join(_USE[name](config, found, recipe) for name in found["formats"]),
-        "## Checked\n\n" + "\n".join(_checked(name, check) for name, check in found["checks"].items()),
-        "## Training\n\n" + _training(config, found, store, aligned),
+        "## Use\n\n" + "\n\n".join(_USE[name](config, exported, recipe) for name in exported["formats"]),
+        "## Checked\n\n" + "\n".join(_checked(name, check) for name, check in exported["checks"].items()),
+        "## Training\n\n" + _training(config, exported, description),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -89,7 +50,7 @@ def _accuracy(config: TrainConfig, weights: str, state: dict[str, Any]) -> str:
     top1, top5 = last.get(f"{prefix}top1"), last.get(f"{prefix}top5")
     if top1 is None or top5 is None:
         return "Not evaluated."
-    images = f"{int(last['eval_images'])} images of the split `{config.eval_split}`"
+    images = f"{int(last['eval_images'])} images of the split `{config.data.eval_split}`"
     inside = ""
     if state.get("sums"):
         inside = (
@@ -108,29 +69,29 @@ def _input(recipe: dict[str, Any]) -> str:
     )
 
 
-def _timm(config: TrainConfig, found: dict[str, Any], recipe: dict[str, Any]) -> str:
-    if not config.small_stem:
+def _timm(config: TrainConfig, exported: dict[str, Any], recipe: dict[str, Any]) -> str:
+    if not config.model.small_stem:
         load = 'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()'
         return f"```python\nimport timm\n\n{load}\n```"
     return (
         "timm has no argument for this model's first convolution (3 x 3, stride 1, then no pooling); make "
         "that change first:\n\n```python\nimport timm\nfrom safetensors.torch import load_file\nfrom torch "
         "import nn\n\n"
-        f'model = timm.create_model("{found["architecture"]}", num_classes={len(recipe["labels"])})\n'
+        f'model = timm.create_model("{exported["architecture"]}", num_classes={len(recipe["labels"])})\n'
         "model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride=1, padding=1, bias=False)\n"
         "model.maxpool = nn.Identity()\n"
         'model.load_state_dict(load_file("FOLDER/model.safetensors"))\nmodel.eval()\n```'
     )
 
 
-def _onnx(config: TrainConfig, found: dict[str, Any], recipe: dict[str, Any]) -> str:
+def _onnx(config: TrainConfig, exported: dict[str, Any], recipe: dict[str, Any]) -> str:
     return (
         '```python\nimport onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
         'logits = session.run(["logits"], {"images": images})[0]  # float32, any batch size\n```'
     )
 
 
-def _torch(config: TrainConfig, found: dict[str, Any], recipe: dict[str, Any]) -> str:
+def _torch(config: TrainConfig, exported: dict[str, Any], recipe: dict[str, Any]) -> str:
     return (
         '```python\nimport torch\n\nmodel = torch.export.load("FOLDER/model.pt2").module()\n'
         "logits = model(images)  # float32, any batch size\n```"
@@ -148,48 +109,29 @@ def _checked(name: str, check: dict[str, Any]) -> str:
     )
 
 
-def _training(config: TrainConfig, found: dict[str, Any], store: Store, aligned: bool) -> str:
+def _training(config: TrainConfig, exported: dict[str, Any], description: Description) -> str:
     lines = [
-        f"Epoch {found['epoch']} of {config.epochs}, {found['weights']} weights, split "
-        f"`{config.train_split}`."
+        f"Epoch {exported['epoch']} of {config.optim.epochs}, {exported['weights']} weights, split "
+        f"`{config.data.train_split}`.",
+        *description.lines,
     ]
-    # An early run does not name its embeddings, and there may be others by now: no reason to withhold the
-    # model.
-    if aligned and (config.embeddings or len(store.variants("embeddings")) == 1):
-        embeddings = store.only_variant("embeddings", config.embeddings)
-        encoder = store.variant("embeddings", embeddings)
-        captions = store.variant("captions", str(encoder["captions"]))
-        by = captions.get("model") or captions.get("engine", "unknown")
-        # A model may be named by a path; its last part is enough here, the store's variant.json holds all of
-        # it.
-        lines.append(
-            f"Descriptions by {os.path.basename(str(by))} (captions `{encoder['captions']}`), text encoder "
-            f"{os.path.basename(str(encoder['encoder']))} (embeddings `{embeddings}`)."
-        )
-    settings = asdict(config) | {"backbone": _backbone(config)}
-    shown = [name for name in _TOLD if aligned or name not in _ALIGNED]
-    return (
-        "\n".join(lines)
-        + "\n\n| setting | value |\n|---|---|\n"
-        + "\n".join(f"| {n} | {settings[n]} |" for n in shown)
-    )
+    # How the model was trained, and not where or how fast.
+    groups = [
+        *([] if config.method.is_baseline else [config.method]),
+        config.model,
+        config.optim,
+        config.data,
+    ]
+    told = {name: value for group in groups for name, value in flat(group).items() if name != "architecture"}
+    told |= {"backbone": _backbone(config), "seed": config.seed}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in told.items())
+    return "\n".join(lines) + "\n\n| setting | value |\n|---|---|\n" + rows
 
 
 def _backbone(config: TrainConfig) -> str:
     """What training started from; of a folder its last part and the hash of its files, which say enough
     elsewhere."""
-    source = source_of(config.backbone, config.architecture)
-    if source is None or config.backbone.startswith(HUB):
-        return config.backbone
-    return f"{FOLDER}{os.path.basename(config.backbone)} ({source.revision})"
-
-
-_ALIGNED = (
-    "alignment",
-    "projection_dim",
-    "text_projection",
-    "head",
-    "temperature",
-    "learn_temperature",
-    "store_negatives",
-)
+    source = source_of(config.model.backbone, config.model.architecture)
+    if source is None or config.model.backbone.startswith(HUB):
+        return config.model.backbone
+    return f"{FOLDER}{os.path.basename(config.model.backbone)} ({source.revision})"

@@ -1,4 +1,4 @@
-"""The alignment loss between projected images and frozen texts in four variants, exact at any number of
+"""The alignment loss between projected images and frozen texts in four forms, exact at any number of
 processes.
 
 Legend: b local batch, W processes, B texts of the global batch, K targets of an image, N further texts of the
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-Variant = Literal["symmetric", "image-to-text", "sigmoid", "cosine"]
+Form = Literal["symmetric", "image-to-text", "sigmoid", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Texts:
     """The texts of the global batch, or further ones of the store; constants, or a linear map of constants
     (`TextProjection`)."""
 
-    vectors_Bd: Tensor
+    targets_Bd: Tensor
     """[B, d] unit length; rows without a text are zero."""
     groups_B: Tensor
     """[B] int64, equal for equal captions; -1 where there is no text."""
@@ -41,11 +41,11 @@ class Texts:
 class TextGather:
     """Gathers every process's texts; started before the backbone's forward pass, it runs under it."""
 
-    def __init__(self, vectors_bd: Tensor, groups_b: Tensor, size: int | None = None) -> None:
+    def __init__(self, targets_bd: Tensor, groups_b: Tensor, size: int | None = None) -> None:
         """Begins to gather.
 
         Args:
-            vectors_bd: [b, d] this process's texts.
+            targets_bd: [b, d] this process's texts.
             groups_b: [b] their groups.
             size: the largest b of all processes, where it differs between them; others are filled up with
                 rows of group -1.
@@ -54,7 +54,7 @@ class TextGather:
             ValueError: more than `size` texts.
         """
         self._world = world_size()
-        self._vectors, self._groups = vectors_bd.detach().contiguous(), groups_b.contiguous()
+        self._targets, self._groups = targets_bd.detach().contiguous(), groups_b.contiguous()
         self._work: list[dist.Work] = []
         missing = 0 if size is None else size - len(groups_b)
         if missing < 0:
@@ -63,7 +63,7 @@ class TextGather:
             )
             raise ValueError(message)
         if self._world > 1:
-            self._vectors = self._start(functional.pad(self._vectors, (0, 0, 0, missing)))
+            self._targets = self._start(functional.pad(self._targets, (0, 0, 0, missing)))
             self._groups = self._start(functional.pad(self._groups, (0, missing), value=-1))
 
     def _start(self, part: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class TextGather:
         """The texts of all processes, in order of rank."""
         for work in self._work:
             work.wait()
-        return Texts(self._vectors, self._groups)
+        return Texts(self._targets, self._groups)
 
 
 def world_size() -> int:
@@ -92,7 +92,7 @@ def alignment_loss(
     target_weights_bK: Tensor,
     temperature: Tensor | float,
     *,
-    variant: Variant = "symmetric",
+    form: Form = "symmetric",
     negatives: Texts | None = None,
     bias: Tensor | float | None = None,
 ) -> Tensor:
@@ -103,12 +103,11 @@ def alignment_loss(
     without a text take no part. With logits s = z.t / temperature:
 
     - symmetric: mean of both InfoNCE directions (CLIP, arXiv 2103.00020). All texts of one group share its
-        weight (true
-      positives are positives); of each text, the images aiming at it share its mass.
+      weight (true positives are positives); of each text, the images aiming at it share its mass.
     - image-to-text: the first direction alone.
     - sigmoid: binary cross entropy of sigmoid(s + bias) for every pair, over the number of images that take
-        part (SigLIP, arXiv
-      2303.15343). An image's target is the same, its group's weight, for all texts of a group.
+      part (SigLIP, arXiv 2303.15343). An image's target is the same, its group's weight, for all texts of a
+      group.
     - cosine: 2 - 2 z.t of an image and its targets, no negatives (GPT4Image's option `byol`).
 
     Args:
@@ -118,7 +117,7 @@ def alignment_loss(
         target_groups_bK: [b, K] int64 group of each target; -1 for none.
         target_weights_bK: [b, K] weight of each target, summing to 1 over K.
         temperature: above 0; a tensor with gradient when it is learned. Has no meaning for cosine.
-        variant: see above.
+        form: see above.
         negatives: N further texts, equal on all processes: more columns of an image's row, but for those of
             the row's own targets. They take no part in the text-to-image direction.
         bias: of the sigmoid's logits; a tensor with gradient when it is learned. None: 0.
@@ -129,26 +128,23 @@ def alignment_loss(
         exact gradient.
 
     Raises:
-        ValueError: negatives for cosine, or a bias for another variant than sigmoid.
+        ValueError: negatives for cosine, or a bias for another form than sigmoid.
     """
-    if negatives is not None and variant == "cosine":
+    if negatives is not None and form == "cosine":
         message = (
-            "variant=cosine: has no negatives, as it compares nothing; leave them out, or use another "
-            "variant."
+            "form=cosine: has no negatives, as it compares nothing; leave them out, or use another form."
         )
         raise ValueError(message)
-    if bias is not None and variant != "sigmoid":
-        message = (
-            f"variant={variant}: has no bias, as a softmax would cancel it; leave it out, or use sigmoid."
-        )
+    if bias is not None and form != "sigmoid":
+        message = f"form={form}: has no bias, as a softmax would cancel it; leave it out, or use sigmoid."
         raise ValueError(message)
     with torch.autocast(image_bd.device.type, enabled=False):
         dtype = torch.promote_types(image_bd.dtype, torch.float32)
         z_bd, weights_bK = image_bd.to(dtype), target_weights_bK.to(dtype)
-        targets_bB = _targets(texts, target_groups_bK, weights_bK, divided=variant != "sigmoid")
-        taking_part = targets_bB.sum(1) > 0
-        if variant == "cosine":
-            aimed_bd = targets_bB @ texts.vectors_Bd.to(dtype)
+        matches_bB = _matches(texts, target_groups_bK, weights_bK, divided=form != "sigmoid")
+        taking_part = matches_bB.sum(1) > 0
+        if form == "cosine":
+            aimed_bd = matches_bB @ texts.targets_Bd.to(dtype)
             share, value = _mean(
                 torch.where(taking_part, 2 - 2 * (z_bd * aimed_bd).sum(1), 0).sum(), taking_part
             )
@@ -160,12 +156,12 @@ def alignment_loss(
                 if negatives is None
                 else _further(scaled_bd, negatives, bias, target_groups_bK, weights_bK)
             )
-            matched_B = (targets_bB * logits_bB).sum(0)
-            spread = _softplus if variant == "sigmoid" else _logsumexp
+            matched_B = (matches_bB * logits_bB).sum(0)
+            spread = _softplus if form == "sigmoid" else _logsumexp
             image_part = torch.where(taking_part, spread(logits_bB, further_bN), 0).sum() - matched_B.sum()
-            if variant == "symmetric":
+            if form == "symmetric":
                 share, value = _both_directions(
-                    image_part, logits_bB, matched_B, targets_bB.sum(0), taking_part
+                    image_part, logits_bB, matched_B, matches_bB.sum(0), taking_part
                 )
             else:
                 share, value = _mean(image_part, taking_part)
@@ -173,28 +169,28 @@ def alignment_loss(
         return value + (share - share.detach())
 
 
-def _targets(texts: Texts, groups_bK: Tensor, weights_bK: Tensor, *, divided: bool) -> Tensor:
-    """[b, B] target of each image over all texts: its group's weight, `divided` among the group's texts or
+def _matches(texts: Texts, groups_bK: Tensor, weights_bK: Tensor, *, divided: bool) -> Tensor:
+    """[b, B] how far each image aims at each text: its group's weight, `divided` among the group's texts or
     not.
 
     Weights of groups that have no text go to the image's other groups; rows of images without any text are
     zero.
     """
-    targets = weights_bK.new_zeros((groups_bK.shape[0], texts.groups_B.shape[0]))
+    matches = weights_bK.new_zeros((groups_bK.shape[0], texts.groups_B.shape[0]))
     total_b1 = weights_bK.new_zeros((groups_bK.shape[0], 1))
     for groups_b, weights_b in zip(groups_bK.T, weights_bK.T, strict=True):
         same = (groups_b[:, None] == texts.groups_B[None, :]) & (groups_b >= 0)[:, None]
         count_b1 = same.sum(1, keepdim=True)
         weights_b1 = torch.where(count_b1 > 0, weights_b[:, None], 0)
-        targets += torch.where(same, weights_b1 / count_b1.clamp_min(1) if divided else weights_b1, 0)
+        matches += torch.where(same, weights_b1 / count_b1.clamp_min(1) if divided else weights_b1, 0)
         total_b1 += weights_b1
-    return targets.div_(torch.where(total_b1 > 0, total_b1, 1))
+    return matches.div_(torch.where(total_b1 > 0, total_b1, 1))
 
 
 def _logits(scaled_bd: Tensor, texts: Texts, bias: Tensor | float | None) -> Tensor:
     """[b, B] logits; without a text the lowest finite number, as minus infinity times a weight of 0 is not a
     number."""
-    logits = scaled_bd @ texts.vectors_Bd.to(scaled_bd.dtype).T
+    logits = scaled_bd @ texts.targets_Bd.to(scaled_bd.dtype).T
     if bias is not None:
         logits = logits + bias
     return logits.masked_fill_(~texts.valid_B, _lowest(logits))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import timm
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
-from training.config import FOLDER, HUB, TrainConfig
+from training.config import TrainConfig
+from training.models.settings import FOLDER, HUB
 from training.models.weights import (
     WEIGHTS,
     Source,
@@ -38,38 +39,37 @@ def resolved(config: TrainConfig, recorded: dict[str, Any] | None = None) -> Tra
     Raises:
         ValueError: no such model, none of timm's, or no safetensors that fit.
     """
-    if not config.brings_weights or config.architecture:
+    if not config.model.brings_weights or config.model.architecture:
         return config
-    if recorded is not None and is_pin(str(recorded.get("backbone")), config.backbone):
-        return replace(
-            config,
+    if recorded is not None and is_pin(str(recorded.get("backbone")), config.model.backbone):
+        return config.but(
             backbone=recorded["backbone"],
             architecture=recorded.get("architecture", ""),
             pretrained=True,
         )
-    hub, name, revision = config.backbone.startswith(HUB), *split_name(config.backbone)
+    hub, name, revision = config.model.backbone.startswith(HUB), *split_name(config.model.backbone)
     try:
-        found = models.resolve(name, revision)
+        model = models.resolve(name, revision)
     except ValueError as error:
-        message = f"backbone={config.backbone!r}: {error}"
+        message = f"backbone={config.model.backbone!r}: {error}"
         raise SettingsError(message) from None
-    if hub and found.hub_revision is None:
+    if hub and model.hub_revision is None:
         message = (
-            f"backbone={config.backbone!r}: a folder of that name lies here, too; pass {FOLDER}{name} if it "
-            "is meant."
+            f"backbone={config.model.backbone!r}: a folder of that name lies here, too; pass {FOLDER}{name} "
+            "if it is meant."
         )
         raise SettingsError(message)
-    source = describe_source(config.backbone, found)
-    pinned = f"{HUB}{name}@{found.revision}" if hub else f"{FOLDER}{found.location}"
-    config = replace(config, backbone=pinned, architecture=json.dumps(asdict(source)), pretrained=True)
+    source = describe_source(config.model.backbone, model)
+    pinned = f"{HUB}{name}@{model.revision}" if hub else f"{FOLDER}{model.location}"
+    config = config.but(backbone=pinned, architecture=json.dumps(asdict(source)), pretrained=True)
     build(  # once, so that weights that do not fit are found before anything starts
-        config.backbone,
+        config.model.backbone,
         num_classes=2,
-        image_size=config.image_size,
+        image_size=config.model.image_size,
         pretrained=True,
-        patch_size=config.patch_size,
-        small_stem=config.small_stem,
-        architecture=config.architecture,
+        patch_size=config.model.patch_size,
+        small_stem=config.model.small_stem,
+        architecture=config.model.architecture,
     )
     return config
 
@@ -130,8 +130,8 @@ def build(
     source, weights = source_of(name, architecture), None
     if source is not None and pretrained:
         folder, revision = split_name(name)
-        found = models.ModelRef(name=folder, location=folder, revision=revision or source.revision)
-        weights = os.path.join(model_files(found), WEIGHTS)
+        files = models.ModelRef(name=folder, location=folder, revision=revision or source.revision)
+        weights = os.path.join(model_files(files), WEIGHTS)
     if source is not None and weights is not None and small_stem and _has_small_stem(weights):
         model = shrink_stem(name, _created(name, source, None, num_classes, arguments, image_size))
         try:

@@ -18,12 +18,12 @@ def optimizer(config: TrainConfig, task: nn.Module) -> torch.optim.Optimizer:
     from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 
     settings: dict[str, Any] = {
-        "opt": config.optimizer,
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "momentum": config.momentum,
+        "opt": config.optim.optimizer,
+        "lr": config.optim.lr,
+        "weight_decay": config.optim.weight_decay,
+        "momentum": config.optim.momentum,
     }
-    if config.optimizer in (
+    if config.optim.optimizer in (
         "adam",
         "adamw",
         "momentum",
@@ -32,16 +32,19 @@ def optimizer(config: TrainConfig, task: nn.Module) -> torch.optim.Optimizer:
         settings["fused"] = True
     backbone: Any = task.backbone
     kept = set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()
-    if config.layer_decay == 1:
+    if config.optim.layer_decay == 1:
         groups = param_groups_weight_decay(
-            task, config.weight_decay, no_weight_decay_list={f"backbone.{name}" for name in kept}
+            task, config.optim.weight_decay, no_weight_decay_list={f"backbone.{name}" for name in kept}
         )
     else:
         groups = param_groups_layer_decay(
-            backbone, config.weight_decay, no_weight_decay_list=kept, layer_decay=config.layer_decay
+            backbone,
+            config.optim.weight_decay,
+            no_weight_decay_list=kept,
+            layer_decay=config.optim.layer_decay,
         )
         others = nn.ModuleDict({name: module for name, module in task.named_children() if name != "backbone"})
-        groups += param_groups_weight_decay(others, config.weight_decay)
+        groups += param_groups_weight_decay(others, config.optim.weight_decay)
         own = [parameter for parameter in task.parameters(recurse=False) if parameter.requires_grad]
         groups += [{"params": own, "weight_decay": 0.0}] if own else []
     return create_optimizer_v2(groups, **settings)

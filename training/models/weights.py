@@ -13,7 +13,8 @@ import timm
 
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
-from training.config import FOLDER, HUB, TrainConfig
+from training.config import TrainConfig
+from training.models.settings import FOLDER, HUB
 
 WEIGHTS = "model.safetensors"
 # What of timm's configuration of a model tells how to build it, to prepare its input and to read its weights.
@@ -70,20 +71,20 @@ def is_pin(pinned: str, backbone: str) -> bool:
     return False
 
 
-def model_files(found: models.ModelRef) -> str:
+def model_files(model: models.ModelRef) -> str:
     """The folder of a model on this machine: its own, or the hub's cache.
 
     Raises:
         ValueError: it is not there, holds other files than when the run began, or no safetensors.
     """
-    folder = found.here()
-    if found.hub_revision is not None:
-        fetched(found, WEIGHTS)
-        folder = os.path.dirname(fetched(found, "config.json"))
+    folder = model.here()
+    if model.hub_revision is not None:
+        fetched(model, WEIGHTS)
+        folder = os.path.dirname(fetched(model, "config.json"))
     missing = [name for name in ("config.json", WEIGHTS) if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         message = (
-            f"backbone={found.name}: has no {' and no '.join(missing)}; only timm's format with safetensors "
+            f"backbone={model.name}: has no {' and no '.join(missing)}; only timm's format with safetensors "
             "is read."
         )
         raise SettingsError(message)
@@ -123,25 +124,25 @@ def fetch_weights(name: str) -> None:
         raise SettingsError(message) from None
 
 
-def fetched(found: models.ModelRef, file: str) -> str:
+def fetched(model: models.ModelRef, file: str) -> str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     try:
-        return str(hf_hub_download(found.location, file, revision=found.revision))
+        return str(hf_hub_download(model.location, file, revision=model.revision))
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
         message = (
-            f"backbone={HUB}{found.name}@{found.revision}: {file} is not to be had "
+            f"backbone={HUB}{model.name}@{model.revision}: {file} is not to be had "
             f"({str(error).splitlines()[0]}); only timm's format with {WEIGHTS} is read. On a machine "
             f"without a network copy the folder there and pass {FOLDER}FOLDER."
         )
         raise SettingsError(message) from None
 
 
-def describe_source(backbone: str, found: models.ModelRef) -> Source:
+def describe_source(backbone: str, model: models.ModelRef) -> Source:
     from timm.models import resolve_model_input_args
 
-    folder = model_files(found)
+    folder = model_files(model)
     try:
         arguments = resolve_model_input_args(f"{FOLDER}{folder}")
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -161,7 +162,7 @@ def describe_source(backbone: str, found: models.ModelRef) -> Source:
     ):  # settings of this run, not of that
         arguments.pop(other, None)
     kept = {key: config[key] for key in _KEPT if key in config}
-    return Source(name=name, arguments=arguments, config=kept, revision=found.revision)
+    return Source(name=name, arguments=arguments, config=kept, revision=model.revision)
 
 
 def source_of(name: str, architecture: str) -> Source | None:
@@ -171,5 +172,5 @@ def source_of(name: str, architecture: str) -> Source | None:
 
 def architecture_of(config: TrainConfig) -> str:
     """timm's name of the architecture."""
-    source = source_of(config.backbone, config.architecture)
-    return config.backbone if source is None else source.name
+    source = source_of(config.model.backbone, config.model.architecture)
+    return config.model.backbone if source is None else source.name

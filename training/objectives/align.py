@@ -7,25 +7,29 @@ description embeddings.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
 from training.data import text_targets
+from training.data.columns import Array
 from training.data.loader import Batch
 from training.data.mixing import text_targets as mixed_texts
 from training.data.negatives import Negatives
 from training.data.views import Draw, Views
 from training.evaluation import measures
 from training.losses import classification
-from training.losses.alignment import TextGather, Texts, Variant, alignment_loss
+from training.losses.alignment import Form, TextGather, Texts, alignment_loss
 from training.models import backbones
 from training.models.heads import Kind, ProjectionHead, TextProjection
-from training.objectives.protocol import Facts, Gradient, Losses, Metric, Precision
+from training.objectives.protocol import Description, Facts, Gradient, Losses, Objective, Precision
+from training.objectives.settings import AlignSettings, Metric
 
 COLDEST = 0.01
 """CLIP's bound of a learned temperature: logits of at most 100."""
@@ -39,7 +43,7 @@ class Alignment:
     weight: float
     dim: int
     head: Kind = "mlp"
-    variant: Variant = "symmetric"
+    form: Form = "symmetric"
     temperature: float = 0.2
     learn_temperature: bool = False
     text_dim: int = 0
@@ -111,7 +115,7 @@ class AlignTask(nn.Module):
                 self.log_temperature = nn.Parameter(start)
             else:
                 self.log_temperature = start
-            if alignment.variant == "sigmoid":
+            if alignment.form == "sigmoid":
                 del self.bias
                 # One of so many pairs is a match: the bias starts at the logit of that, so that negatives,
                 # nearly all pairs, do not push everything apart first. SigLIP's -10 (arXiv 2303.15343) is
@@ -123,7 +127,7 @@ class AlignTask(nn.Module):
         labels are mixed."""
         gather = None
         if self.head is not None:
-            gather = TextGather(batch.columns["texts"], batch.columns["groups"], draw.largest_share)
+            gather = TextGather(batch.columns["targets"], batch.columns["groups"], draw.largest_share)
         draw.begin(0)
         viewed = views(batch.images, batch.labels, draw)
         goal = None
@@ -182,17 +186,17 @@ class AlignTask(nn.Module):
         assert self.log_temperature is not None
         texts, negatives = goal.gather.wait(), goal.negatives
         if self.text_projection is not None:
-            texts = replace(texts, vectors_Bd=self.text_projection(texts.vectors_Bd))
+            texts = replace(texts, targets_Bd=self.text_projection(texts.targets_Bd))
             if negatives is not None:
-                negatives = replace(negatives, vectors_Bd=self.text_projection(negatives.vectors_Bd))
-        temperature, variant = self.log_temperature.exp(), self.alignment.variant
+                negatives = replace(negatives, targets_Bd=self.text_projection(negatives.targets_Bd))
+        temperature, form = self.log_temperature.exp(), self.alignment.form
         return alignment_loss(
             z_bd,
             texts,
             goal.groups_bK,
             goal.weights_bK,
             temperature,
-            variant=variant,
+            form=form,
             negatives=negatives,
             bias=self.bias,
         )
@@ -260,11 +264,11 @@ class Evaluator:
             features, logits = backbones.features_and_logits(task.backbone, images)
         best = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
         hits[:3] += torch.stack([best[:, 0].sum(), best.sum(), torch.tensor(len(best), device=hits.device)])
-        if task.head is None or "texts" not in batch.columns:
+        if task.head is None or "targets" not in batch.columns:
             return
         with precision():
             z_bd = task.head(features)
-        texts = batch.columns["texts"]
+        texts = batch.columns["targets"]
         texts = texts if task.text_projection is None else task.text_projection(texts)
         ranks = caption_ranks(z_bd, texts, batch.columns["groups"])
         hits[3:] += torch.stack([ranks.sum(), torch.tensor(len(ranks), device=hits.device)])
@@ -298,68 +302,160 @@ class AlignFacts(Facts):
     targets: text_targets.Targets | None = None
 
 
-class Align:
+class Align(Objective):
     """See the module."""
 
+    settings = AlignSettings
     metric = Metric()
 
     def check(self, config: TrainConfig, store: Store) -> AlignFacts:
         """Finds the embeddings; fits and keeps the PCA, once for all workers."""
-        if config.alignment_weight == 0:
+        if config.method.is_baseline:
             return AlignFacts(variants={"embeddings": "", "captions": ""})
         targets = text_targets.of_config(config, store)
-        variants = {"embeddings": targets.embeddings, "captions": targets.captions}
-        return AlignFacts(variants=variants, columns=(text_targets.TextColumns(targets),), targets=targets)
+        return AlignFacts(
+            variants={"embeddings": targets.embeddings, "captions": targets.captions},
+            found={"embeddings": targets.embeddings},
+            notes=_without_text(store, targets.embeddings, config.data.train_split),
+            columns=(text_targets.TextColumns(targets),),
+            targets=targets,
+        )
 
     def build(self, config: TrainConfig, facts: AlignFacts, classes: int) -> AlignTask:
         """Baseline and aligned start from the same backbone."""
         targets = facts.targets
-        wide = targets.dim if targets is not None and config.text_projection == "learned" else 0
-        dim = (config.projection_dim or wide) if wide else (targets.dim if targets is not None else 0)
+        wide = targets.dim if targets is not None and config.method.text_projection == "learned" else 0
+        dim = (config.method.projection_dim or wide) if wide else (targets.dim if targets is not None else 0)
         task = build_task(config, classes, dim, wide)
-        if targets is not None and config.store_negatives:
+        if targets is not None and config.method.store_negatives:
             store = Store(config.store)
             task.negatives = Negatives(
-                store, targets, config.train_split, config.store_negatives, config.seed
+                store, targets, config.data.train_split, config.method.store_negatives, config.seed
             )
         return task
 
     def rebuild(self, config: TrainConfig, weights: dict[str, Tensor], classes: int) -> AlignTask:
         """Its widths are those of the weights."""
-        last = {"mlp": "head.layers.3.weight", "linear": "head.layers.weight"}[config.head]
+        last = {"mlp": "head.layers.3.weight", "linear": "head.layers.weight"}[config.method.head]
         dim = len(weights[last]) if last in weights else 0
         text = weights.get("text_projection.weight")
-        task = build_task(
-            replace(config, pretrained=False), classes, dim, 0 if text is None else text.shape[1]
-        )
+        task = build_task(config.but(pretrained=False), classes, dim, 0 if text is None else text.shape[1])
         task.load_state_dict(weights)
         return task
+
+    def text_space(self, config: TrainConfig, store: Store, task: AlignTask) -> AlignSpace | None:
+        """See `protocol.Objective`."""
+        if config.method.is_baseline:
+            return None
+        names = store.variants("embeddings")
+        if not config.method.embeddings and len(names) > 1:
+            message = (
+                f"run={config.run}: does not say which embeddings it was trained on, and the store has "
+                "several: "
+                f'{", ".join(names)}; write the name into "embeddings" of its config.json, or pass '
+                "--no-retrieval."
+            )
+            raise SettingsError(message)
+        return AlignSpace(task, text_targets.of_config(config, store))
+
+    def describe(self, config: TrainConfig, store: Store) -> Description:
+        """See `protocol.Objective`."""
+        if config.method.is_baseline:
+            return Description(how="cross entropy")
+        how = (
+            f"cross entropy plus {config.method.alignment_weight:g} times an alignment to image descriptions"
+        )
+        # An early run does not name its embeddings, and there may be others by now: no reason to withhold the
+        # model.
+        if not config.method.embeddings and len(store.variants("embeddings")) != 1:
+            return Description(how=how)
+        embeddings = store.only_variant("embeddings", config.method.embeddings)
+        encoder = store.variant("embeddings", embeddings)
+        captions = store.variant("captions", str(encoder["captions"]))
+        by = captions.get("model") or captions.get("engine", "unknown")
+        # A model may be named by a path; its last part is enough here, the store's variant.json holds all.
+        line = (
+            f"Descriptions by {os.path.basename(str(by))} (captions `{encoder['captions']}`), text encoder "
+            f"{os.path.basename(str(encoder['encoder']))} (embeddings `{embeddings}`)."
+        )
+        return Description(how=how, lines=(line,))
+
+
+@dataclass(frozen=True)
+class AlignSpace:
+    """See `protocol.TextSpace`."""
+
+    task: AlignTask
+    targets: text_targets.Targets
+
+    @property
+    def embeddings(self) -> str:
+        """See `protocol.TextSpace`."""
+        return self.targets.embeddings
+
+    @property
+    def columns(self) -> text_targets.TextColumns:
+        """See `protocol.TextSpace`."""
+        return text_targets.TextColumns(self.targets)
+
+    def images(self, features: Tensor) -> Tensor:
+        """See `protocol.TextSpace`."""
+        assert self.task.head is not None
+        projected: Tensor = self.task.head(features)
+        return projected
+
+    def texts(self, targets: Array) -> Array:
+        """As the loss compares them: through the text projection, where the run has learned one."""
+        projection = self.task.text_projection
+        if projection is None:
+            return targets
+        with torch.inference_mode():
+            projected: Array = (
+                projection(torch.from_numpy(targets).to(projection.weight.device)).cpu().numpy()
+            )
+        return projected
+
+    def prompts(self, vectors: Array) -> Array:
+        """The way of the captions."""
+        return self.texts(self.targets.project(vectors))
+
+
+def _without_text(store: Store, embeddings: str, split: str) -> tuple[str, ...]:
+    """What is to be said of pictures of a split that have no text."""
+    receipts = store.receipts("embeddings", embeddings)
+    without = sum(receipts[shard].failed for shard in store.split_shards(split))
+    if not without:
+        return ()
+    told = f"{without} of {store.dataset.splits[split].rows} pictures of the split {split} have no embedding"
+    return (f"{told} in {embeddings}: they count for classification only",)
 
 
 def build_task(config: TrainConfig, classes: int, dim: int, text_dim: int = 0) -> AlignTask:
     """The model of a run, with weights that depend on the seed alone."""
     torch.manual_seed(config.seed)
     backbone = backbones.build(
-        config.backbone,
+        config.model.backbone,
         num_classes=classes,
-        image_size=config.image_size,
-        pretrained=config.pretrained,
-        drop_path=config.drop_path,
-        patch_size=config.patch_size,
-        small_stem=config.small_stem,
-        architecture=config.architecture,
+        image_size=config.model.image_size,
+        pretrained=config.model.pretrained,
+        drop_path=config.model.drop_path,
+        patch_size=config.model.patch_size,
+        small_stem=config.model.small_stem,
+        architecture=config.model.architecture,
     )
     alignment = Alignment(
-        weight=config.alignment_weight,
+        weight=config.method.alignment_weight,
         dim=dim,
-        head=config.head,
-        variant=config.alignment,
-        temperature=config.temperature,
-        learn_temperature=config.learn_temperature,
+        head=config.method.head,
+        form=config.method.alignment,
+        temperature=config.method.temperature,
+        learn_temperature=config.method.learn_temperature,
         text_dim=text_dim,
-        texts=config.batch_size + config.store_negatives,
+        texts=config.optim.batch_size + config.method.store_negatives,
     )
-    return AlignTask(backbone, alignment, classification.criterion(config.loss, config.label_smoothing))
+    return AlignTask(
+        backbone, alignment, classification.criterion(config.optim.loss, config.optim.label_smoothing)
+    )
 
 
 OBJECTIVE = Align()

@@ -13,23 +13,21 @@ meant.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from pipeline.errors import SettingsError
-from training.config import BUILT_IN, TrainConfig
+from training.config import TrainConfig
+from training.objectives.settings import Metric, module_of
+from training.settings import MethodSettings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from pipeline.store import Store
-    from training.data.columns import Columns
+    from training.data.columns import Array, Columns
     from training.data.loader import Batch
     from training.data.views import Draw, Views
 
@@ -41,22 +39,15 @@ Precision = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metric:
-    """What an epoch is judged by: a name of the evaluator's metrics, how it is written, and its direction."""
-
-    name: str = "top1"
-    title: str = "top-1"
-    digits: int = 1
-    """Behind the point, in the line of an epoch."""
-    higher_is_better: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
 class Facts:
     """What a method found in the store before training; a method's own has more fields."""
 
     variants: dict[str, str] = field(default_factory=dict)
     """Stages of the store and which variant of each is trained on, for the record."""
+    found: dict[str, Any] = field(default_factory=dict)
+    """Settings that were left open (`MethodSettings.left_open`), as they are recorded."""
+    notes: tuple[str, ...] = ()
+    """What the user is told before the run starts."""
     columns: tuple[Columns, ...] = ()
     """What is read beside pictures and labels; sent to decoders of other processes."""
 
@@ -149,9 +140,47 @@ class Contrastive(Task, Protocol):
         ...
 
 
-class Objective(Protocol):
-    """A training method."""
+class TextSpace(Protocol):
+    """A space that a model's images share with texts: what retrieval and zero-shot need."""
 
+    @property
+    def embeddings(self) -> str:
+        """The embedding variant whose encoder also embeds prompts."""
+        ...
+
+    @property
+    def columns(self) -> Columns:
+        """Reads `targets` ([n, D'] text targets) and `groups` ([n], equal for equal captions, -1: none)."""
+        ...
+
+    def images(self, features: Tensor) -> Tensor:
+        """[b, F] features of the backbone to [b, d] of unit length."""
+        ...
+
+    def texts(self, targets: Array) -> Array:
+        """[n, D'] text targets to [n, d] of unit length."""
+        ...
+
+    def prompts(self, vectors: Array) -> Array:
+        """[n, D] text embeddings to [n, d] of unit length."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What the card of an exported model says of its training."""
+
+    how: str
+    """Completes "trained with ..."."""
+    lines: tuple[str, ...] = ()
+    """Where its targets came from, in sentences."""
+
+
+class Objective(Protocol):
+    """A training method; one of one's own inherits from it what need not be said."""
+
+    settings: type[MethodSettings]
+    """Its own settings, whose fields are flags of `train`."""
     metric: Metric
 
     def check(self, config: TrainConfig, store: Store) -> Facts:
@@ -170,37 +199,19 @@ class Objective(Protocol):
         """The task that a checkpoint's weights belong to; no store is asked."""
         ...
 
+    def text_space(self, config: TrainConfig, store: Store, task: Any) -> TextSpace | None:
+        """The space that the task's images share with texts; None where there is none.
 
-METRICS = {"align": Metric()}
-"""Of built-in methods, so that tables and reports need not load torch to know what is best; a test holds that
-they are right."""
+        Raises:
+            SettingsError: the run does not say which texts it was trained on, and the store has several.
+        """
+        return None
 
-
-def metric_named(name: str) -> Metric:
-    """What a method is judged by; see `objective_named`."""
-    return METRICS[name] if name in METRICS else objective_named(name).metric
+    def describe(self, config: TrainConfig, store: Store) -> Description:
+        """For the card of an exported model."""
+        return Description(how=config.objective)
 
 
 def objective_of(config: TrainConfig) -> Objective:
-    """The method of a run; see `objective_named`."""
-    return objective_named(config.objective)
-
-
-def objective_named(name: str) -> Objective:
-    """A method by its name or import path.
-
-    Raises:
-        SettingsError: there is no such module, or it has no OBJECTIVE.
-    """
-    if (
-        name not in BUILT_IN and os.getcwd() not in sys.path
-    ):  # which a command that was installed does not look into
-        sys.path.append(os.getcwd())
-    try:
-        return cast(Objective, import_module(BUILT_IN.get(name, name)).OBJECTIVE)
-    except (ModuleNotFoundError, AttributeError) as error:
-        message = (
-            f"objective={name!r}: {error}; known are {', '.join(BUILT_IN)}, or the import path of a module "
-            "with an OBJECTIVE (training/objectives/protocol.py)."
-        )
-        raise SettingsError(message) from None
+    """The method of a run; see `settings.module_of`."""
+    return cast(Objective, module_of(config.objective))

@@ -46,9 +46,9 @@ def find_experiment(client: Any, uri: str, name: str) -> str:
     """The id of an experiment, which is made if it does not exist."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
     location = None
     if uri.startswith("sqlite:///"):
         location = f"file://{os.path.dirname(uri.removeprefix('sqlite:///'))}/mlartifacts"
@@ -62,10 +62,10 @@ def find_experiment(client: Any, uri: str, name: str) -> str:
 
 def find_run(client: Any, experiments: list[str], tag: str, value: str) -> str:
     """The oldest run with a tag; empty if there is none."""
-    found = client.search_runs(
+    runs = client.search_runs(
         experiments, f"tags.{tag} = '{value}'", max_results=1, order_by=["attributes.start_time ASC"]
     )
-    return str(found[0].info.run_id) if found else ""
+    return str(runs[0].info.run_id) if runs else ""
 
 
 @contextmanager

@@ -199,11 +199,11 @@ class Sender(threading.Thread):
         if not run_id.startswith(PENDING):
             return run_id
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        found = find_run(client, experiments, KEY, run_id.removeprefix(PENDING))
-        if not found:
+        known = find_run(client, experiments, KEY, run_id.removeprefix(PENDING))
+        if not known:
             message = f"the run {run_id} is not created yet"
             raise LookupError(message)
-        return found
+        return known
 
     def _created(self, client: Any, record: Record) -> str:
         experiment = find_experiment(client, self._uri, record["experiment"])
@@ -219,9 +219,9 @@ class Sender(threading.Thread):
             run_id = str(run.info.run_id)
         # Parent and child may come to the server in either order: whichever is second ties the two together.
         if parent.startswith(PENDING) and (
-            found := find_run(client, [experiment], KEY, parent.removeprefix(PENDING))
+            parent_id := find_run(client, [experiment], KEY, parent.removeprefix(PENDING))
         ):
-            client.set_tag(run_id, "mlflow.parentRunId", found)
+            client.set_tag(run_id, "mlflow.parentRunId", parent_id)
         for child in client.search_runs([experiment], f"tags.{PARENT_KEY} = '{record['key']}'"):
             client.set_tag(child.info.run_id, "mlflow.parentRunId", run_id)
         return run_id

@@ -1,0 +1,159 @@
+"""Training methods by name, with what command lines and reports must know of them before torch is loaded:
+their settings and what they are judged by. A method of one's own has both in its file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar, Literal
+
+from pipeline.errors import SettingsError
+from training.settings import Grid, MethodSettings, below
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What an epoch is judged by: a name of the evaluator's metrics, how it is written, and its direction."""
+
+    name: str = "top1"
+    title: str = "top-1"
+    digits: int = 1
+    """Behind the point, in the line of an epoch."""
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignGrid(Grid):
+    """Weight x dimension; the baseline has no dimension."""
+
+    alignment_weights: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
+    """Weights to try; 0 is the baseline and is trained once for each backbone and seed, whatever the
+    dimensions."""
+    projection_dims: tuple[int, ...] = (128, 0)
+    """Widths of the shared space to try; 0 is the embedding's own."""
+
+    def cells(self) -> list[dict[str, Any]]:
+        """See `Grid.cells`."""
+        return [
+            {"alignment_weight": weight, "projection_dim": dim if weight else 0}
+            for weight in self.alignment_weights
+            for dim in (self.projection_dims if weight else (0,))
+        ]
+
+    def faults(self) -> list[str]:
+        """See `Settings.faults`."""
+        if any(not 0 <= weight < float("inf") for weight in self.alignment_weights):
+            return [f"alignment_weights={self.alignment_weights}: must be 0 or more."]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignSettings(MethodSettings):
+    """The training method: GPT4Image's alignment of image features to text embeddings."""
+
+    left_open = ("embeddings",)
+    axes: ClassVar = {"alignment_weight": "weight", "projection_dim": "dim"}
+    grid = AlignGrid
+
+    alignment_weight: float = 0.3
+    """lambda of L = L_CE + lambda L_align; 0 is the plain baseline."""
+    alignment: Literal["symmetric", "image-to-text", "sigmoid", "cosine"] = "symmetric"
+    """Form of L_align: InfoNCE both ways (the paper's), one way, SigLIP's pairwise sigmoid, or 2 - 2 cos
+    without negatives."""
+    projection_dim: int = 256
+    """Width d of the shared space; below the embedding's D texts are reduced, 0 means D."""
+    text_projection: Literal["pca", "learned"] = "pca"
+    """How texts come to width d: by PCA, fitted once and kept in the store, or by a linear map learned with
+    the model."""
+    head: Literal["mlp", "linear"] = "mlp"
+    """Projection head on the pooled feature."""
+    temperature: float = 0.2
+    """tau of the alignment loss (the paper: 0.2 for ResNets, 0.05 for ViTs)."""
+    learn_temperature: bool = False
+    """Learn tau, starting from --temperature; it stays at 0.01 or above, CLIP's bound."""
+    store_negatives: int = 0
+    """Further texts, drawn from the store for every step, that images are told apart from."""
+    embeddings: str = ""
+    """Embedding variant; empty: the only one of the store, or the one that a resumed run was begun with."""
+
+    @property
+    def is_baseline(self) -> bool:
+        """Without texts: classification alone."""
+        return self.alignment_weight == 0
+
+    def told(self) -> dict[str, str]:
+        """Weight and dimension; dimension 0 is the embedding's own, D."""
+        dim = "-" if self.is_baseline else str(self.projection_dim or "D")
+        return {"weight": f"{self.alignment_weight:g}", "dim": dim}
+
+    def title(self) -> str:
+        """Weight and dimension."""
+        if self.is_baseline:
+            return "baseline"
+        weight = f"{self.alignment_weight:g}"
+        exact = weight if float(weight) == self.alignment_weight else repr(self.alignment_weight)
+        return f"w{exact}-d{self.projection_dim}"
+
+    def faults(self) -> list[str]:
+        """See `Settings.faults`."""
+        faults = below(0, self, "projection_dim", "store_negatives")
+        if self.alignment_weight < 0:
+            faults.append(f"alignment_weight={self.alignment_weight}: must be 0 (the baseline) or more.")
+        if self.temperature <= 0:
+            faults.append(f"temperature={self.temperature}: must be above 0, such as 0.2.")
+        if self.alignment == "cosine" and (self.store_negatives or self.learn_temperature):
+            faults.append(
+                "alignment=cosine: has neither negatives nor a temperature; leave the flags for them out."
+            )
+        if self.text_projection == "learned" and self.alignment == "cosine":
+            faults.append(
+                "text_projection=learned: without negatives all texts would be mapped to one point; use pca."
+            )
+        return faults
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A method of this package."""
+
+    module: str
+    settings: type[MethodSettings]
+    metric: Metric = Metric()
+
+
+BUILT_IN = {"align": BuiltIn("training.objectives.align", AlignSettings)}
+"""By name; a test holds that settings and metric are those of the modules."""
+
+
+def module_of(name: str) -> Any:
+    """The OBJECTIVE of a method by its name or import path; loads torch.
+
+    Raises:
+        SettingsError: there is no such module, or it has no OBJECTIVE.
+    """
+    if (
+        name not in BUILT_IN and os.getcwd() not in sys.path
+    ):  # where a command that is installed does not look
+        sys.path.append(os.getcwd())
+    try:
+        return import_module(BUILT_IN[name].module if name in BUILT_IN else name).OBJECTIVE
+    except (ModuleNotFoundError, AttributeError) as error:
+        message = (
+            f"objective={name!r}: {error}; known are {', '.join(BUILT_IN)}, or the import path of a module "
+            "with an OBJECTIVE (training/objectives/protocol.py)."
+        )
+        raise SettingsError(message) from None
+
+
+def settings_of(name: str) -> type[MethodSettings]:
+    """The type of a method's settings."""
+    found: type[MethodSettings] = BUILT_IN[name].settings if name in BUILT_IN else module_of(name).settings
+    return found
+
+
+def metric_named(name: str) -> Metric:
+    """What a method is judged by."""
+    found: Metric = BUILT_IN[name].metric if name in BUILT_IN else module_of(name).metric
+    return found

@@ -1,0 +1,108 @@
+"""From the settings given to those that a run will have: everything is found and checked before a worker
+starts."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from pipeline.errors import MissingError, SettingsError
+from pipeline.store import Store, locations
+from training import run_folder
+from training.config import TrainConfig
+from training.models.settings import short_name
+from training.run_folder import read_json
+
+if TYPE_CHECKING:
+    from training.objectives.protocol import Facts
+
+
+def default_run(config: TrainConfig) -> str:
+    """A new folder below runs/, named by what differs between runs, by the time and by chance."""
+    # Two runs begun in the same second, or on two machines, must not meet in one folder.
+    when = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"runs/{title(config)}-{when}"
+
+
+def title(config: TrainConfig) -> str:
+    """Backbone, what tells runs of the method apart, seed: the name of a trial's folder."""
+    method = config.method.title() or config.objective.rpartition(".")[2]
+    return f"{short_name(config.model.backbone)}-{method}-s{config.seed}"
+
+
+def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
+    """The settings as the run will have them, checked, and the variants of the store that are trained on:
+    addresses whole, embeddings named.
+
+    A run that was begun before lends what was left open, see `run_folder.resumed`.
+
+    Raises:
+        ValueError: settings that do not fit the store, or the run that is to be resumed.
+    """
+    config = config.but(
+        run=run_folder.address(config.run or default_run(config)),
+        store=run_folder.address(config.store),
+    )
+    locations.check_writable("run", config.run)
+    from training.models import backbones, weights
+
+    recorded = read_json(config.run, "config.json")
+    config = backbones.resolved(config, recorded)
+    if recorded is not None:
+        config = run_folder.resumed(config, recorded)
+        run_folder.check_store(config.run, recorded, Store(config.store))
+    facts = check(config)
+    for note in facts.notes:
+        print(f"train: {note}", file=sys.stderr)
+    if config.model.pretrained and not config.model.brings_weights and not _has_checkpoint(config.run):
+        weights.fetch_weights(config.model.backbone)
+    return config.but(**facts.found), facts.variants
+
+
+def _has_checkpoint(run: str) -> bool:
+    from training.engine import checkpoint
+
+    try:
+        checkpoint.find(run)
+    except MissingError:
+        return False
+    return True
+
+
+def check(config: TrainConfig) -> Facts:
+    """Finds every fault that can be found without starting workers; returns what the method found."""
+    from training.data.order import Rows
+    from training.models import backbones, optimizers
+    from training.objectives.protocol import objective_of
+
+    store = Store(config.store)
+    store.require_complete("images")
+    config = backbones.resolved(config)
+    backbones.probe(
+        config.model.backbone,
+        config.model.image_size,
+        config.model.patch_size,
+        small_stem=config.model.small_stem,
+        drop_path=config.model.drop_path,
+        architecture=config.model.architecture,
+    )
+    optimizers.check_optimizer(config.optim.optimizer)
+    store.split_shards(config.data.eval_split)
+    if not len(Rows(store, config.data.eval_split)):
+        message = (
+            f"eval_split={config.data.eval_split}: none of its pictures can be used, and training is judged "
+            f"by it; `gpt4image status --store {config.store}` says why. Mend them, or pass another "
+            "--eval-split."
+        )
+        raise SettingsError(message)
+    rows = len(Rows(store, config.data.train_split))
+    if rows < config.optim.batch_size:
+        message = (
+            f"batch_size={config.optim.batch_size}: the split {config.data.train_split} has {rows} usable "
+            f"images; pass --batch-size {max(2, rows // 2 * 2)} or less."
+        )
+        raise SettingsError(message)
+    facts: Facts = objective_of(config).check(config, store)
+    return facts
