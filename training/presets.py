@@ -199,9 +199,9 @@ def value_of(flag: str, arguments: Sequence[str], default: str) -> str:
     """What a command line gives a flag (the last one counts) that must be known before the others are
     read."""
     value = default
-    for place, argument in enumerate(arguments):
-        if argument == flag and place + 1 < len(arguments):
-            value = arguments[place + 1]
+    for number, argument in enumerate(arguments):
+        if argument == flag and number + 1 < len(arguments):
+            value = arguments[number + 1]
         elif argument.startswith(f"{flag}="):
             value = argument.split("=", 1)[1]
     return value

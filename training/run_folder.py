@@ -140,9 +140,9 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
     return now
 
 
-def address(place: str) -> str:
+def address(folder: str) -> str:
     """A folder's path from the root, or a URI as it is: workers have working directories of their own."""
-    return place.rstrip("/") if "://" in place else os.path.abspath(os.path.expanduser(place))
+    return folder.rstrip("/") if "://" in folder else os.path.abspath(os.path.expanduser(folder))
 
 
 def headline(metrics: Mapping[str, float], name: str = "top1") -> float:

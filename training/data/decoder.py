@@ -98,10 +98,10 @@ class Decoder:
             data = self._bytes(shard, row)
             if train:
                 width, height = (int(edge) for edge in shard.sizes[row])
-                for place, view in zip(
+                for position, view in zip(
                     views, self._augment.train(data, width, height, samples[views]), strict=True
                 ):
-                    pictures[place] = view
+                    pictures[position] = view
             else:
                 pictures[views] = self._augment.evaluate(data)
         part: Part = {

@@ -48,18 +48,18 @@ class Watch:
         self._begun = time.monotonic()
         self._first_step = self._state.step
 
-    def add(self, step: int, batch: Batch, parts: dict[str, Tensor]) -> None:
+    def add(self, step: int, batch: Batch, losses: dict[str, Tensor]) -> None:
         """Takes in a step's losses."""
         if not self._names:
-            self._names = ["samples", *sorted(parts)]
+            self._names = ["samples", *sorted(losses)]
             self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
             if self._rank == 0:  # sums of all workers up to the checkpoint that was resumed from
                 before = [self._state.sums.get(name, 0.0) for name in self._names]
                 self._sums += torch.tensor(before, dtype=torch.float64, device=self._device)
         count = len(batch.labels)
-        means = torch.stack([parts[name].detach().double().mean() for name in self._names[1:]])
+        means = torch.stack([losses[name].detach().double().mean() for name in self._names[1:]])
         self._sums += count * torch.cat([means.new_ones(1), means])
-        self._recent.append((step, batch.samples, parts["loss"].detach()))
+        self._recent.append((step, batch.samples, losses["loss"].detach()))
 
     def look(self, step: int, stop: int, progress: Callable[[Metrics], None] | None) -> bool:
         """Whether a checkpoint is due after this step. Every few steps, workers compare notes.
@@ -137,7 +137,7 @@ class Watch:
 
     def _accusation(self, bad: list[bool]) -> str:
         """The steps and ids of the first batch of each worker that went wrong first."""
-        first = next((place for place, is_bad in enumerate(bad) if is_bad), None)
+        first = next((number for number, is_bad in enumerate(bad) if is_bad), None)
         mine = None if first is None else (self._recent[first][0], self._ids(self._recent[first][1]))
         notes = [mine] * world_size()
         if world_size() > 1:

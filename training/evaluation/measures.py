@@ -42,11 +42,11 @@ def calibration(confidence: Array, correct: Array, bins: int = 15) -> Calibratio
         bins: of equal width; bin m holds ((m - 1) / bins, m / bins].
     """
     edges = np.linspace(0, 1, bins + 1)
-    place = np.digitize(confidence, edges[1:-1], right=True)
-    counts = np.bincount(place, minlength=bins)
+    bin_of = np.digitize(confidence, edges[1:-1], right=True)
+    counts = np.bincount(bin_of, minlength=bins)
     filled = np.where(counts > 0, counts, np.nan)
-    means = np.bincount(place, confidence.astype(np.float64), bins) / filled
-    accuracy = np.bincount(place, correct.astype(np.float64), bins) / filled
+    means = np.bincount(bin_of, confidence.astype(np.float64), bins) / filled
+    accuracy = np.bincount(bin_of, correct.astype(np.float64), bins) / filled
     ece = float(np.nansum(counts * np.abs(accuracy - means)) / len(confidence))
     return Calibration(ece=ece, edges=edges, counts=counts, confidence=means, accuracy=accuracy)
 
@@ -66,7 +66,7 @@ def confused_pairs(matrix: Array, most: int) -> list[tuple[int, int, int]]:
     cells = np.argpartition(flat, -most)[-most:] if most < flat.size else np.arange(flat.size)
     cells = cells[flat[cells] > 0]
     cells = cells[np.lexsort((cells, -flat[cells]))]
-    return [(int(place // len(matrix)), int(place % len(matrix)), int(flat[place])) for place in cells]
+    return [(int(cell // len(matrix)), int(cell % len(matrix)), int(flat[cell])) for cell in cells]
 
 
 def interval(hits: int, count: int) -> tuple[float, float]:
@@ -137,8 +137,8 @@ def different_texts(texts: Array, groups: Array) -> tuple[Array, Array]:
         ([M] a row that holds each of the different ones, [n] which of them is each row's own).
     """
     _, first, of_group = np.unique(groups, return_index=True, return_inverse=True)
-    _, place, of_vector = np.unique(texts[first], axis=0, return_index=True, return_inverse=True)
-    return first[place], of_vector.ravel()[of_group]
+    _, one_of, of_vector = np.unique(texts[first], axis=0, return_index=True, return_inverse=True)
+    return first[one_of], of_vector.ravel()[of_group]
 
 
 def caption_ranks(z: Array, texts: Array, own: Array) -> Array:

@@ -60,7 +60,7 @@ def candidates(classes: list[str], file: str = "") -> Candidates:
         raise MissingError(message) from None
     keys = [_key(parts[0]) for parts in lines]
     twice = [name for name, count in Counter(keys).items() if count > 1]
-    known = {key: place for place, key in enumerate(keys)}
+    known = {key: number for number, key in enumerate(keys)}
     of_class = np.array([known.get(_key(name), -1) for name in classes])
     if twice or (of_class < 0).all():
         why = f"names {twice[0]!r} more than once" if twice else "names none of the store's classes"

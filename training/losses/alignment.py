@@ -267,6 +267,6 @@ def _summed(*parts: Tensor) -> list[Tensor]:
     flat = torch.cat([part.to(parts[0].dtype).reshape(-1) for part in parts])
     dist.all_reduce(flat)
     return [
-        found.view(part.shape)
-        for found, part in zip(flat.split_with_sizes([part.numel() for part in parts]), parts, strict=True)
+        total.view(part.shape)
+        for total, part in zip(flat.split_with_sizes([part.numel() for part in parts]), parts, strict=True)
     ]

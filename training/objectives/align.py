@@ -78,9 +78,9 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.images)
 
-    def part(self, place: slice, gradient: Gradient | None) -> Inputs:
+    def part(self, rows: slice, gradient: Gradient | None) -> Inputs:
         """See `protocol.Inputs`."""
-        return Inputs(self.images[place], self.classes[place], None, gradient)
+        return Inputs(self.images[rows], self.classes[rows], None, gradient)
 
 
 class AlignTask(nn.Module):
@@ -157,13 +157,13 @@ class AlignTask(nn.Module):
         features, logits = self.features_and_logits(self.backbone, images)
         entropy = self.criterion(logits.float(), classes)
         aimed = classes if classes.ndim == 1 else classes.argmax(1)
-        parts = {
+        losses = {
             "loss": share * entropy,
             "cross_entropy": entropy.detach(),
             "correct": logits.detach().argmax(1) == aimed,
         }
         if self.head is None:
-            return parts
+            return losses
         z = self.head(features)
         if gradient is not None:
             linear = (z * gradient.features).sum()
@@ -173,13 +173,13 @@ class AlignTask(nn.Module):
                 )
             else:  # every part uses every parameter, or DDP would wait for it
                 linear = linear + sum((0 * p).sum() for p in self.loss_parameters())
-            parts["loss"] = parts["loss"] + self.alignment.weight * linear
+            losses["loss"] = losses["loss"] + self.alignment.weight * linear
         else:
             assert inputs.goal is not None
             alignment = self.align(z, inputs.goal)
-            parts["loss"] = parts["loss"] + self.alignment.weight * alignment
-            parts["alignment"] = alignment.detach()
-        return parts
+            losses["loss"] = losses["loss"] + self.alignment.weight * alignment
+            losses["alignment"] = alignment.detach()
+        return losses
 
     def align(self, z_bd: Tensor, goal: Goal) -> Tensor:
         """The alignment loss of [b, d] projected features (see `losses.alignment_loss`)."""
@@ -288,11 +288,11 @@ def caption_ranks(z_bd: Tensor, texts_bd: Tensor, groups_b: Tensor) -> Tensor:
     """Rank, from 1, of each picture's own caption among the different captions of the batch; pictures without
     one have none."""
     kept = groups_b >= 0
-    different, place = torch.unique(groups_b[kept], return_inverse=True)
-    one_of = torch.zeros(len(different), dtype=torch.long, device=place.device)
-    one_of[place] = torch.arange(len(place), device=place.device)
+    different, own = torch.unique(groups_b[kept], return_inverse=True)
+    one_of = torch.zeros(len(different), dtype=torch.long, device=own.device)
+    one_of[own] = torch.arange(len(own), device=own.device)
     cosines = z_bd[kept].float() @ texts_bd[kept][one_of].float().T
-    return measures.ranks_of(cosines, place)
+    return measures.ranks_of(cosines, own)
 
 
 @dataclass(frozen=True, kw_only=True)

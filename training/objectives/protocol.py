@@ -57,7 +57,7 @@ class Inputs(Protocol):
 
     def __len__(self) -> int: ...
 
-    def part(self, place: slice, gradient: Gradient | None) -> Inputs:
+    def part(self, rows: slice, gradient: Gradient | None) -> Inputs:
         """Some of its rows, for a step in parts; `gradient` of the joint loss, where there is one (see
         `Contrastive`)."""
         ...
