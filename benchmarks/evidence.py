@@ -194,7 +194,7 @@ def compare(
             "per_class": count,
             "backbone": pair.cell.backbone,
             "baseline": sum(pair.baseline) / len(pair.baseline),
-            "aligned": sum(pair.aligned) / len(pair.aligned),
+            "aligned": sum(pair.method) / len(pair.method),
             "mean": round(pair.mean, 3),
             "low": round(pair.low, 3),
             "high": round(pair.high, 3),

@@ -84,6 +84,34 @@ def test_no_circle_of_imports() -> None:
         visit(module, ())
 
 
+def test_loop_data_evaluation_export_tracking_and_tuning_know_no_method() -> None:
+    """They import no method and no loss of one, and read none of its settings by name."""
+    from training.objectives.settings import BUILT_IN
+    from training.settings import flat
+
+    own = {"training/data/text_targets.py", "training/data/negatives.py"}  # the alignment's columns
+    rooms = ("engine", "data", "evaluation", "export", "tracking", "models")
+    files = [path for room in rooms for path in (ROOT / "training" / room).glob("*.py")]
+    files += [ROOT / "training" / f"{name}.py" for name in ("run", "preparation", "run_folder", "settings")]
+    files += (ROOT / "tuning").glob("*.py")
+    methods = {method.module for method in BUILT_IN.values()} | {"training.losses.alignment"}
+    settings = {name for method in BUILT_IN.values() for name in flat(method.settings())}
+    for path in files:
+        if str(path.relative_to(ROOT)) in own:
+            continue
+        assert not imported(path) & methods, path
+        read = {
+            node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+        }
+        assert not read & settings - {"embeddings"}, f"{path}: {sorted(read & settings)}"
+
+
+def test_no_line_keeps_the_formatter_out() -> None:
+    for package in (*PACKAGES, "tests", "benchmarks", "examples"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert "# fmt" + ":" not in path.read_text(), path
+
+
 def test_a_folder_has_about_a_dozen_entries_and_no_families_of_names() -> None:
     for package in PACKAGES:
         for folder in [ROOT / package, *(path for path in (ROOT / package).rglob("*") if path.is_dir())]:

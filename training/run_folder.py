@@ -21,7 +21,7 @@ from pipeline.errors import MissingError, OtherSettingsError, SettingsError
 from pipeline.store import Store, locations
 from training import tracking
 from training.config import TrainConfig
-from training.objectives.settings import Metric, metric_named
+from training.objectives.settings import SHORT_LOSSES, Metric, metric_named
 from training.settings import flat
 
 Recorded = dict[str, Any]
@@ -215,10 +215,6 @@ def _read(run: str, name: str) -> str | None:
         return None
 
 
-_LOSSES = {"cross_entropy": "ce", "alignment": "align"}
-"""How losses are called in an epoch's line."""
-
-
 class Follower:
     """Prints a line an epoch and a bar of the present one, from what rank 0 writes into the run's folder."""
 
@@ -278,7 +274,7 @@ class Follower:
         left = (self._epochs - m["epoch"]) * m["seconds"]
         name, title, digits = self._metric.name, self._metric.title, self._metric.digits
         losses = (
-            "  ".join(f"{short} {m[full]:.3f}" for full, short in _LOSSES.items() if full in m)
+            "  ".join(f"{short} {m[full]:.3f}" for full, short in SHORT_LOSSES.items() if full in m)
             or f"loss {m['loss']:.3f}"
         )
         raw = f" (without averaging {m[name]:.{digits}f})" if f"ema_{name}" in m else ""

@@ -62,7 +62,7 @@ def _sweep(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparison(result: Paired) -> dict[str, Any]:
-    pairs = list(zip(result.seeds, result.baseline, result.aligned, strict=True))
+    pairs = list(zip(result.seeds, result.baseline, result.method, strict=True))
     return {
         "sentence": report.sentence(result),
         "pairs": pairs,
@@ -94,7 +94,7 @@ def _stages(store: Store) -> list[dict[str, Any]]:
 
 def _caption_variant(store: Store, sweeps: list[dict[str, Any]]) -> str:
     """The captions that the aligned trials were trained on."""
-    names = {trial["config"]["embeddings"] for content in sweeps for trial in content["trials"]}
+    names = {trial["config"].get("embeddings", "") for content in sweeps for trial in content["trials"]}
     embeddings = next(iter(names - {""}), "") or next(iter(store.variants("embeddings")), "")
     return str(store.variant("embeddings", embeddings)["captions"]) if embeddings else ""
 

@@ -11,7 +11,7 @@ from training.run_folder import headline, judged_by
 from tuning.cells import Cell, cell_of
 from tuning.significance import Paired
 
-BASELINE, ALIGNED = "#7a7f87", "#1f6feb"
+BASELINE, BLUE = "#7a7f87", "#1f6feb"
 SHADES = ("#1f6feb", "#d98200", "#0f8a6a", "#8250df", "#bf3989")
 
 
@@ -22,7 +22,7 @@ def lengths_plot(store: Store, captions: str, most_shards: int = 200) -> str:
         texts = store.read_shard("captions", captions, shard, ["caption"])["caption"].to_pylist()
         words += [len(text.split()) for text in texts if text]
     figure, axes = _figure(5.2, 2.4)
-    axes.hist(words, bins=range(0, max(words, default=1) + 2), color=ALIGNED)
+    axes.hist(words, bins=range(0, max(words, default=1) + 2), color=BLUE)
     axes.set_xlabel("words in a caption")
     axes.set_ylabel("captions")
     return _svg(figure)
@@ -119,11 +119,11 @@ def _ticks(cells: Iterable[Cell], axis: int) -> list[str]:
 
 
 def paired_plot(result: Paired) -> str:
-    """A line a seed from baseline to aligned."""
+    """A line a seed from baseline to method."""
     figure, axes = _figure(3.2, 2.6)
-    for seed, baseline, aligned in zip(result.seeds, result.baseline, result.aligned, strict=True):
-        axes.plot([0, 1], [baseline, aligned], marker="o", color=ALIGNED, linewidth=1.2)
-        axes.annotate(f"seed {seed}", (1, aligned), xytext=(6, -3), textcoords="offset points", fontsize=8)
+    for seed, baseline, method in zip(result.seeds, result.baseline, result.method, strict=True):
+        axes.plot([0, 1], [baseline, method], marker="o", color=BLUE, linewidth=1.2)
+        axes.annotate(f"seed {seed}", (1, method), xytext=(6, -3), textcoords="offset points", fontsize=8)
     axes.set_xticks([0, 1], ["baseline", result.cell.words.replace(", ", "\n")])
     axes.set_xlim(-0.2, 1.5)
     axes.set_ylabel("top-1, %")

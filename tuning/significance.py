@@ -19,7 +19,7 @@ class Paired:
     cell: Cell
     seeds: list[int]
     baseline: list[float]
-    aligned: list[float]
+    method: list[float]
     mean: float
     low: float
     high: float
@@ -54,11 +54,11 @@ def paired(trials: list[dict[str, Any]], *, which: str = "last", confidence: flo
         scores.setdefault(cell_of(config), {})[config["seed"]] = score
     found = []
     baselines = {cell.backbone: score for cell, score in scores.items() if cell.is_baseline}
-    for cell, aligned in scores.items():
+    for cell, method in scores.items():
         baseline = baselines.get(cell.backbone, {})
-        seeds = sorted(aligned.keys() & baseline.keys())
+        seeds = sorted(method.keys() & baseline.keys())
         if seeds and not cell.is_baseline:
-            found.append(_compare(cell, seeds, baseline, aligned, confidence))
+            found.append(_compare(cell, seeds, baseline, method, confidence))
     return found
 
 
@@ -66,17 +66,17 @@ def _compare(
     cell: Cell,
     seeds: list[int],
     baseline: dict[int, float],
-    aligned: dict[int, float],
+    method: dict[int, float],
     level: float,
 ) -> Paired:
-    differences = [aligned[seed] - baseline[seed] for seed in seeds]
+    differences = [method[seed] - baseline[seed] for seed in seeds]
     mean = statistics.fmean(differences)
     half = _half_width(differences, level)
     return Paired(
         cell=cell,
         seeds=seeds,
         baseline=[baseline[seed] for seed in seeds],
-        aligned=[aligned[seed] for seed in seeds],
+        method=[method[seed] for seed in seeds],
         mean=mean,
         low=mean - half,
         high=mean + half,

@@ -21,8 +21,8 @@ from training.data.loader import Decoding, Loader, ThreadDecoding, lookahead
 from training.data.order import Rows, Sequence
 from training.data.views import Norm, Views
 from training.engine import checkpoint
+from training.engine.distributed import world_size
 from training.engine.step import Stepper
-from training.losses.alignment import world_size
 from training.models import optimizers
 from training.objectives.protocol import Precision, objective_of
 

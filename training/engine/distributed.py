@@ -7,7 +7,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from training.losses.alignment import world_size
+
+def world_size() -> int:
+    """Processes that train together; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def agree_on_buffers(task: nn.Module, ema: Any) -> None:

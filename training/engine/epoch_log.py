@@ -21,7 +21,7 @@ from training.config import TrainConfig
 from training.data.loader import Batch
 from training.data.order import ROW, SHARD, Array
 from training.engine.checkpoint import State
-from training.losses.alignment import world_size
+from training.engine.distributed import world_size
 
 Metrics = dict[str, float]
 TOGETHER = 10

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from training.engine.distributed import world_size
+
 Form = Literal["symmetric", "image-to-text", "sigmoid", "cosine"]
 
 
@@ -78,11 +80,6 @@ class TextGather:
         for work in self._work:
             work.wait()
         return Texts(self._targets, self._groups)
-
-
-def world_size() -> int:
-    """Processes that train together; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def alignment_loss(

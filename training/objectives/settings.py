@@ -157,3 +157,7 @@ def metric_named(name: str) -> Metric:
     """What a method is judged by."""
     found: Metric = BUILT_IN[name].metric if name in BUILT_IN else module_of(name).metric
     return found
+
+
+SHORT_LOSSES = {"cross_entropy": "ce", "alignment": "align"}
+"""How parts of the loss are called in an epoch's line; a method without any of them shows its loss."""
