@@ -117,6 +117,10 @@ class ToySettings(MethodSettings):
     noise: float = 0.01
     """Of the features."""
 
+    @property
+    def is_baseline(self) -> bool:
+        return self.noise == 0
+
     def faults(self) -> list[str]:
         return [f"noise={self.noise}: must be 0 or more."] if self.noise < 0 else []
 
@@ -126,7 +130,14 @@ class ToySettings(MethodSettings):
 
 class Toy(Objective):
     settings = ToySettings
-    metric = Metric(name="colour_error", title="error", digits=3, higher_is_better=False)
+    metric = Metric(
+        name="colour_error",
+        title="error",
+        digits=4,
+        unit="",
+        difference="of error",
+        higher_is_better=False,
+    )
 
     def check(self, config: TrainConfig, store: Store) -> Facts:
         return Facts(columns=(Heights(),))

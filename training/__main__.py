@@ -49,9 +49,9 @@ def _train(settings: config.TrainConfig) -> int:
     result = run.train(settings.but(tracking_uri=uri))
     last, metric = result["last"], metric_named(settings.objective)
     top5 = f", top-5 {run_folder.headline(last, 'top5'):.2f}" if "top5" in last else ""
+    score, best = metric.shown(run_folder.headline(last, metric.name)), metric.shown(result["best_top1"])
     print(
-        f"{result['run']}: {result['epochs']} epochs, {metric.title} "
-        f"{run_folder.headline(last, metric.name):.2f} (best {result['best_top1']:.2f} in epoch "
+        f"{result['run']}: {result['epochs']} epochs, {metric.title} {score} (best {best} in epoch "
         f"{result['best_epoch']}){top5}"
     )
     return 0

@@ -134,7 +134,7 @@ class EvaluateConfig:
     split: str = ""
     """Split to measure on; empty: the run's --eval-split."""
     checkpoint: Literal["last", "best"] = "last"
-    """The last epoch's model, or the one with the best top-1 (chosen on the eval split, so its figure there
+    """The last epoch's model, or the one that was judged best (chosen on the eval split, so its figure there
     is optimistic)."""
     weights: Literal["auto", "raw", "ema"] = "auto"
     """The weights themselves or their moving average; auto: the average where the run kept one."""

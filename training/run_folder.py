@@ -272,7 +272,7 @@ class Follower:
 
     def _epoch_line(self, m: dict[str, float]) -> str:
         left = (self._epochs - m["epoch"]) * m["seconds"]
-        name, title, digits = self._metric.name, self._metric.title, self._metric.digits
+        name, title, digits = self._metric.name, self._metric.title, self._metric.digits - 1
         losses = (
             "  ".join(f"{short} {m[full]:.3f}" for full, short in SHORT_LOSSES.items() if full in m)
             or f"loss {m['loss']:.3f}"

@@ -74,7 +74,7 @@ class TuneConfig(Generic[Shared, Axes]):
     concurrent: int = 0
     """Trials at a time; 0: as many as the GPUs allow, or one on a cluster without GPUs."""
     export: bool = True
-    """Export the best model of the sweep (by the last epoch's top-1) into SWEEP/best."""
+    """Export the best model of the sweep (by the last epoch's metric) into SWEEP/best."""
 
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """What the sweep tries: of these the same folder may be given other values."""

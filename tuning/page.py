@@ -52,6 +52,7 @@ def _sweep(content: dict[str, Any]) -> dict[str, Any]:
         "name": os.path.basename(content["sweep"]),
         "rows": report.rows(content),
         "headings": report.headings(content),
+        "metric": report.metric_of(content),
         "exported": content["exported"],
         "unfinished": report.unfinished(content),
         "curves": _safe(curves_plot(trials)),

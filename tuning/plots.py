@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline.store import Store
+from training.objectives.settings import Metric
 from training.run_folder import headline, judged_by
 from tuning.cells import Cell, cell_of
 from tuning.significance import Paired
@@ -61,7 +62,7 @@ def curves_plot(trials: list[dict[str, Any]]) -> str:
             labels.add(label)
         panel.set_title(backbone, fontsize=10)
         panel.set_xlabel("epoch")
-        panel.set_ylabel("top-1, %")
+        panel.set_ylabel(judged_by(trials[0]["config"]).axis)
         panel.legend(fontsize=8, frameon=False)
     return _svg(figure)
 
@@ -78,11 +79,11 @@ def heat_maps(trials: list[dict[str, Any]]) -> list[str]:
         base = [score for cell, scores in cells.items() if cell.is_baseline for score in scores]
         others = {cell: scores for cell, scores in cells.items() if not cell.is_baseline}
         if len(others) > 1 and all(len(cell.values) == 2 for cell in others):
-            plots.append(_heat_map(backbone, others, base))
+            plots.append(_heat_map(backbone, others, base, judged_by(trials[0]["config"])))
     return plots
 
 
-def _heat_map(backbone: str, cells: dict[Cell, list[float]], base: list[float]) -> str:
+def _heat_map(backbone: str, cells: dict[Cell, list[float]], base: list[float], metric: Metric) -> str:
     import numpy as np
 
     first = next(iter(cells))
@@ -98,7 +99,7 @@ def _heat_map(backbone: str, cells: dict[Cell, list[float]], base: list[float]) 
             axes.text(
                 column,
                 row,
-                f"{value:.1f}",
+                f"{value:.{metric.digits - 1}f}",
                 ha="center",
                 va="center",
                 color="white" if value > middle else "black",
@@ -107,8 +108,8 @@ def _heat_map(backbone: str, cells: dict[Cell, list[float]], base: list[float]) 
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel(first.headings[1])
     axes.set_ylabel(first.headings[0])
-    baseline = f", baseline {sum(base) / len(base):.1f}" if base else ""
-    axes.set_title(f"{backbone}: top-1{baseline}", fontsize=10)
+    baseline = f", baseline {sum(base) / len(base):.{metric.digits - 1}f}" if base else ""
+    axes.set_title(f"{backbone}: {metric.title}{baseline}", fontsize=10)
     return _svg(figure)
 
 
@@ -126,7 +127,7 @@ def paired_plot(result: Paired) -> str:
         axes.annotate(f"seed {seed}", (1, method), xytext=(6, -3), textcoords="offset points", fontsize=8)
     axes.set_xticks([0, 1], ["baseline", result.cell.words.replace(", ", "\n")])
     axes.set_xlim(-0.2, 1.5)
-    axes.set_ylabel("top-1, %")
+    axes.set_ylabel(result.metric.axis)
     return _svg(figure)
 
 

@@ -64,17 +64,19 @@ def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
 def table(content: dict[str, Any]) -> str:
     """The trials as a table; last epoch beside the best one, which was chosen on the same images and so
     flatters."""
-    title = metric_of(content).title
+    metric = metric_of(content)
     found = rows(content)
     heads = "".join(f" {head:>6}" for head in headings(content))
     lines = [
-        f"{'backbone':24}{heads} {'seed':>4} {title:>7} {'top-5':>7} {'best':>7} {'epoch':>5} {'img/s':>7}"
+        f"{'backbone':24}{heads} {'seed':>4} {metric.title:>7} {'top-5':>7} {'best':>7} {'epoch':>5} "
+        f"{'img/s':>7}"
     ]
     for r in found:
         axes = "".join(f" {value:>6}" for value in r["axes"])
+        top5 = "-" if math.isnan(r["top5"]) else f"{r['top5']:.2f}"
         lines.append(
-            f"{r['backbone']:24}{axes} {r['seed']:>4} {r['top1']:>7.2f} {r['top5']:>7.2f} "
-            f"{r['best_top1']:>7.2f} {r['best_epoch']:>5} {r['images_per_s']:>7.0f}"
+            f"{r['backbone']:24}{axes} {r['seed']:>4} {metric.shown(r['top1']):>7} {top5:>7} "
+            f"{metric.shown(r['best_top1']):>7} {r['best_epoch']:>5} {r['images_per_s']:>7.0f}"
         )
     return "\n".join(lines + unfinished(content))
 
@@ -91,16 +93,12 @@ def metric_of(content: dict[str, Any]) -> Metric:
 
 def sentence(result: Paired) -> str:
     """One comparison in words."""
-    setting = f"{result.cell.backbone}, {result.cell.words}"
+    metric, setting = result.metric, f"{result.cell.backbone}, {result.cell.words}"
+    mean, low, high = (f"{value:+.{metric.digits}f}" for value in (result.mean, result.low, result.high))
+    told = f"{setting}: {mean} {metric.difference} over the baseline"
     if len(result.seeds) < 2:
-        return (
-            f"{setting}: {result.mean:+.2f} points of top-1 over the baseline on one seed; too few for an "
-            "interval"
-        )
-    return (
-        f"{setting}: {result.mean:+.2f} points of top-1 over the baseline, 95 % [{result.low:+.2f}, "
-        f"{result.high:+.2f}], {len(result.seeds)} seeds: {result.verdict}"
-    )
+        return f"{told} on one seed; too few for an interval"
+    return f"{told}, 95 % [{low}, {high}], {len(result.seeds)} seeds: {result.verdict}"
 
 
 def comparisons(content: dict[str, Any]) -> str:

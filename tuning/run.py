@@ -214,7 +214,9 @@ def _progress(told: dict[str, dict[str, str]]) -> Any:
             last = trial.last_result if metric.name in trial.last_result else {metric.name: float("nan")}
             self._line(
                 trial,
-                "diverged" if diverged else f"{metric.title} {run_folder.headline(last, metric.name):.2f}",
+                "diverged"
+                if diverged
+                else f"{metric.title} {metric.shown(run_folder.headline(last, metric.name))}",
             )
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -302,7 +304,7 @@ def _merit(trial: Trial) -> float:
 
 
 def best_trial(content: dict[str, Any]) -> Trial | None:
-    """The trial with the best top-1 in its last epoch, of the weights that export takes; None where none has
+    """The trial that its last epoch judges best, of the weights that export takes; None where none has
     a result."""
     done: list[Trial] = [trial for trial in content["trials"] if trial["result"] is not None]
     return max(done, key=_merit, default=None)

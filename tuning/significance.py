@@ -8,7 +8,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from training.run_folder import judged_by, merit
+from training.objectives.settings import Metric
+from training.run_folder import headline, judged_by
 from tuning.cells import Cell, cell_of
 
 
@@ -17,6 +18,7 @@ class Paired:
     """A setting minus the baseline, in units of the metric, over the seeds that both have."""
 
     cell: Cell
+    metric: Metric
     seeds: list[int]
     baseline: list[float]
     method: list[float]
@@ -29,58 +31,48 @@ class Paired:
         """What the interval allows to say."""
         if math.isinf(self.low):
             return "too few seeds for an interval"
+        above, below = ("a gain", "a loss") if self.metric.higher_is_better else ("a loss", "a gain")
         if self.low > 0:
-            return "a gain"
-        return "a loss" if self.high < 0 else "no difference shown"
+            return above
+        return below if self.high < 0 else "no difference shown"
 
 
 def paired(trials: list[dict[str, Any]], *, which: str = "last", confidence: float = 0.95) -> list[Paired]:
     """Every setting against its baseline; two-sided Student interval of the mean difference.
 
     Args:
-        trials: those of sweep.json that have a result.
-        which: `last` epoch's top-1, or `best` epoch's.
+        trials: those of sweep.json that have a result; all of one training method.
+        which: `last` epoch's metric, or `best` epoch's.
         confidence: of the interval.
     """
+    metric = judged_by(trials[0]["config"]) if trials else Metric()
     scores: dict[Cell, dict[int, float]] = {}
     for trial in trials:
-        config, result = trial["config"], trial["result"]
-        metric = judged_by(config)
-        score = (
-            merit(result["last"], metric)
-            if which == "last"
-            else merit({metric.name: result["best_top1"]}, metric)
-        )
-        scores.setdefault(cell_of(config), {})[config["seed"]] = score
-    found = []
+        result = trial["result"]
+        score = headline(result["last"], metric.name) if which == "last" else result["best_top1"]
+        scores.setdefault(cell_of(trial["config"]), {})[trial["config"]["seed"]] = score
     baselines = {cell.backbone: score for cell, score in scores.items() if cell.is_baseline}
+    comparisons = []
     for cell, method in scores.items():
         baseline = baselines.get(cell.backbone, {})
         seeds = sorted(method.keys() & baseline.keys())
-        if seeds and not cell.is_baseline:
-            found.append(_compare(cell, seeds, baseline, method, confidence))
-    return found
-
-
-def _compare(
-    cell: Cell,
-    seeds: list[int],
-    baseline: dict[int, float],
-    method: dict[int, float],
-    level: float,
-) -> Paired:
-    differences = [method[seed] - baseline[seed] for seed in seeds]
-    mean = statistics.fmean(differences)
-    half = _half_width(differences, level)
-    return Paired(
-        cell=cell,
-        seeds=seeds,
-        baseline=[baseline[seed] for seed in seeds],
-        method=[method[seed] for seed in seeds],
-        mean=mean,
-        low=mean - half,
-        high=mean + half,
-    )
+        if not seeds or cell.is_baseline:
+            continue
+        differences = [method[seed] - baseline[seed] for seed in seeds]
+        mean, half = statistics.fmean(differences), _half_width(differences, confidence)
+        comparisons.append(
+            Paired(
+                cell=cell,
+                metric=metric,
+                seeds=seeds,
+                baseline=[baseline[seed] for seed in seeds],
+                method=[method[seed] for seed in seeds],
+                mean=mean,
+                low=mean - half,
+                high=mean + half,
+            )
+        )
+    return comparisons
 
 
 def _half_width(differences: list[float], level: float) -> float:

@@ -20,6 +20,8 @@ from training.engine import checkpoint, loop
 from training.export.export import export
 from training.objectives.settings import BUILT_IN, module_of
 from training.settings import flat
+from tuning import plots, report
+from tuning.significance import paired
 
 NAME = "tests.toy_objective"
 
@@ -109,6 +111,24 @@ def test_its_settings_are_flags_and_those_of_other_methods_are_none(
         parse_train([*flags, "--help"])
     told = capsys.readouterr()
     assert "--noise" in told.out and "--temperature" not in told.out and "--alignment-weight" in told.err
+
+
+def test_sweeps_compare_it_in_its_own_units_and_less_is_a_gain() -> None:
+    def trial(noise: float, seed: int, error: float) -> dict[str, Any]:
+        last = {"colour_error": error, "images_per_s": 9.0, "epoch": 1.0}
+        config = {"objective": NAME, "backbone": "r", "noise": noise, "seed": seed}
+        result = {"last": last, "best_top1": error, "best_epoch": 1, "run_id": "", "history": [last]}
+        return {"name": "t", "config": config, "result": result}
+
+    trials = [trial(0, seed, 0.004 + seed / 10000) for seed in range(3)]
+    trials += [trial(0.5, seed, 0.001 + seed / 9000) for seed in range(3)]
+    (compared,) = paired(trials)
+    assert compared.baseline == [0.004, 0.0041, 0.0042] and compared.mean < 0
+    assert report.sentence(compared).startswith("r, noise 0.5: -0.0030 of error over the baseline, 95 %")
+    assert report.sentence(compared).endswith("3 seeds: a gain")
+    table = report.table({"trials": trials})
+    assert table.index("0.0010") < table.index("0.0040") and "nan" not in table and "noise" in table
+    assert "error" in plots.curves_plot(trials) and plots.heat_maps(trials) == []
 
 
 @pytest.mark.slow

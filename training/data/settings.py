@@ -14,7 +14,7 @@ class DataSettings(Deciding):
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "val"
-    """Split that top-1 and top-5 are measured on after every epoch."""
+    """Split that the model is judged on after every epoch."""
     shuffle_shards: int = 16
     """Shards whose rows are mixed at a time; all workers together keep about twice as many in memory, of
     Parquet sources (where a shard may hold few classes) each worker does, with BatchNorm, --mixup or
