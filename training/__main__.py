@@ -16,7 +16,7 @@ from pipeline import verbs
 from pipeline.verbs import Verb
 from training import config
 from training.objectives.settings import metric_named, settings_of
-from training.presets import PRESETS, preset, value_of
+from training.presets import ABOUT, preset, value_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def parse_train(arguments: list[str]) -> config.TrainConfig:
     settings = {name: value for name, value in chosen.items() if name in known}
     # The store is the one flag without a default.
     default = config.TrainConfig.of(**settings | {"objective": objective, "store": tyro.MISSING})
-    about = "Trains one model. Recipes: " + ", ".join(PRESETS) + "."
+    about = f"Trains one model, or goes on with one. {ABOUT}"
     kind: Any = config.TrainConfig[settings_of(objective)]  # type: ignore[misc]
     parsed: config.TrainConfig = tyro.cli(
         kind, args=arguments, prog="gpt4image train", default=default, description=about

@@ -35,8 +35,8 @@ class TrainConfig(Generic[Method]):
     """Folder or s3:// address of the run: checkpoints, metrics, settings. The same resumes. Empty: a new one
     below runs/."""
     preset: str = "small-64"
-    """Recipe that fills all settings below; flags given beside it win. Recipes are named at the top of this
-    help."""
+    """Recipe: a value for every other flag here; flags given beside it win. Recipes are named at the top of
+    this help."""
     objective: str = "align"
     """Training method: align (GPT4Image; with a weight of 0 its baseline), or the import path of a module of
     one's own (see training/objectives/protocol.py)."""

@@ -183,6 +183,9 @@ PRESETS: dict[str, _Settings] = {
 }
 
 
+ABOUT = f"Recipes: {', '.join(PRESETS)}; each is shown by --preset NAME --help."
+
+
 def preset(name: str) -> dict[str, Any]:
     """The settings of a recipe.
 

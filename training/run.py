@@ -258,7 +258,7 @@ class _DecodingActor:
 
 
 class _ActorDecoding:
-    """See `data.Decoding`. A decoder whose node is lost is started elsewhere and does its part again, with
+    """See `loader.Decoding`. A decoder whose node is lost is started elsewhere and does its part again, with
     the same result."""
 
     def __init__(self, spec: decoder.DecoderSpec, count: int) -> None:
@@ -311,7 +311,7 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
         raise SettingsError(message)
     loader = config.place.loader
     if loader == "auto":
-        loader = "actors" if config.data.auto_augment or config.data.color_jitter else "threads"
+        loader = "actors" if config.data.needs_processes else "threads"
     wanted = workers * (cpus + config.place.loader_workers)
     if loader == "actors" and wanted > total:
         message = (

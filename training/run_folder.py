@@ -15,10 +15,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from pyarrow import fs
-
 from pipeline.errors import MissingError, OtherSettingsError, SettingsError
-from pipeline.store import Store, locations
+from pipeline.store import Store, files, locations
 from training import tracking
 from training.config import TrainConfig
 from training.objectives.settings import SHORT_LOSSES, Metric, metric_named
@@ -196,14 +194,8 @@ def write_json(run: str, name: str, content: dict[str, Any]) -> None:
 def write_text(run: str, name: str, text: str) -> None:
     """Writes a text file of a run, whole or not at all."""
     filesystem, root = locations.resolve(run)
-    local = isinstance(filesystem, fs.LocalFileSystem)
-    path = f"{root}/{name}"
-    with filesystem.open_output_stream(
-        f"{path}.tmp" if local else path
-    ) as stream:  # an object store puts whole objects
-        stream.write(text.encode())
-    if local:
-        filesystem.move(f"{path}.tmp", path)
+    lasting = name != "progress.json"  # written every few seconds, and of no use after a power loss
+    files.write_whole(filesystem, f"{root}/{name}", text.encode(), lasting)
 
 
 def _read(run: str, name: str) -> str | None:

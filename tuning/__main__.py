@@ -16,7 +16,7 @@ from pipeline.errors import SettingsError
 from pipeline.verbs import Verb
 from training.config import TrainConfig
 from training.objectives.settings import settings_of
-from training.presets import preset, value_of
+from training.presets import ABOUT, preset, value_of
 from tuning import config
 
 
@@ -47,7 +47,10 @@ def parse_tune(arguments: list[str]) -> config.TuneConfig:
     train = shared.of(**settings | {"objective": objective, "store": tyro.MISSING})
     default: Any = config.TuneConfig(train=train, grid=method.grid())
     kind: Any = config.TuneConfig[shared, method.grid]  # type: ignore[valid-type,name-defined]
-    parsed: config.TuneConfig = tyro.cli(kind, args=arguments, prog="gpt4image tune", default=default)
+    about = f"{config.TuneConfig.__doc__} {ABOUT}"
+    parsed: config.TuneConfig = tyro.cli(
+        kind, args=arguments, prog="gpt4image tune", default=default, description=about
+    )
     return parsed
 
 

@@ -60,13 +60,13 @@ def _without(kind: Any, names: set[str], parts: Sequence[Any] = ()) -> Any:
 class TuneConfig(Generic[Shared, Axes]):
     """A grid of trainings over one store: the axes of the training method x backbone x seed."""
 
+    grid: OmitArgPrefixes[Axes] = field(default_factory=AlignGrid)  # type: ignore[assignment]
+    """Values of the training method's axes."""
     train: OmitArgPrefixes[Shared]
     """What all trials share."""
     sweep: str = ""
     """Folder or s3:// address of the sweep, a run folder a trial in it. The same again resumes, with more
     values, too. Empty: a new one below runs/."""
-    grid: OmitArgPrefixes[Axes] = field(default_factory=AlignGrid)  # type: ignore[assignment]
-    """Values of the training method's axes."""
     backbones: tuple[str, ...] = ()
     """timm models to try; empty: the preset's."""
     seeds: tuple[int, ...] = (0,)

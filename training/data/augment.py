@@ -4,7 +4,7 @@
 Crop and flip draw from a generator of their own, so that threads may share a process. RandAugment and colour
 jitter are timm's; they draw from the global generators of Python, NumPy and torch, which are seeded for each
 view: they need a process without other users of those (`Augment.needs_own_process`). Erasing, mixup and
-cutmix work on whole batches, on the device (`step`).
+cutmix work on whole batches, on the device (`views`).
 """
 
 from __future__ import annotations

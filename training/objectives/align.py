@@ -182,7 +182,7 @@ class AlignTask(nn.Module):
         return losses
 
     def align(self, z_bd: Tensor, goal: Goal) -> Tensor:
-        """The alignment loss of [b, d] projected features (see `losses.alignment_loss`)."""
+        """The alignment loss of [b, d] projected features (see `losses.alignment.alignment_loss`)."""
         assert self.log_temperature is not None
         texts, negatives = goal.gather.wait(), goal.negatives
         if self.text_projection is not None:
