@@ -102,7 +102,7 @@ DEEP = (
             "from pipeline.config import CaptionConfig; from pipeline.encoders.models import resolve; from "
             "PIL import Image;from pipeline.captioners.vllm import VLLMCaptioner; c = "
             "CaptionConfig(store='-', caption_preset='scenes');print(VLLMCaptioner(c, "
-            "resolve(c.model))([Image.new('RGB', (64, 64), 'red')], [c.prompt], ['a'])[0].text)"
+            "resolve(c.model))([Image.new('RGB', (64, 64), 'red')], [c.prompt], ['a'])[0].caption)"
         ),
         mend="use --captioner transformers, and see the engine's own message above",
     ),

@@ -64,14 +64,14 @@ def matched(captions: dict[str, str], known: set[str]) -> dict[str, str]:
         plain = posixpath.normpath(path.replace("\\", "/"))
         return plain if plain in known else path
 
-    found: dict[str, str] = {}
+    by_id: dict[str, str] = {}
     for path, caption in captions.items():
-        if found.setdefault(key_of(path), caption) != caption:
+        if by_id.setdefault(key_of(path), caption) != caption:
             message = (
                 f"a second, different caption for {key_of(path)!r}, as {path!r}; keep one line a picture."
             )
             raise SettingsError(message)
-    return found
+    return by_id
 
 
 def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str, str]:
@@ -95,7 +95,7 @@ def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str
             "was run."
         )
         raise SettingsError(message) from None
-    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         message = f"{path}: holds {type(captions).__name__}, expected a list of strings."
         raise SettingsError(message)
     if len(captions) != len(ids):
@@ -112,7 +112,7 @@ def image_folder_key(key: str, label_depth: int) -> tuple[str, str, str]:
     """Sorts ids as torchvision's ImageFolder does: by class, then by directory, then by file name."""
     name = locations.unescaped(
         key
-    )  # as torchvision sees it: of names that are no UTF-8 the escapes would sort elsewhere
+    )  # as torchvision sees it: of names that are not UTF-8 the escapes would sort elsewhere
     parts = name.split("/")
     label = parts[label_depth - 1]
     return label, posixpath.dirname(name), parts[-1]

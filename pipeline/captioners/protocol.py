@@ -23,7 +23,7 @@ class Caption:
     the same picture.
     """
 
-    text: str | None = None
+    caption: str | None = None
     others: list[str] | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
@@ -35,14 +35,14 @@ class Caption:
 class Captioner(Protocol):
     """Loads in `__init__`; a call may take any number of pictures."""
 
-    def __call__(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
+    def __call__(self, pictures: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
         """One caption for each RGB picture, in order. Failures of single pictures are captions with an
         error."""
         ...
 
 
 def finish(
-    texts: list[str],
+    answers: list[str],
     *,
     prompt_tokens: int | None = None,
     output_tokens: int | None = None,
@@ -53,25 +53,25 @@ def finish(
     and cut ends marked.
 
     Args:
-        texts: the answers, one or more; what is no caption is left out of `others`.
+        answers: the engine's, one or more; what is not a caption is left out of `others`.
         prompt_tokens: tokens of the prompt, its picture included.
         output_tokens: tokens of all answers.
         finish_reason: `stop`, or `length` for an answer that was cut.
         text_tokens: tokens of the prompt without its picture, 0 where that is not known.
     """
-    trimmed = [" ".join(text.split()) for text in texts]
-    good = [text for text in trimmed if text and not quality.refusal(text)]
+    trimmed = [" ".join(answer.split()) for answer in answers]
+    good = [answer for answer in trimmed if answer and not quality.refusal(answer)]
     error = quality.check_picture_reached(prompt_tokens, text_tokens) if text_tokens else None
     if not good and error is None:
-        said = next((text for text in trimmed if text), None)
+        said = next((answer for answer in trimmed if answer), None)
         error = (
             f"refusal: {said[:200]}"
             if said
             else "empty caption: the model stopped at once; try another prompt or model"
         )
     return Caption(
-        text=None if error else good[0],
-        others=None if error or len(texts) == 1 else good[1:],
+        caption=None if error else good[0],
+        others=None if error or len(answers) == 1 else good[1:],
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         finish_reason=finish_reason,

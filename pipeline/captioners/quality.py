@@ -23,23 +23,23 @@ LOOP = re.compile(
 )  # up to 8 words, four times in a row
 
 
-def refusal(text: str) -> bool:
+def refusal(answer: str) -> bool:
     """Whether the model declines to answer, or says that it sees no picture."""
-    return REFUSAL.match(text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")) is not None
+    return REFUSAL.match(answer.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")) is not None
 
 
-def repetition(text: str) -> bool:
+def repetition(caption: str) -> bool:
     """Whether the model fell into a loop: a phrase four times in a row, or hardly any new triple of words in
-    a long text."""
-    words = re.findall(r"\w+", text.lower())
+    a long one."""
+    words = re.findall(r"\w+", caption.lower())
     triples = list(zip(words, words[1:], words[2:], strict=False))
-    return LOOP.search(text) is not None or (len(triples) >= 40 and len(set(triples)) < len(triples) / 2)
+    return LOOP.search(caption) is not None or (len(triples) >= 40 and len(set(triples)) < len(triples) / 2)
 
 
-def flag(texts: list[str], finish_reason: str | None) -> str | None:
+def flag(captions: list[str], finish_reason: str | None) -> str | None:
     """The mark of a caption that is doubtful: `repetition` before `cut`, which it usually ends in; None for a
     good one."""
-    if any(map(repetition, texts)):
+    if any(map(repetition, captions)):
         return "repetition"
     return "cut" if finish_reason == "length" else None
 

@@ -44,25 +44,25 @@ class TransformersCaptioner:
         )
         self._model = self._model.to(self._device).eval()
 
-    def __call__(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
+    def __call__(self, pictures: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
         """One caption for each picture, in batches of BATCH. A picture that the processor refuses fails
         alone."""
         captions: list[Caption] = []
         size = self._config.engine_batch or BATCH
-        for start in range(0, len(images), size):
-            part = slice(start, start + size)
-            rows = list(zip(images[part], prompts[part], ids[part], strict=True))
+        for start in range(0, len(pictures), size):
+            span = slice(start, start + size)
+            rows = list(zip(pictures[span], prompts[span], ids[span], strict=True))
             captions += in_halves(
                 rows, lambda some: self._generate(*(list(column) for column in zip(*some, strict=True)))
             )
         return captions
 
-    def _generate(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
+    def _generate(self, pictures: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
         import torch
 
         config = self._config
         texts = [chat_prompt(self._processor, prompt) for prompt in prompts]
-        batch = self._processor(images=images, text=texts, return_tensors="pt", padding=True).to(
+        batch = self._processor(images=pictures, text=texts, return_tensors="pt", padding=True).to(
             self._device, torch.bfloat16
         )
         sampling: dict[str, Any] = {"do_sample": False}
@@ -88,7 +88,9 @@ class TransformersCaptioner:
 
     def _caption(self, answers: list[list[int]], prompt_tokens: int, text_tokens: int) -> Caption:
         stops = _stop_tokens(self._model.generation_config.eos_token_id)
-        ends = [next((place for place, token in enumerate(row) if token in stops), None) for row in answers]
+        ends = [
+            next((position for position, token in enumerate(row) if token in stops), None) for row in answers
+        ]
         return finish(
             [
                 self._processor.tokenizer.decode(row[:end], skip_special_tokens=True)

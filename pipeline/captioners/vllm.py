@@ -58,7 +58,7 @@ class VLLMCaptioner:
             **extra,
         )
 
-    def __call__(self, images: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
+    def __call__(self, pictures: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
         """One caption for each picture. A request that the engine refuses (a prompt too long, say) fails
         alone.
 
@@ -67,8 +67,8 @@ class VLLMCaptioner:
         from vllm.exceptions import VLLMClientError
 
         requests: list[dict[str, Any]] = [
-            {"prompt": chat_prompt(self._processor, prompt), "multi_modal_data": {"image": image}}
-            for image, prompt in zip(images, prompts, strict=True)
+            {"prompt": chat_prompt(self._processor, prompt), "multi_modal_data": {"image": picture}}
+            for picture, prompt in zip(pictures, prompts, strict=True)
         ]
         params = [self._sampling(key) for key in ids]
         lengths = self._text_tokens([request["prompt"] for request in requests])
@@ -78,7 +78,7 @@ class VLLMCaptioner:
             VLLMClientError,
         )  # a processor's; and vLLM's own, of a prompt that is too long
         return in_halves(
-            rows, lambda part: self._generate(*(list(column) for column in zip(*part, strict=True))), refusals
+            rows, lambda some: self._generate(*(list(column) for column in zip(*some, strict=True))), refusals
         )
 
     def _text_tokens(self, prompts: list[str]) -> list[int]:

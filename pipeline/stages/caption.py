@@ -86,23 +86,23 @@ class PreparePictures:
         return shard_table(shard, redo, "pictures", rows, _PICTURES)
 
     def _picture(self, row: int, record: dict[str, Any]) -> dict[str, Any]:
-        found = {
+        prepared = {
             "row": row,
             "id": record["id"],
             "error": record["error"] and f"no picture: {record['error']}",
         }
         if record["error"] is not None:
-            return found
+            return prepared
         try:
-            data = self._store.picture(record["image"], record["uri"], record["content_hash"])
+            image_bytes = self._store.picture(record["image"], record["uri"], record["content_hash"])
             limit = self._store.dataset.source["max_pixels"]
-            picture = images.decode_to_fit(data, self._config.caption_edge, max_pixels=limit)
+            picture = images.decode_to_fit(image_bytes, self._config.caption_edge, max_pixels=limit)
         except locations.StorageError:
             raise
         except Exception as error:  # of one picture stored by reference; packed ones were decoded before
-            return found | {"error": locations.escaped(f"no picture any more: {error}")[:1000]}
-        found["prompt"] = prompts.fill(self._config.prompt, self._store.dataset.classes[record["label"]])
-        return found | {"width": picture.width, "height": picture.height, "pixels": picture.tobytes()}
+            return prepared | {"error": locations.escaped(f"no picture any more: {error}")[:1000]}
+        prepared["prompt"] = prompts.fill(self._config.prompt, self._store.dataset.classes[record["label"]])
+        return prepared | {"width": picture.width, "height": picture.height, "pixels": picture.tobytes()}
 
 
 class CaptionPictures:
@@ -140,7 +140,7 @@ class CaptionPictures:
         good = {row["row"]: row for row in rows if row["error"] is None}
         try:
             made, note = self._underway.caption(
-                shard, list(good), lambda part: self._caption([good[row] for row in part])
+                shard, list(good), lambda share: self._caption([good[row] for row in share])
             )
         except EngineDeadError:
             raise
@@ -158,7 +158,7 @@ class CaptionPictures:
             {
                 "row": row["row"],
                 "id": row["id"],
-                **_caption_columns(captions.get(row["row"], Caption(error=row["error"]))),
+                **asdict(captions.get(row["row"], Caption(error=row["error"]))),
             }
             for row in rows
         ]
@@ -225,9 +225,3 @@ class WriteCaptions:
         Underway(self._store, self._variant, "").finished(item["shard"])
         tokens = sum(row["output_tokens"] or 0 for row in item["captions"])
         return done_table(Done(shard=item["shard"], rows=receipt.rows, failed=receipt.failed, tokens=tokens))
-
-
-def _caption_columns(caption: Caption) -> dict[str, Any]:
-    columns = asdict(caption)
-    columns["caption"] = columns.pop("text")
-    return columns

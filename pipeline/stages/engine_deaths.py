@@ -44,9 +44,9 @@ class Note:
     reason: str = ""
     """What the last engine said, if it could."""
     todo: list[list[int]] = field(default_factory=list)
-    """Parts still to do; the first is the one under way."""
+    """Shares of the shard still to do; the first is the one under way."""
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Captions of finished parts, by row."""
+    """Captions of finished shares, by row."""
 
 
 class Underway:
@@ -66,14 +66,14 @@ class Underway:
         if not note.todo and not note.done:
             self._write(shard, note)
             return captioner(rows), ""
-        found = {int(row): Caption(**caption) for row, caption in note.done.items()}
-        for part in self._parts(shard, note):
-            for row, caption in zip(part, captioner(part), strict=True):
-                found[row] = caption
-                note.done[str(row)] = asdict(caption)
-        failed = sum(caption.error is not None for caption in found.values())
+        captions = {int(row): _from_record(record) for row, record in note.done.items()}
+        for share in self._shares(shard, note):
+            for row, caption in zip(share, captioner(share), strict=True):
+                captions[row] = caption
+                note.done[str(row)] = _to_record(caption)
+        failed = sum(caption.error is not None for caption in captions.values())
         return [
-            found[row] for row in rows
+            captions[row] for row in rows
         ], f"done in parts after the engine died on it; {failed} pictures put aside"
 
     def said(self, shard: int, reason: str) -> None:
@@ -108,8 +108,8 @@ class Underway:
         return note
 
     def _narrow(self, note: Note) -> None:
-        """The part under way killed the engine: its halves come next, or, when it is one picture, that is the
-        one."""
+        """The share under way killed the engine: its halves come next, or, when it is one picture, that is
+        the one."""
         culprit, *others = note.todo
         if len(culprit) > 1:
             note.todo = _halves(culprit) + others
@@ -122,10 +122,10 @@ class Underway:
             )
             raise EngineDeadError(message)
         error = f"the engine died on this picture{said}; look at it, replace it, then run retry"
-        note.done[str(culprit[0])] = asdict(Caption(error=error))
+        note.done[str(culprit[0])] = _to_record(Caption(error=error))
         note.todo, note.reason = others, ""
 
-    def _parts(self, shard: int, note: Note) -> Iterator[list[int]]:
+    def _shares(self, shard: int, note: Note) -> Iterator[list[int]]:
         self._write(shard, note)
         while note.todo:
             yield note.todo[0]
@@ -225,6 +225,18 @@ def is_engine_death(error: BaseException) -> bool:
     return "engine core" in str(error).lower() or type(error).__name__ == "EngineDeadError"
 
 
+def _to_record(caption: Caption) -> dict[str, Any]:
+    """A caption in a note, where it is called `text`: a release that goes on with a note may not be the one
+    that wrote it."""
+    fields = asdict(caption)
+    return {"text": fields.pop("caption"), **fields}
+
+
+def _from_record(record: dict[str, Any]) -> Caption:
+    fields = dict(record)
+    return Caption(caption=fields.pop("text"), **fields)
+
+
 def _halves(rows: list[int]) -> list[list[int]]:
     middle = (len(rows) + 1) // 2
-    return [part for part in (rows[:middle], rows[middle:]) if part]
+    return [half for half in (rows[:middle], rows[middle:]) if half]

@@ -42,11 +42,11 @@ def test_vllm_and_transformers_say_the_same(
     found = captioner(
         pictures, [fill("Describe this image in detail.", "x")] * len(rows), [row["id"] for row in rows]
     )
-    same = sum(mine.text == row["caption"] for mine, row in zip(found, rows, strict=True))
+    same = sum(mine.caption == row["caption"] for mine, row in zip(found, rows, strict=True))
     assert same >= 0.9 * len(rows), [
-        (mine.text, row["caption"]) for mine, row in zip(found, rows, strict=True)
+        (mine.caption, row["caption"]) for mine, row in zip(found, rows, strict=True)
     ]
-    agreed = [(m, r) for m, r in zip(found, rows, strict=True) if m.text == r["caption"]]
+    agreed = [(m, r) for m, r in zip(found, rows, strict=True) if m.caption == r["caption"]]
     for mine, row in agreed:
         assert (mine.prompt_tokens, mine.output_tokens) == (row["prompt_tokens"], row["output_tokens"])
         assert mine.finish_reason == row["finish_reason"] == "stop"

@@ -193,7 +193,7 @@ def test_a_request_carries_the_pixels_and_the_settings(server: FaultyServer) -> 
     target = captioner(server, temperature=0.7, top_p=0.9, max_tokens=21, captions_per_image=1, seed=5)
     found = target([picture], ["What is this?"], ["a.jpg"])
     assert found == [
-        Caption(text="caption of What is this?", prompt_tokens=70, output_tokens=30, finish_reason="stop")
+        Caption(caption="caption of What is this?", prompt_tokens=70, output_tokens=30, finish_reason="stop")
     ]
     request = server.seen[0]
     assert {name: request[name] for name in ("model", "temperature", "top_p", "max_tokens", "n", "seed")} == {
@@ -214,7 +214,7 @@ def test_a_request_carries_the_pixels_and_the_settings(server: FaultyServer) -> 
 def test_greedy_requests_have_no_seed_and_answers_come_in_order(server: FaultyServer) -> None:
     server.script = lambda prompt, attempt: Reply(delay_s=0.1 if prompt == "0" else 0)
     found = ask(captioner(server), *"0123")
-    assert [caption.text for caption in found] == [f"caption of {n}" for n in "0123"]
+    assert [caption.caption for caption in found] == [f"caption of {n}" for n in "0123"]
     assert all("seed" not in request for request in server.seen)
     assert captioner(server)([], [], []) == []
 
@@ -225,8 +225,8 @@ def test_several_captions_of_a_picture(server: FaultyServer) -> None:
     )
     several, fewer = ask(captioner(server, captions_per_image=3, temperature=1.0), "p", "q")
     assert server.seen[0]["n"] == 3
-    assert (several.text, several.others, several.output_tokens) == ("a dog", ["a cat"], 30)
-    assert fewer.text is None and "captions_per_image=3: the server gave 1" in (fewer.error or "")
+    assert (several.caption, several.others, several.output_tokens) == ("a dog", ["a cat"], 30)
+    assert fewer.caption is None and "captions_per_image=3: the server gave 1" in (fewer.error or "")
 
 
 def test_an_empty_or_filtered_answer_is_an_error_of_its_row(server: FaultyServer) -> None:
@@ -236,7 +236,7 @@ def test_an_empty_or_filtered_answer_is_an_error_of_its_row(server: FaultyServer
     server.script = lambda prompt, attempt: Reply(body=replies.get(prompt))
     empty, cut, refusal, good = ask(captioner(server), *replies, "good")
     assert "empty caption" in (empty.error or "") and empty.output_tokens == 30
-    assert cut.error == "refused by the server (content filter)" and cut.text is None
+    assert cut.error == "refused by the server (content filter)" and cut.caption is None
     assert refusal.error == "refused by the server (I cannot)"
     assert good.error is None
 
@@ -253,7 +253,7 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(server: FaultyServ
 
     server.script = script
     target = captioner(server)
-    assert ask(target, "p")[0].text == "caption of p"
+    assert ask(target, "p")[0].caption == "caption of p"
     assert target.retries == 1
     assert 0.5 <= server.times[1] - server.times[0] < 10
 
@@ -371,11 +371,11 @@ def test_malformed_replies_are_errors_of_their_rows(server: FaultyServer) -> Non
     server.script = lambda prompt, attempt: Reply(body=replies.get(prompt))
     *bad, good = ask(captioner(server), *replies, "good")
     assert all(
-        (caption.error or "").startswith("not a chat completion: ") and caption.text is None
+        (caption.error or "").startswith("not a chat completion: ") and caption.caption is None
         for caption in bad
     )
     assert "oops" in (bad[-1].error or "")
-    assert good.text == "caption of good"
+    assert good.caption == "caption of good"
 
 
 def test_never_more_requests_under_way_than_asked_for(server: FaultyServer) -> None:
@@ -409,7 +409,7 @@ def test_a_budget_needs_a_server_that_counts(server: FaultyServer) -> None:
     uncounted = completion("text")
     del uncounted["usage"]
     server.script = lambda prompt, attempt: Reply(body=uncounted)
-    assert ask(captioner(server), "p") == [Caption(text="text", finish_reason="stop")]
+    assert ask(captioner(server), "p") == [Caption(caption="text", finish_reason="stop")]
     with pytest.raises(ValueError, match=r"budget_tokens=9: the server at .* reports no usage"):
         ask(captioner(server, budget_tokens=9), "p")
 
@@ -606,10 +606,12 @@ def test_a_vllm_server_and_transformers_say_the_same(
     rows = (pictures, [PROMPT] * 16, [f"{n}.jpg" for n in range(16)])
     target = served()
     found, expected = target(*rows), TransformersCaptioner(config, resolve(config.model))(*rows)
-    same = [(mine, other) for mine, other in zip(found, expected, strict=True) if mine.text == other.text]
+    same = [
+        (mine, other) for mine, other in zip(found, expected, strict=True) if mine.caption == other.caption
+    ]
     assert len(same) >= 0.9 * 16, (found, expected)
     assert all(mine == other for mine, other in same), "token counts and finish reasons included"
-    assert len({caption.text for caption in found}) > 8, "each picture was seen"
+    assert len({caption.caption for caption in found}) > 8, "each picture was seen"
     spent = sum((caption.prompt_tokens or 0) + (caption.output_tokens or 0) for caption in found)
     assert 0 < target.spent_tokens - spent < 20, "and the prompt once without a picture"
     assert target.retries == 0
@@ -682,7 +684,7 @@ def test_sampled_captions_depend_on_their_row_alone(
     ids = ["a", "b", "c", "d"]
     found = target(pictures[:4], [PROMPT] * 4, ids)
     assert all(caption.others is not None and len(caption.others) == 2 for caption in found)
-    assert len({found[0].text, *(found[0].others or [])}) > 1
+    assert len({found[0].caption, *(found[0].others or [])}) > 1
     assert target(pictures[2:4], [PROMPT] * 2, ids[2:]) == found[2:]
     assert target(pictures[2:4], [PROMPT] * 2, ["e", "f"]) != found[2:]
 
@@ -709,6 +711,6 @@ def test_a_vllm_server_refuses_a_long_prompt_alone(
 ) -> None:
     good, long = served()(pictures[:2], [PROMPT, "word " * 400], ["a", "b"])
     assert good.error is None
-    assert long.text is None and (long.error or "").startswith(
+    assert long.caption is None and (long.error or "").startswith(
         "refused by the server (400): This model's maximum context length"
     )

@@ -53,15 +53,15 @@ def test_loops(text: str) -> None:
 
 
 def test_what_is_no_caption_is_an_error_and_what_is_doubtful_is_marked() -> None:
-    assert finish(["  "]).error is not None and finish(["  "]).text is None
+    assert finish(["  "]).error is not None and finish(["  "]).caption is None
     assert finish(["A dog in the"], finish_reason="length").flag == "cut"
-    assert finish([" A  dog. "], finish_reason="stop", prompt_tokens=70, text_tokens=10).text == "A dog."
+    assert finish([" A  dog. "], finish_reason="stop", prompt_tokens=70, text_tokens=10).caption == "A dog."
     assert "did not reach the model" in (finish(["A dog."], prompt_tokens=10, text_tokens=10).error or "")
 
 
 def test_of_several_answers_the_bad_ones_are_left_out() -> None:
     found = finish(["I'm sorry.", "A dog.", "", "A wet dog."])
-    assert (found.text, found.others, found.error) == ("A dog.", ["A wet dog."], None)
+    assert (found.caption, found.others, found.error) == ("A dog.", ["A wet dog."], None)
     assert finish(["", "No image was given."]).error == "refusal: No image was given."
 
 

@@ -37,14 +37,14 @@ class Refusing:
         if found := self.bad & set(rows):
             message = "Failed to apply Processor on data=..."
             raise ValueError(message) from ValueError(f"aspect ratio of {min(found)}")
-        return [Caption(text=str(row)) for row in rows]
+        return [Caption(caption=str(row)) for row in rows]
 
 
 @pytest.mark.parametrize("bad", [set(), {0}, {511}, {200}, {3, 4, 400}])
 def test_a_refused_row_is_found_by_halving(bad: set[int]) -> None:
     engine = Refusing(bad)
     found = in_halves(list(range(512)), engine)
-    assert [caption.text for caption in found] == [None if row in bad else str(row) for row in range(512)]
+    assert [caption.caption for caption in found] == [None if row in bad else str(row) for row in range(512)]
     assert {row for row, caption in enumerate(found) if caption.error} == bad
     assert all(found[row].error == f"refused by the engine: aspect ratio of {row}" for row in bad)
     assert len(engine.calls) <= 1 + 2 * len(bad) * math.log2(512)

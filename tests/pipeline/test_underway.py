@@ -52,7 +52,7 @@ def drive(
         calls.append(part)
         if deadly & set(part):
             raise Died
-        return [Caption(text=f"row {row}") for row in part]
+        return [Caption(caption=f"row {row}") for row in part]
 
     for _ in range(200):
         try:
@@ -67,7 +67,7 @@ def drive(
 def test_halving_finds_the_pictures_that_kill_and_keeps_the_rest(store: Store, deadly: set[int]) -> None:
     captions, note, calls = drive(store, list(range(16)), deadly)
     assert {row for row, caption in enumerate(captions) if caption.error} == deadly
-    assert [caption.text for row, caption in enumerate(captions) if row not in deadly] == [
+    assert [caption.caption for row, caption in enumerate(captions) if row not in deadly] == [
         f"row {row}" for row in range(16) if row not in deadly
     ]
     assert f"{len(deadly)} pictures put aside" in note
