@@ -37,7 +37,7 @@ SPLIT_NAMES = {
 SYNONYMS = {"dev": "val", "development": "val", "eval": "val", "evaluation": "val"}
 ALL_SPLIT_NAMES = SPLIT_NAMES | SYNONYMS
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label")
-STRAY = 0.02  # share of labels that are no numbers, up to which they are taken for faults and not for names
+STRAY = 0.02  # share of labels that are not numbers, up to which they are taken for faults and not for names
 MOST_CLASSES = 100_000  # a single row's label must not make a classifier larger than any
 
 
@@ -46,7 +46,7 @@ class Entry:
     """One picture of the source, before classes are numbered.
 
     `id` is its key within the source, `place` where its bytes are (see `locations`; for Parquet FILE#g<row
-    group>-<row>), `group` what keeps rows together in the order (the row's own id where nothing has to).
+    group>-<row>), `row_group` what keeps rows of Parquet together in the order (empty where nothing has to).
     `split` is empty where the source tells none, `label` where it has none, `place` where `error` says what
     is wrong.
     """
@@ -56,7 +56,7 @@ class Entry:
     split: str
     size: int
     place: str
-    group: str = ""
+    row_group: str = ""
     error: str = ""
 
 
@@ -73,7 +73,7 @@ class Listing:
 
 
 def make_entry(
-    *, id: str, place: str, size: int, label: object, split: object = "", group: str = "", error: str = ""
+    *, id: str, place: str, size: int, label: object, split: object = "", row_group: str = "", error: str = ""
 ) -> Entry:
     """An entry in valid UTF-8, whatever the source holds; what cannot be understood is its error."""
     named, text = _split(split), _label(label)
@@ -95,7 +95,7 @@ def make_entry(
         split=named or "",
         size=size,
         place="" if error else place,
-        group=group,
+        row_group=row_group,
         error=escaped(error),
     )
 
@@ -121,8 +121,8 @@ def _label(value: object) -> str | None:
 
 
 def some_of(names: Iterable[str]) -> str:
-    found = sorted({escaped(name) for name in names})
-    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    distinct = sorted({escaped(name) for name in names})
+    return ", ".join(distinct[:5]) + (f" and {len(distinct) - 5} more" if len(distinct) > 5 else "")
 
 
 def with_labels(
@@ -160,19 +160,21 @@ def with_labels(
         message = f"images={config.images}: none of {len(entries)} pictures can be used: {first}."
         raise SettingsError(message)
     labelled = {entry.split for entry in entries if entry.label}
-    kept, left = [], Counter[str]()
+    listed, left_out = [], Counter[str]()
     for entry in entries:
         if entry.label or entry.error:
-            kept.append(entry)
+            listed.append(entry)
         elif entry.split in labelled:
-            kept.append(replace(entry, place="", error="no label: give it one, and ingest into a new store"))
+            listed.append(
+                replace(entry, place="", error="no label: give it one, and ingest into a new store")
+            )
         else:
-            left[entry.split] += 1
-    told = [
+            left_out[entry.split] += 1
+    unlabelled = [
         f"{count} pictures of split {split or 'train'} are left out: none has a label"
-        for split, count in left.items()
+        for split, count in left_out.items()
     ]
-    return Listing(entries=kept, keys=keys, skipped=skipped, notes=(*notes, *told))
+    return Listing(entries=listed, keys=keys, skipped=skipped, notes=(*notes, *unlabelled))
 
 
 def _numbered(entry: Entry, numbers: dict[str, int], most: int) -> Entry:

@@ -57,9 +57,9 @@ def list_files(uri: str, depth: int = 0) -> list[tuple[str, int]]:
     if filesystem.get_file_info(root).type == fs.FileType.NotFound:
         message = f"images={uri}: no such folder."
         raise SettingsError(message)
-    found = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
     listed = [
-        (info.path[len(root) + 1 :], int(info.size or 0)) for info in found if info.type == fs.FileType.File
+        (info.path[len(root) + 1 :], int(info.size or 0)) for info in infos if info.type == fs.FileType.File
     ]
     visible = [
         (name, size) for name, size in listed if not any(part.startswith(".") for part in name.split("/"))
@@ -76,17 +76,17 @@ def _local_files(root: str, depth: int, below: str = "") -> Iterable[tuple[str, 
         if entry.name.startswith("."):
             continue
         try:
-            is_folder, found = entry.is_dir(follow_symlinks=level < 2), entry.stat()
+            is_folder, status = entry.is_dir(follow_symlinks=level < 2), entry.stat()
         except OSError:  # a link that leads nowhere, or in a circle: a row with an error
             yield name, 0
             continue
         if is_folder:
             if not depth or level + 1 < depth:
                 yield from _local_files(root, depth, name)
-        elif stat.S_ISREG(found.st_mode) or stat.S_ISDIR(
-            found.st_mode
+        elif stat.S_ISREG(status.st_mode) or stat.S_ISDIR(
+            status.st_mode
         ):  # and no pipe, whose reader would wait for ever
-            yield name, found.st_size if stat.S_ISREG(found.st_mode) else 0
+            yield name, status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def list_folders(path: str) -> list[str]:
@@ -112,18 +112,18 @@ def splits_of(files: list[str]) -> dict[str, str]:
     Raises:
         ValueError: some names tell a split and others none, which would silently be trained on.
     """
-    told = {file: split_in(file) for file in files}
-    silent = [file for file, split in told.items() if not split]
+    split_of = {file: split_in(file) for file in files}
+    silent = [file for file, split in split_of.items() if not split]
     if silent and len(silent) < len(files):
         message = (
             f"{some_of(silent)}: the name tells no split, as those of the other files do; put train, val or "
             "test into it (dev and eval are val), move it elsewhere, or name one file with --images."
         )
         raise SettingsError(message)
-    return told
+    return split_of
 
 
 def split_in(file: str) -> str:
     """The split that a file's name tells, as in train-00000-of-00010.parquet or val/000.tar."""
-    found = IN_A_NAME.findall(file.lower())
-    return ALL_SPLIT_NAMES[found[-1]] if found else ""
+    words = IN_A_NAME.findall(file.lower())
+    return ALL_SPLIT_NAMES[words[-1]] if words else ""

@@ -31,12 +31,12 @@ def list_folder(config: SourceConfig) -> Listing:
     beside: Counter[str] = Counter()
     for key, size in files:
         parts = key.split("/")
-        picture = key.lower().endswith(EXTENSIONS)
+        is_picture = key.lower().endswith(EXTENSIONS)
         if has_splits and len(parts) > 1 and parts[0].lower() not in splits:
-            beside[parts[0]] += picture
+            beside[parts[0]] += is_picture
         elif len(parts) < (3 if has_splits else 2):
-            loose += picture
-        elif not picture:
+            loose += is_picture
+        elif not is_picture:
             skipped += 1
         else:
             label, split = (parts[1], splits[parts[0].lower()]) if has_splits else (parts[0], "")
@@ -65,11 +65,11 @@ def list_folder(config: SourceConfig) -> Listing:
 
 def _class_folders(uri: str, files: list[tuple[str, int]]) -> set[tuple[str, str]]:
     """The first two folder levels; on a disk also those without a file, since an empty class is a class."""
-    found = {
+    folders = {
         (parts[0], parts[1] if len(parts) > 2 else "") for key, _ in files if len(parts := key.split("/")) > 1
     }
     if locations.is_local(uri):
         _, root = locations.resolve(uri)
         for top in list_folders(root):
-            found |= {(top, below) for below in ["", *list_folders(os.path.join(root, top))]}
-    return found
+            folders |= {(top, below) for below in ["", *list_folders(os.path.join(root, top))]}
+    return folders

@@ -33,11 +33,13 @@ class ImageError(ValueError):
     """A picture that cannot be used; the text goes into the row's `error`."""
 
 
-def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, shrink_to: int | None = None) -> Image.Image:
+def decode(
+    image_bytes: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, shrink_to: int | None = None
+) -> Image.Image:
     """Decodes a picture to RGB.
 
     Args:
-        data: an encoded file in one of FORMATS.
+        image_bytes: an encoded file in one of FORMATS.
         max_pixels: limit on width x height, checked on the header, before any pixel is decoded.
         shrink_to: edge length in pixels that the caller needs at least; lets JPEG decode at 1/2, 1/4 or 1/8
             size.
@@ -45,15 +47,15 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, shrink_to: int 
     Raises:
         ImageError: empty, of no known format, too large, or damaged.
     """
-    if not data:
+    if not image_bytes:
         message = "empty file (0 bytes): replace it, then run retry, or go on without it (--max-failure-rate)"
         raise ImageError(message)
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # Pillow warns of large pictures and odd EXIF; the limit below is ours
-        image = _open(data)
-        width, height = image.size
+        picture = _open(image_bytes)
+        width, height = picture.size
         if width < 1 or height < 1:
             message = f"damaged header ({width} x {height} pixels): replace it, then run retry"
             raise ImageError(message)
@@ -63,49 +65,49 @@ def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, shrink_to: int 
             )
             raise ImageError(message)
         try:
-            if shrink_to is not None and image.format == "JPEG":
-                image.draft("RGB", (shrink_to, shrink_to))
-            image.load()
-            return _to_rgb(_upright(image))
+            if shrink_to is not None and picture.format == "JPEG":
+                picture.draft("RGB", (shrink_to, shrink_to))
+            picture.load()
+            return _to_rgb(_upright(picture))
         except ImageError:
             raise
         except (
             Exception
         ) as error:  # decoders raise whatever the bytes provoke; none of it is more than this one picture
-            message = f"damaged {image.format} ({_said(error)}): replace it, then run retry"
+            message = f"damaged {picture.format} ({_said(error)}): replace it, then run retry"
             raise ImageError(message) from None
 
 
-def fit(image: Image.Image, max_edge: int) -> Image.Image:
+def fit(picture: Image.Image, max_edge: int) -> Image.Image:
     """The picture, shrunk so that its longer edge has at most `max_edge` pixels; small ones stay as they
     are."""
-    scale = max_edge / max(image.size)
+    scale = max_edge / max(picture.size)
     if scale >= 1:
-        return image
-    width, height = (max(1, round(edge * scale)) for edge in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        return picture
+    width, height = (max(1, round(edge * scale)) for edge in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
-def decode_to_fit(data: bytes, max_edge: int, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+def decode_to_fit(image_bytes: bytes, max_edge: int, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """`decode` and `fit` in one, for the captioner: a large JPEG is decoded at a fraction of its size.
 
     The fraction leaves at least twice `max_edge`, so that the picture shrinks once by averaging and not twice
     in a row.
     """
-    return fit(decode(data, max_pixels=max_pixels, shrink_to=2 * max_edge), max_edge)
+    return fit(decode(image_bytes, max_pixels=max_pixels, shrink_to=2 * max_edge), max_edge)
 
 
-def jpeg(image: Image.Image) -> bytes:
+def jpeg(picture: Image.Image) -> bytes:
     """An RGB picture as a JPEG of quality 95, without further loss of colour resolution: what `--max-edge`
     packs."""
     sink = io.BytesIO()
-    image.save(sink, "JPEG", quality=95, subsampling=0)
+    picture.save(sink, "JPEG", quality=95, subsampling=0)
     return sink.getvalue()
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(image_bytes: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(image_bytes), formats=FORMATS)
     except UnidentifiedImageError:
         message = (
             f"not a picture in any of {', '.join(FORMATS)}: replace it, then run retry, or go on without it "
@@ -126,33 +128,33 @@ def _said(error: Exception) -> str:
     return (str(error) or type(error).__name__)[:300]
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(picture: Image.Image) -> Image.Image:
     """The picture as its EXIF turns it; where EXIF is damaged it stays as it lies, as in every viewer.
 
     Not Pillow's `exif_transpose`, which also writes the EXIF anew, and fails where that cannot be done.
     """
     # Looking for an orientation takes as long as decoding a small JPEG, and most say nothing of one.
-    if image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}:
-        return image
+    if picture.format == "JPEG" and not picture.info.keys() & {"exif", "xmp"}:
+        return picture
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever the damage provokes: the pixels are whole
-        return image
-    return image if turn is None else image.transpose(turn)
+        return picture
+    return picture if turn is None else picture.transpose(turn)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16") or image.mode == "I":
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB":
+        return picture
+    if picture.mode.startswith("I;16") or picture.mode == "I":
         # Pillow's own conversion clips at 255, which turns a 16-bit photograph white.
-        grey = np.asarray(image).astype(np.uint32)
+        grey = np.asarray(picture).astype(np.uint32)
         return Image.fromarray((np.minimum(grey, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
+    if picture.mode == "F":
         message = "floating-point TIFF: its range is unknown; convert it to 8 or 16 bits, then run retry"
         raise ImageError(message)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return picture.convert("RGB")

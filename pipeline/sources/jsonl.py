@@ -44,7 +44,7 @@ def _listed(root: str, number: int, line: bytes) -> Entry:
         error = f'line {number}: expected a JSON object like {{"path": "dog/1.jpg", "label": "dog"}}'
         return make_entry(id=f"line-{number}", place="", size=0, label=None, error=error)
     key, size, error = record.get("id"), record.get("bytes"), ""
-    if (place := _below(root, path)) is None:
+    if (below := _below(root, path)) is None:
         error = (
             f"line {number}: {path[:200]!r} lies outside the folder of the list, which alone is read: put "
             "the list into the folder that holds the pictures, and ingest into a new store"
@@ -54,7 +54,7 @@ def _listed(root: str, number: int, line: bytes) -> Entry:
         label=record.get("label"),
         split=record.get("split"),
         size=size if isinstance(size, int) and size >= 0 else -1,
-        place=place_of(place or ""),
+        place=place_of(below or ""),
         error=error,
     )
 
@@ -76,10 +76,10 @@ def _sized(root: str, entries: list[Entry]) -> list[Entry]:
     filesystem, base = locations.resolve(root)
     names = [f"{base}/{locations.unescaped(place)}" for place in places]
     if isinstance(filesystem, fs.LocalFileSystem) or len(names) <= HEADS:
-        parts = [names[start : start + 100] for start in range(0, len(names), 100)]
+        chunks = [names[start : start + 100] for start in range(0, len(names), 100)]
         with ThreadPoolExecutor(READERS) as pool:
-            found = [
-                size for sizes in pool.map(lambda part: _sizes(filesystem, part), parts) for size in sizes
+            sizes = [
+                size for some in pool.map(lambda chunk: _sizes(filesystem, chunk), chunks) for size in some
             ]
     else:
         # A thousand files an answer, where asking for each by name takes a request each.
@@ -87,9 +87,11 @@ def _sized(root: str, entries: list[Entry]) -> list[Entry]:
             os.path.commonpath([os.path.dirname(name) for name in names]), recursive=True
         )
         listed = {info.path: int(info.size or 0) for info in filesystem.get_file_info(selector)}
-        found = [listed.get(name, 0) for name in names]
-    sizes = dict(zip(places, found, strict=True))
-    return [replace(entry, size=sizes.get(entry.place, 0)) if entry.size < 0 else entry for entry in entries]
+        sizes = [listed.get(name, 0) for name in names]
+    size_of = dict(zip(places, sizes, strict=True))
+    return [
+        replace(entry, size=size_of.get(entry.place, 0)) if entry.size < 0 else entry for entry in entries
+    ]
 
 
 def _sizes(filesystem: fs.FileSystem, paths: list[str]) -> list[int]:

@@ -35,17 +35,17 @@ def kind_of(uri: str) -> str:
     names = [name for name, _ in list_files(uri, depth=2)]
     counts = {kind: sum(name.lower().endswith(f".{kind}") for name in names) for kind in ("tar", "parquet")}
     pictures = sum(name.lower().endswith(EXTENSIONS) for name in names)
-    found = {by_ending[kind]: count for kind, count in counts.items() if count} | (
+    kinds = {by_ending[kind]: count for kind, count in counts.items() if count} | (
         {"folder": pictures} if pictures else {}
     )
-    if len(found) > 1:
-        what = ", ".join(f"{count} of {kind}" for kind, count in found.items())
+    if len(kinds) > 1:
+        what = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
         message = (
             f"images={uri}: holds files of several kinds ({what}): say which with --source-kind, or move the "
             "others away."
         )
         raise SettingsError(message)
-    return next(iter(found), "folder")
+    return next(iter(kinds), "folder")
 
 
 LISTINGS: dict[str, Callable[[SourceConfig], Listing]] = {

@@ -51,8 +51,8 @@ def list_parquet(config: SourceConfig) -> Listing:
     keys = [str(number) for number in range(len(known[0]))]
     numbered = set(keys)
     entries = [entry if entry.label in numbered else _without_class(entry, len(keys)) for entry in entries]
-    found = with_labels(config, entries, 0, notes)
-    return replace(found, keys=keys, names=tuple(escaped(name) for name in known[0]))
+    listing = with_labels(config, entries, 0, notes)
+    return replace(listing, keys=keys, names=tuple(escaped(name) for name in known[0]))
 
 
 def _without_class(entry: Entry, classes: int) -> Entry:
@@ -80,18 +80,18 @@ def _parquet_rows(root: str, file: str) -> _Table:
         try:
             parquet = pq.ParquetFile(stream)
             columns = parquet.schema_arrow.names
-            image = image_column(parquet, file)
+            column = image_column(parquet, file)
             label = next((name for name in LABEL_COLUMNS if name in columns), "")
             wanted = [name for name in (label, "split") if name in columns]
             entries = []
             start = largest = 0
-            for group in range(parquet.metadata.num_row_groups):
-                meta = parquet.metadata.row_group(group)
+            for row_group in range(parquet.metadata.num_row_groups):
+                meta = parquet.metadata.row_group(row_group)
                 size = max(
                     meta.total_byte_size // max(meta.num_rows, 1), 1
                 )  # of one row, about: the cut needs no more
                 rows = (
-                    parquet.read_row_group(group, columns=wanted).to_pylist()
+                    parquet.read_row_group(row_group, columns=wanted).to_pylist()
                     if wanted
                     else [{}] * meta.num_rows
                 )
@@ -102,12 +102,12 @@ def _parquet_rows(root: str, file: str) -> _Table:
                             label=record.get(label),
                             split=record.get("split"),
                             size=size,
-                            place=f"{escaped(file)}#g{group}-{row}",
-                            group=f"{escaped(file)}#g{group}",
+                            place=f"{escaped(file)}#g{row_group}-{row}",
+                            row_group=f"{escaped(file)}#g{row_group}",
                         )
                     )
                 start += meta.num_rows
-                largest = max(largest, picture_bytes(parquet, group, image))
+                largest = max(largest, size_of_pictures(parquet, row_group, column))
         except (pa.ArrowException, OSError) as error:
             message = f"{file}: cannot be read as Parquet ({error})."
             raise SettingsError(escaped(message)) from None
@@ -121,22 +121,22 @@ def _parquet_rows(root: str, file: str) -> _Table:
         )
 
 
-def picture_bytes(parquet: pq.ParquetFile, group: int, image: str) -> int:
+def size_of_pictures(parquet: pq.ParquetFile, row_group: int, column: str) -> int:
     """What the pictures of a row group take in memory, about."""
-    meta = parquet.metadata.row_group(group)
-    columns = (meta.column(number) for number in range(meta.num_columns))
+    meta = parquet.metadata.row_group(row_group)
+    chunks = (meta.column(number) for number in range(meta.num_columns))
     return sum(
-        column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] == image
+        chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column
     )
 
 
 def image_column(parquet: pq.ParquetFile, file: str) -> str:
     columns = parquet.schema_arrow.names
-    found = next((name for name in IMAGE_COLUMNS if name in columns), None)
-    if found is None:
+    column = next((name for name in IMAGE_COLUMNS if name in columns), None)
+    if column is None:
         message = f"{file}: no column of pictures ({', '.join(IMAGE_COLUMNS)}); it has {', '.join(columns)}."
         raise SettingsError(message)
-    return found
+    return column
 
 
 def _hugging_face_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def make_plan(config: SourceConfig) -> Plan:
         message = "no-pack: pictures inside Parquet files cannot be fetched one by one; leave --no-pack out."
         raise SettingsError(message)
     listing = LISTINGS[kind](config)
-    entries, notes = _with_splits(_told_apart(listing.entries), config.val_fraction)
+    entries, notes = _with_splits(_with_own_ids(listing.entries), config.val_fraction)
     if (
         not config.class_names
         and not listing.names
@@ -77,7 +77,9 @@ def make_plan(config: SourceConfig) -> Plan:
             "zero-shot go by"
         )
     _check_faults(entries, config)
-    entries.sort(key=lambda e: (_split_order(e.split), _digest(e.group or e.id), e.group, _digest(e.id)))
+    entries.sort(
+        key=lambda e: (_split_order(e.split), _digest(e.row_group or e.id), e.row_group, _digest(e.id))
+    )
     entries = _limited(entries, config.limit)
     numbers = {key: number for number, key in enumerate(listing.keys)}
     shards: list[list[Row]] = []
@@ -91,7 +93,7 @@ def make_plan(config: SourceConfig) -> Plan:
         of_split = [entry for entry in entries if entry.split == split]
         cut = _cut(of_split, config.shard_rows, config.shard_bytes)
         splits[split] = Split(rows=len(of_split), first_shard=len(shards), num_shards=len(cut))
-        shards += [[_row(entry, numbers) for entry in part] for part in cut]
+        shards += [[_row(entry, numbers) for entry in shard] for shard in cut]
     # In a list an id of its own may stand for another file than before; elsewhere the place follows from the
     # id.
     elsewhere = {
@@ -138,37 +140,37 @@ def differences(recorded: Dataset, now: Dataset) -> list[str]:
     begun = before.get(
         "ingested_with", {}
     )  # limits that `retry` has raised since: the first ones fit as well
-    found = [
+    lines = [
         f"{name}: {before[name]!r} then, {after[name]!r} now"
         for name in _DECIDING
         if after[name] not in (before.get(name), begun.get(name, before.get(name)))
     ]
-    if {"max_pixels", "max_bytes"} & {line.partition(":")[0] for line in found}:
-        found.append(
+    if {"max_pixels", "max_bytes"} & {line.partition(":")[0] for line in lines}:
+        lines.append(
             "(rows that a limit left out are redone by: gpt4image retry, which takes --max-pixels and "
             "--max-bytes)"
         )
     if before["fingerprint"] != after["fingerprint"]:
-        found.append(
+        lines.append(
             f"pictures: {recorded.rows} then, {now.rows} now, or other names, sizes, labels or splits"
         )
-        told = (
+        row_settings = (
             "val_fraction",
             "limit",
         )  # only where the rows differ: a source with a val split has no use for the first
-        found += [
+        lines += [
             f"{name}: {before[name]!r} then, {after[name]!r} now"
-            for name in told
+            for name in row_settings
             if before.get(name) != after[name]
         ]
         if "cut" not in before:
-            found.append(
+            lines.append(
                 "(an earlier release began it, which took sizes and --val-fraction otherwise: finish it with "
                 "that one)"
             )
     elif _cut_of(before, after) != _cut_of(after, before):
         cut = "shard_rows={shard_rows}, shard_bytes={shard_bytes}"
-        found.append(
+        lines.append(
             f"cut into shards: {recorded.shards} then ({cut.format(**before)}), {now.shards} now "
             f"({cut.format(**after)})"
         )
@@ -178,9 +180,9 @@ def differences(recorded: Dataset, now: Dataset) -> list[str]:
             set(now.classes) - set(recorded.classes),
         )
         gone, new = _some(before_only), _some(now_only)
-        changes = [f"gone: {gone}"] * bool(gone) + [f"new: {new}"] * bool(new) or ["in another order"]
-        found.append(f"classes: {'; '.join(changes)}")
-    return found
+        class_changes = [f"gone: {gone}"] * bool(gone) + [f"new: {new}"] * bool(new) or ["in another order"]
+        lines.append(f"classes: {'; '.join(class_changes)}")
+    return lines
 
 
 def _cut_of(source: dict[str, Any], other: dict[str, Any]) -> Any:
@@ -197,20 +199,22 @@ def _some(names: set[str], most: int = 3) -> str:
 def notes(dataset: Dataset) -> list[str]:
     """What is to be said of a source before anything is made of it: what is left out, and splits that
     training will miss."""
-    told = list(dataset.source.get("notes", []))
+    lines = list(dataset.source.get("notes", []))
     if skipped := dataset.source.get("skipped_files"):
-        told.append(
+        lines.append(
             f"{skipped} files without a picture's ending, or linked folders inside a class, are left out"
         )
     again = "to train on this source, ingest into a new store with --val-fraction 0.1"
     if "train" not in dataset.splits:
-        told.append("there is no train split: captions can be made, but nothing can be trained on this store")
+        lines.append(
+            "there is no train split: captions can be made, but nothing can be trained on this store"
+        )
     elif "val" not in dataset.splits:
-        told.append(
+        lines.append(
             "there is no val split, by which training is judged: "
             + (f"train with --eval-split test, or {again}" if "test" in dataset.splits else again)
         )
-    return told
+    return lines
 
 
 def _row(entry: Entry, numbers: dict[str, int]) -> Row:
@@ -287,16 +291,16 @@ def _key_and_name(line: str, keys: set[str]) -> tuple[str, str] | None:
     if tab:
         return (key.strip(), name.strip()) if key.strip() in keys and name.strip() else None
     blanks = [match.start() for match in re.finditer(" +", line)]
-    found = next((place for place in reversed(blanks) if line[:place] in keys and line[place:].strip()), None)
-    return None if found is None else (line[:found], line[found:].strip())
+    end = next((blank for blank in reversed(blanks) if line[:blank] in keys and line[blank:].strip()), None)
+    return None if end is None else (line[:end], line[end:].strip())
 
 
-def _told_apart(entries: list[Entry]) -> list[Entry]:
+def _with_own_ids(entries: list[Entry]) -> list[Entry]:
     """Of rows with one id the first keeps it; the others get one of their own, and an error."""
     counts = Counter(entry.id for entry in entries)
     if len(counts) == len(entries):
         return list(entries)
-    found, taken = [], set[str]()
+    unique, taken = [], set[str]()
     # Rows without a fault come first: a row that cannot be used anyway must not take the id of one that can.
     for entry in sorted(entries, key=lambda entry: bool(entry.error)):
         if entry.id in taken:
@@ -310,8 +314,8 @@ def _told_apart(entries: list[Entry]) -> list[Entry]:
             )
             entry = replace(entry, id=key, label="", place="", error=entry.error or error)
         taken.add(entry.id)
-        found.append(entry)
-    return found
+        unique.append(entry)
+    return unique
 
 
 def _with_splits(entries: list[Entry], val_fraction: float) -> tuple[list[Entry], list[str]]:
@@ -345,7 +349,7 @@ def _check_faults(entries: list[Entry], config: SourceConfig) -> None:
     for entry in faults:
         kinds.setdefault(re.sub(r"\d+|'[^']*'", "#", entry.error), []).append(entry)
     commonest = sorted(kinds.values(), key=len, reverse=True)[:5]
-    reasons = "\n".join(f"  {len(found)} x {found[0].error} (such as {found[0].id})" for found in commonest)
+    reasons = "\n".join(f"  {len(alike)} x {alike[0].error} (such as {alike[0].id})" for alike in commonest)
     message = (
         f"images={config.images}: {len(faults)} of {len(entries)} rows cannot be used, more than "
         f"--max-failure-rate {config.max_failure_rate} allows.\n{reasons}"
@@ -357,11 +361,11 @@ def _limited(entries: list[Entry], limit: int) -> list[Entry]:
     """The first rows of each split, in proportion: a random sample, since the order is."""
     if not limit or limit >= len(entries):
         return entries
-    kept: list[Entry] = []
+    limited: list[Entry] = []
     for split in dict.fromkeys(entry.split for entry in entries):
         rows = [entry for entry in entries if entry.split == split]
-        kept += rows[: max(1, round(limit * len(rows) / len(entries)))]
-    return kept
+        limited += rows[: max(1, round(limit * len(rows) / len(entries)))]
+    return limited
 
 
 def _digest(key: str) -> bytes:

@@ -25,7 +25,7 @@ class Reader:
 
     def __init__(self, root: str, kind: str) -> None:
         self._root, self._listed = root, kind in LISTED
-        self._kept: tuple[str, pa.ChunkedArray | dict[int, pa.Scalar]] = ("", {})
+        self._last: tuple[str, pa.ChunkedArray | dict[int, pa.Scalar]] = ("", {})
         self._expected: dict[str, set[int]] = {}
 
     def expect(self, places: Iterable[str]) -> None:
@@ -44,49 +44,53 @@ class Reader:
         match = _IN_PARQUET.fullmatch(place)
         if match is None:
             return locations.fetch_picture(self._root, place, max_bytes, listed=self._listed)
-        file, group, row = match[1], int(match[2]), int(match[3])
-        kept = self._kept[1]
-        if self._kept[0] != f"{file}#g{group}" or (isinstance(kept, dict) and row not in kept):
-            self._kept = ("", {})  # two groups at a time are one too many
+        file, row_group, row = match[1], int(match[2]), int(match[3])
+        pictures = self._last[1]
+        if self._last[0] != f"{file}#g{row_group}" or (isinstance(pictures, dict) and row not in pictures):
+            self._last = ("", {})  # two groups at a time are one too many
             try:
-                kept = self._row_group(file, group, self._expected.get(f"{file}#g{group}", set()) | {row})
+                pictures = self._read_row_group(
+                    file, row_group, self._expected.get(f"{file}#g{row_group}", set()) | {row}
+                )
             except OSError as error:
                 locations.check_alive(self._root, error, file if self._listed else "")
                 raise
-            self._kept = (f"{file}#g{group}", kept)
-        picture = kept[row].as_py()
-        if isinstance(picture, dict):
+            self._last = (f"{file}#g{row_group}", pictures)
+        value = pictures[row].as_py()
+        if isinstance(value, dict):
             # Hugging Face's `image`: bytes, or a path beside the file.
-            picture = picture.get("bytes") or picture.get("path")
-        if isinstance(picture, str):
-            if "://" in picture or picture.startswith("/") or ".." in picture.split("/"):
-                message = f"the row names {picture[:200]!r}, which is not beside its file"
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):
+            if "://" in value or value.startswith("/") or ".." in value.split("/"):
+                message = f"the row names {value[:200]!r}, which is not beside its file"
                 raise OSError(message)  # a data set from elsewhere must not say what is read on this machine
             return locations.fetch_picture(
-                self._root, "/".join([*file.split("/")[:-1], locations.place_of(picture)]), max_bytes
+                self._root, "/".join([*file.split("/")[:-1], locations.place_of(value)]), max_bytes
             )
-        if not picture:
+        if not value:
             message = "the row holds neither bytes nor a path"
             raise OSError(message)
-        return bytes(picture[: max_bytes + 1])
+        return bytes(value[: max_bytes + 1])
 
-    def _row_group(self, file: str, group: int, wanted: set[int]) -> pa.ChunkedArray | dict[int, pa.Scalar]:
+    def _read_row_group(
+        self, file: str, row_group: int, wanted: set[int]
+    ) -> pa.ChunkedArray | dict[int, pa.Scalar]:
         with files.opened(self._root, locations.unescaped(file)) as stream:
             opened = pq.ParquetFile(stream)
             column = parquet.image_column(opened, file)
-            if parquet.picture_bytes(opened, group, column) <= parquet.LARGE_GROUP:
-                return opened.read_row_group(group, columns=[column]).column(0)
+            if parquet.size_of_pictures(opened, row_group, column) <= parquet.LARGE_GROUP:
+                return opened.read_row_group(row_group, columns=[column]).column(0)
             # By default the whole column is fetched before its first page is decoded.
             opened = pq.ParquetFile(stream, metadata=opened.metadata, pre_buffer=False, buffer_size=2**23)
-            found: dict[int, pa.Scalar] = {}
+            pictures: dict[int, pa.Scalar] = {}
             start = 0
             for batch in opened.iter_batches(
-                batch_size=32, row_groups=[group], columns=[column], use_threads=False
+                batch_size=32, row_groups=[row_group], columns=[column], use_threads=False
             ):
                 rows = sorted(row for row in range(start, start + len(batch)) if row in wanted)
                 taken = batch.column(0).take(
                     pa.array([row - start for row in rows], pa.int64())
                 )  # a copy: the batch itself is let go
-                found |= dict(zip(rows, taken, strict=True))
+                pictures |= dict(zip(rows, taken, strict=True))
                 start += len(batch)
-        return found
+        return pictures

@@ -26,8 +26,8 @@ def list_tars(config: SourceConfig) -> Listing:
     entries: list[Entry] = []
     with ThreadPoolExecutor(READERS) as pool:
         for file, members in zip(files, pool.map(lambda file: _tar_members(root, file), files), strict=True):
-            found, without = _samples(file, splits[file], members, out)
-            entries += found
+            samples, without = _samples(file, splits[file], members, out)
+            entries += samples
             skipped += without
     return with_labels(config, entries, skipped, [f"{count} {what}" for what, count in out.items() if count])
 
@@ -48,26 +48,26 @@ def _samples(file: str, split: str, members: list[_Member], out: Counter[str]) -
     latest = {
         name: (offset, size, content) for name, offset, size, content in members
     }  # as when a tar is unpacked
-    groups: dict[str, list[str]] = {}
+    pictures_of: dict[str, list[str]] = {}
     sides: dict[tuple[str, str], bytes] = {}
     for name, (offset, _, content) in latest.items():
         folder, _, base = name.rpartition("/")
-        picture = base.lower().endswith(EXTENSIONS)
+        is_picture = base.lower().endswith(EXTENSIONS)
         if base.startswith(".") or offset < 0:
-            out["pictures are left out: hidden files, or links, in tars"] += picture
+            out["pictures are left out: hidden files, or links, in tars"] += is_picture
             continue
-        group = groups.setdefault(
+        pictures = pictures_of.setdefault(
             f"{folder}/{base.partition('.')[0]}" if folder else base.partition(".")[0], []
         )
-        if picture:
-            group.append(name)
+        if is_picture:
+            pictures.append(name)
         else:
             stem, _, ending = name.rpartition(".")
             sides[stem, ending.lower()] = content
     twice = Counter(name for name, *_ in members if name.lower().endswith(EXTENSIONS))
     out["pictures are left out: a later member of their tar has the same name"] += twice.total() - len(twice)
     entries = []
-    for key, pictures in groups.items():
+    for key, pictures in pictures_of.items():
         named = [name for name in pictures if name.rpartition("/")[2].count(".") == 1]
         rows = pictures
         if len(named) == 1:
@@ -86,7 +86,7 @@ def _samples(file: str, split: str, members: list[_Member], out: Counter[str]) -
             entries.append(
                 make_entry(id=f"{file}#{own}", label=label, split=split, size=size, place=place, error=error)
             )
-    return entries, sum(not pictures for pictures in groups.values())
+    return entries, sum(not pictures for pictures in pictures_of.values())
 
 
 def _stem(name: str) -> str:
@@ -100,9 +100,9 @@ def _tar_label(name: str, sides: dict[tuple[str, str], bytes]) -> tuple[object, 
     The key is the longest beginning of the name, up to a dot, that has such a file.
     """
     folder, _, base = name.rpartition("/")
-    parts = base.split(".")[:-1]
-    for count in range(len(parts), 0, -1):
-        key = name[: len(name) - len(base)] + ".".join(parts[:count])
+    pieces = base.split(".")[:-1]
+    for count in range(len(pieces), 0, -1):
+        key = name[: len(name) - len(base)] + ".".join(pieces[:count])
         if (key, "cls") in sides:
             return sides[key, "cls"].strip(), ""
         if (key, "json") in sides:
@@ -110,10 +110,10 @@ def _tar_label(name: str, sides: dict[tuple[str, str], bytes]) -> tuple[object, 
                 content = json.loads(sides[key, "json"])
             except (ValueError, RecursionError) as error:
                 return None, f"{key}.json is not JSON ({error}): mend it, and ingest into a new store"
-            found = content if isinstance(content, dict) else {}
+            record = content if isinstance(content, dict) else {}
             if (
                 label := next(
-                    (found[column] for column in LABEL_COLUMNS if found.get(column) is not None), None
+                    (record[column] for column in LABEL_COLUMNS if record.get(column) is not None), None
                 )
             ) is not None:
                 return label, ""
@@ -123,7 +123,7 @@ def _tar_label(name: str, sides: dict[tuple[str, str], bytes]) -> tuple[object, 
 
 def _tar_members(root: str, file: str) -> list[_Member]:
     """Every file of a tar, from headers only: pictures are not read."""
-    found: list[_Member] = []
+    members: list[_Member] = []
     with opened(root, file) as stream:
         size = stream.size()
         # Headers are small and next to each other's labels: 8 KiB at a time, so that a remote tar costs few
@@ -136,7 +136,7 @@ def _tar_members(root: str, file: str) -> list[_Member]:
                         message = "a member of negative size"
                         raise tarfile.ReadError(message)
                     if member.issym() or member.islnk():
-                        found.append((member.name, -1, 0, b""))
+                        members.append((member.name, -1, 0, b""))
                     if not member.isreg() or member.issparse():
                         continue
                     if member.offset_data + member.size > size:
@@ -144,7 +144,7 @@ def _tar_members(root: str, file: str) -> list[_Member]:
                         raise tarfile.ReadError(message)
                     side = member.name.lower().endswith((".cls", ".json")) and member.size < 2**16
                     content = tar.extractfile(member) if side else None
-                    found.append(
+                    members.append(
                         (member.name, member.offset_data, member.size, content.read() if content else b"")
                     )
                 # Python takes a damaged header, or a zero one, for the end of the tar, and what follows would
@@ -165,7 +165,7 @@ def _tar_members(root: str, file: str) -> list[_Member]:
                 "are read in place)."
             )
             raise SettingsError(escaped(message)) from None
-    return found
+    return members
 
 
 class _Raw(io.RawIOBase):

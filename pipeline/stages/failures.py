@@ -37,10 +37,10 @@ def plain_error(verb: str, store: Store, error: Exception) -> Exception:
     in it.
     """
     text = str(error).split("The above exception was the direct cause")[0]
-    found = re.findall(
+    raised = re.findall(
         r"^(?:\w+\.)*(\w+(?:Error|Exception)): (.*?)(?=\n\n|\Z)", text.strip(), re.MULTILINE | re.DOTALL
     )
-    kind, said = found[-1] if found else ("", "")
+    kind, said = raised[-1] if raised else ("", "")
     again = f"What is done is kept: the same `gpt4image {verb.split()[0]}` goes on where it stopped."
     if kind in ("OSError", "ArrowException") and re.search(
         r"No space left|Disk quota exceeded|\[errno (?:28|122)\]", said, re.I
@@ -84,13 +84,13 @@ def commonest_errors(store: Store, stage: Stage, variant: str, limit: int = 5) -
         kind = re.sub(r"\d+|'[^']*'", "#", error)
         counts[kind] += 1
         example.setdefault(kind, (error, key))
-    found = [
+    reasons = [
         (f"{example[kind][0]} (such as {example[kind][1]})", count)
         for kind, count in counts.most_common(limit)
     ]
-    if others := counts.total() - sum(count for _, count in found):
-        found.append((f"of {len(counts) - limit} further kinds", others))
-    return found
+    if others := counts.total() - sum(count for _, count in reasons):
+        reasons.append((f"of {len(counts) - limit} further kinds", others))
+    return reasons
 
 
 def marks(store: Store, stage: Stage, variant: str, limit: int = 50) -> list[tuple[str, int]]:

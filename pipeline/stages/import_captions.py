@@ -68,10 +68,10 @@ def import_captions(config: ImportConfig) -> str:
 def _row(key: str, image_error: str | None, caption: str | None, file: str) -> dict[str, str | None]:
     if image_error is not None:
         return {"id": key, "error": f"no picture: {image_error}"}
-    text = " ".join((caption or "").split())
-    if not text:
+    trimmed = " ".join((caption or "").split())
+    if not trimmed:
         return {"id": key, "error": f"no caption for it in {file}: add one and import again"}
-    return {"id": key, "caption": text}
+    return {"id": key, "caption": trimmed}
 
 
 def _read(config: ImportConfig, store: Store) -> dict[str, str]:

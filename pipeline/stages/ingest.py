@@ -65,16 +65,16 @@ class IngestShard:
 
     def _picture(self, place: str) -> dict[str, Any]:
         limit = self._source["max_bytes"]
-        data = self._read(place, limit)
-        if len(data) > limit:
+        image_bytes = self._read(place, limit)
+        if len(image_bytes) > limit:
             return {"error": f"file of more than {limit} bytes: shrink it or raise --max-bytes"}
-        picture = images.decode(data, max_pixels=self._source["max_pixels"])
-        found = {"content_hash": content_hash(data)}
+        picture = images.decode(image_bytes, max_pixels=self._source["max_pixels"])
+        columns = {"content_hash": content_hash(image_bytes)}
         if (edge := self._source["max_edge"]) and max(picture.size) > edge:
             picture = images.fit(picture, edge)
-            data = images.jpeg(picture)
-        return found | {
-            "image": data if self._source["pack"] else None,
+            image_bytes = images.jpeg(picture)
+        return columns | {
+            "image": image_bytes if self._source["pack"] else None,
             "width": picture.width,
             "height": picture.height,
         }

@@ -111,14 +111,16 @@ def _file_system(uri: str) -> tuple[fs.FileSystem, str]:
 def _google(uri: str) -> tuple[fs.FileSystem, str]:
     """STORAGE_EMULATOR_HOST, which Google's own clients know, is to gs:// what AWS_ENDPOINT_URL is to
     s3://."""
-    parts = urlsplit(uri)
+    address = urlsplit(uri)
     if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
         there = urlsplit(emulator if "://" in emulator else f"http://{emulator}")
         google = fs.GcsFileSystem(anonymous=True, scheme=there.scheme, endpoint_override=there.netloc)
-        return google, f"{parts.hostname}{parts.path}"
+        return google, f"{address.hostname}{address.path}"
     # Google's client asks again for a quarter of an hour when there are no credentials, or no network.
     limit = (
-        "" if "retry_limit_seconds" in parts.query else f"{'&' if parts.query else '?'}retry_limit_seconds=60"
+        ""
+        if "retry_limit_seconds" in address.query
+        else f"{'&' if address.query else '?'}retry_limit_seconds=60"
     )
     filesystem, root = fs.FileSystem.from_uri(uri + limit)
     return filesystem, root
@@ -142,16 +144,16 @@ def escaped(name: str) -> str:
 
     No two names become one: a name that holds such a mark itself has its `<` as <3c>.
     """
-    return _NOT_UTF8.sub(lambda found: _mark(ord(found[0])), name)
+    return _NOT_UTF8.sub(lambda match: _mark(ord(match[0])), name)
 
 
 def _mark(code: int) -> str:
     return f"<{code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code:02x}>"
 
 
-def unescaped(place: str) -> str:
+def unescaped(name: str) -> str:
     """The name that `escaped` was given, as Python's own functions take it."""
-    return _ESCAPE.sub(lambda found: chr(_code(int(found[1], 16))), place)
+    return _ESCAPE.sub(lambda match: chr(_code(int(match[1], 16))), name)
 
 
 def _code(mark: int) -> int:
@@ -169,12 +171,12 @@ def fetch(root: str, place: str, max_bytes: int | None = None) -> bytes:
     Raises:
         OSError: the file is not there or cannot be read.
     """
-    part = RANGE.fullmatch(place)
-    filesystem, path = locate(root, unescaped(part[1] if part else place))
-    wanted = int(part[3]) if part else None
+    match = RANGE.fullmatch(place)
+    filesystem, path = locate(root, unescaped(match[1] if match else place))
+    wanted = int(match[3]) if match else None
     if max_bytes is not None:
         wanted = max_bytes + 1 if wanted is None else min(wanted, max_bytes + 1)
-    return _read(filesystem, path, int(part[2]) if part else None, wanted)
+    return _read(filesystem, path, int(match[2]) if match else None, wanted)
 
 
 def fetch_picture(root: str, place: str, max_bytes: int, *, listed: bool = False) -> bytes:
@@ -252,7 +254,7 @@ def check_alive(root: str, error: OSError, place: str = "") -> None:
     raise StorageError(message) from None
 
 
-def check_writable(setting: str, place: str) -> None:
+def check_writable(setting: str, folder: str) -> None:
     """Finds before any work that its result could not be written; an object store says so itself.
 
     Args:
@@ -262,9 +264,9 @@ def check_writable(setting: str, place: str) -> None:
     Raises:
         ValueError: it is a file or below one, or nothing can be made there.
     """
-    if not is_local(place):
+    if not is_local(folder):
         return
-    path = resolve(place)[1]
+    path = resolve(folder)[1]
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     try:
@@ -272,17 +274,17 @@ def check_writable(setting: str, place: str) -> None:
     except OSError as error:
         flag = setting.replace("_", "-")
         message = (
-            f"{setting}={place}: nothing can be written there ({path}: {error.strerror}); pass another "
+            f"{setting}={folder}: nothing can be written there ({path}: {error.strerror}); pass another "
             f"--{flag}."
         )
         raise SettingsError(message) from None
 
 
-def is_inside(place: str, folder: str) -> bool:
+def is_inside(uri: str, folder: str) -> bool:
     """Whether a path or address is a folder itself, or lies below it."""
-    if is_local(place) != is_local(folder):
+    if is_local(uri) != is_local(folder):
         return False
-    (there, inner), (here, outer) = resolve(place), resolve(folder)
+    (there, inner), (here, outer) = resolve(uri), resolve(folder)
     return there.equals(here) and f"{inner}/".startswith(f"{outer.rstrip('/')}/")
 
 

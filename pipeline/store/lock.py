@@ -96,12 +96,12 @@ def _outlive_others(filesystem: fs.FileSystem, root: str, mine: str, folder: str
     """Returns once no other process says that it is at work; of a killed one that takes as long as its
     silence must last."""
     first: dict[str, float] = {}
-    told = False
+    warned = False
     while True:
-        found = filesystem.get_file_info(fs.FileSelector(root))
+        infos = filesystem.get_file_info(fs.FileSelector(root))
         times = {
             info.path: info.mtime.timestamp()
-            for info in found
+            for info in infos
             if info.base_name.startswith(_PREFIX) and info.mtime
         }
         now = max(times.values(), default=0.0)  # of the latest announcement, which this process keeps making
@@ -117,32 +117,32 @@ def _outlive_others(filesystem: fs.FileSystem, root: str, mine: str, folder: str
             return
         alive = [path for path, at in others.items() if at > first.setdefault(path, at) or _is_here(path)]
         if alive:
-            host, pid = _place(alive[0])
+            host, pid = _host_and_pid(alive[0])
             message = (
                 f"{what}={folder}: process {pid} on {host} is at work in it; wait until it ends, or pass "
                 f"another --{what}."
             )
             raise SettingsError(message)
-        if not told:
-            host, pid = _place(next(iter(others)))
+        if not warned:
+            host, pid = _host_and_pid(next(iter(others)))
             print(
                 f"{what}={folder}: process {pid} on {host} was at work in it less than {SILENCE_S:.0f} s "
                 "ago; waiting to see whether it still is",
                 file=sys.stderr,
                 flush=True,
             )
-            told = True
+            warned = True
         time.sleep(min(BEAT_S, 5))
 
 
-def _place(path: str) -> tuple[str, int]:
+def _host_and_pid(path: str) -> tuple[str, int]:
     """(host, process) of an announcement."""
     host, pid, _ = path.rpartition("/")[2].removeprefix(_PREFIX).rsplit("-", 2)
     return host, int(pid)
 
 
 def _is_here(path: str) -> bool:
-    return _place(path)[0] == socket.gethostname() and not _is_dead(path)
+    return _host_and_pid(path)[0] == socket.gethostname() and not _is_dead(path)
 
 
 def _is_dead(path: str) -> bool:
@@ -150,7 +150,7 @@ def _is_dead(path: str) -> bool:
 
     A container that is started again has the name, and often the number of its process, of the one before.
     """
-    host, pid = _place(path)
+    host, pid = _host_and_pid(path)
     if host != socket.gethostname():
         return False
     return not is_alive(pid) or (pid == os.getpid() and path not in _OURS)

@@ -62,12 +62,12 @@ def embeddings_schema(dim: int) -> pa.Schema:
 def embeddings_table(rows: list[dict[str, Any]], dim: int) -> pa.Table:
     """An embedding shard from rows with `id` and `error`; without one also `embedding`, `tokens`,
     `truncated`."""
-    vectors = np.zeros((len(rows), dim), dtype=np.float16)
-    for place, row in enumerate(rows):
+    embeddings = np.zeros((len(rows), dim), dtype=np.float16)
+    for index, row in enumerate(rows):
         if row["error"] is None:
-            vectors[place] = row["embedding"]
+            embeddings[index] = row["embedding"]
     columns = [pa.array([row.get(name) for row in rows], type=kind) for name, kind in _EMBEDDING_SCALARS]
-    nested = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim)
+    nested = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), dim)
     return pa.table([columns[0], nested, *columns[1:]], schema=embeddings_schema(dim))
 
 
@@ -133,9 +133,9 @@ def variant_name(prefix: str, settings: dict[str, Any]) -> str:
     return f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
-def content_hash(data: bytes) -> str:
+def content_hash(image_bytes: bytes) -> str:
     """What tells an encoded picture from any other."""
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(image_bytes).hexdigest()
 
 
 def part_name(shard: int) -> str:
@@ -144,12 +144,12 @@ def part_name(shard: int) -> str:
 
 def check_table(stage: Stage, table: pa.Table, columns: list[str] | None = None) -> None:
     if stage == "embeddings":
-        vector = (
+        column_type = (
             table.schema.field("embedding").type
             if "embedding" in table.column_names
             else pa.list_(pa.float16(), 1)
         )
-        width = vector.list_size if pa.types.is_fixed_size_list(vector) else 1
+        width = column_type.list_size if pa.types.is_fixed_size_list(column_type) else 1
         expected = embeddings_schema(width)
     else:
         expected = IMAGES if stage == "images" else CAPTIONS

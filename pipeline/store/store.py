@@ -122,12 +122,12 @@ class Store:
         stand, at its place."""
         source = self.dataset.source
         cut = {name: source.get(name) for name in ("fingerprint", "cut", "shard_rows", "shard_bytes")}
-        told = [
+        deciding = [
             self.dataset.classes,
             {name: asdict(split) for name, split in self.dataset.splits.items()},
             cut,
         ]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
     def folder(self, stage: Stage, variant: str = "") -> str:
         """Path of a stage's shards, relative to the store."""
@@ -171,10 +171,10 @@ class Store:
                 )
         else:
             flaw = f"no {stage} variant {wanted!r}" if wanted else f"several {stage} variants and none named"
-            told = [f"{name}{self._made_of(stage, name)}" for name in names]
+            described = [f"{name}{self._made_of(stage, name)}" for name in names]
             message = (
-                f"store={self.uri}: {flaw}; pass --{stage} with one of: {', '.join(told)}. One that is not "
-                f"wanted any more may be deleted: its folder in {stage}/."
+                f"store={self.uri}: {flaw}; pass --{stage} with one of: {', '.join(described)}. One that is "
+                f"not wanted any more may be deleted: its folder in {stage}/."
             )
         raise SettingsError(message)
 
@@ -276,10 +276,10 @@ class Store:
         done = set(self.finished(stage, variant))
         return [shard for shard in range(self.dataset.shards) if shard not in done]
 
-    def outdated(self, variant: str, captions: str) -> list[int]:
+    def outdated(self, variant: str, caption_variant: str) -> list[int]:
         """Finished shards of an embedding variant whose captions have been written anew since, by a second
         run or by `retry`."""
-        made, now = self.receipts("embeddings", variant), self.receipts("captions", captions)
+        made, now = self.receipts("embeddings", variant), self.receipts("captions", caption_variant)
         return [
             shard for shard, receipt in made.items() if shard in now and not receipt.belongs_to(now[shard])
         ]
@@ -318,10 +318,10 @@ class Store:
                 + (", or ingest again into a new store with --val-fraction 0.1." if split == "val" else ".")
             )
             raise SettingsError(message)
-        found = self.dataset.splits[split]
-        return range(found.first_shard, found.first_shard + found.num_shards)
+        shards = self.dataset.splits[split]
+        return range(shards.first_shard, shards.first_shard + shards.num_shards)
 
-    def picture(self, image: bytes | None, uri: str | None, expected_hash: str | None) -> bytes:
+    def picture(self, image_bytes: bytes | None, uri: str | None, expected_hash: str | None) -> bytes:
         """The encoded bytes of a picture that has no error: those in the shard, or, stored with --no-pack,
         those at its place.
 
@@ -329,20 +329,20 @@ class Store:
             StorageError: what holds the pictures does not answer.
             OSError: the place cannot be read, or holds another picture than when it was ingested.
         """
-        if image is not None:
-            return image
+        if image_bytes is not None:
+            return image_bytes
         source = self.dataset.source
-        data = locations.fetch_picture(
+        fetched = locations.fetch_picture(
             source["uri"], uri or "", source["max_bytes"], listed=source["kind"] in LISTED
         )
-        if expected_hash and content_hash(data) != expected_hash:
+        if expected_hash and content_hash(fetched) != expected_hash:
             message = (
                 f"{uri} of {self.dataset.source['uri']} is another picture than when it was ingested: put "
                 "the old one back, or ingest into a new store (without --no-pack pictures are kept in the "
                 "store)"
             )
             raise OSError(message)
-        return data
+        return fetched
 
     def errors(self, stage: Stage, variant: str = "") -> Iterator[tuple[str, str]]:
         """(id, error) of every failed row of the finished shards."""
@@ -395,10 +395,10 @@ class Store:
 
 def _beginnings(filesystem: fs.FileSystem, root: str) -> list[str]:
     """Who says that they are beginning a store; whoever said so an hour ago is dead."""
-    found = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    infos = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
     recent = time.time() - 3600
     return [
-        info.base_name for info in found if info.base_name.startswith(_BEGINNING) and _modified(info) > recent
+        info.base_name for info in infos if info.base_name.startswith(_BEGINNING) and _modified(info) > recent
     ]
 
 
