@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_submit(arguments: list[str]) -> tuple[config.SubmitConfig, list[str]]:
     """Submit's own settings, and the command line of the job behind `--`."""
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    own, job = arguments[:place], arguments[place + 1 :]
+    separator = arguments.index("--") if "--" in arguments else len(arguments)
+    own, job = arguments[:separator], arguments[separator + 1 :]
     return tyro.cli(config.SubmitConfig, args=own, prog="gpt4image submit"), job
 
 

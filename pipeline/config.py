@@ -16,7 +16,7 @@ from pipeline.errors import SettingsError
 from pipeline.presets import CAPTION_PRESETS, ENCODER_PRESETS, UNNAMED_MODEL
 
 MIB = 2**20
-_Part = TypeVar("_Part", bound=Any)
+_Settings = TypeVar("_Settings", bound=Any)
 
 
 def _raise_faults(faults: list[str]) -> None:
@@ -383,16 +383,16 @@ class DescribeConfig(SourceConfig, CaptionConfig, EmbedConfig):
 
     def __post_init__(self) -> None:
         faults: list[str] = []
-        for part in (SourceConfig, CaptionConfig, EmbedConfig):
+        for kind in (SourceConfig, CaptionConfig, EmbedConfig):
             try:
-                part.__post_init__(self)
+                kind.__post_init__(self)
             except ValueError as error:
                 faults += [line for line in str(error).splitlines() if line not in faults]
         _raise_faults(faults)
 
-    def part(self, kind: type[_Part]) -> _Part:
+    def part(self, kind: type[_Settings]) -> _Settings:
         """The settings of one stage."""
-        settings: _Part = kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
+        settings: _Settings = kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
         return settings
 
 

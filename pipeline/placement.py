@@ -48,7 +48,7 @@ def captioners(config: CaptionConfig, model: ModelRef, rows: int) -> Placement:
     if config.captioner == "openai":  # asking a server needs neither a GPU nor much of a core
         asking = config.replicas or 1
         return Placement(actors=asking, gpus=0.0, cpus=1, decoders=_decoders(asking, asking, "replicas"))
-    return _place(config.replicas, "replicas", model, rows, cores=config.engine_cores, decodes=True)
+    return _placement(config.replicas, "replicas", model, rows, cores=config.engine_cores, decodes=True)
 
 
 def encoders(config: EmbedConfig, model: ModelRef, rows: int) -> Placement:
@@ -57,7 +57,7 @@ def encoders(config: EmbedConfig, model: ModelRef, rows: int) -> Placement:
     Raises:
         ValueError: the cluster has not so many GPUs or CPUs.
     """
-    return _place(config.encoder_replicas, "encoder_replicas", model, rows)
+    return _placement(config.encoder_replicas, "encoder_replicas", model, rows)
 
 
 def side_by_side(model: ModelRef, cores: int, memory: int, rows: int) -> int:
@@ -73,7 +73,7 @@ def side_by_side(model: ModelRef, cores: int, memory: int, rows: int) -> int:
     return max(1, min(cores, memory // 4 // _PROCESS, rows // _ROWS_EACH))
 
 
-def _place(
+def _placement(
     wanted: int, flag: str, model: ModelRef, rows: int, *, cores: int = 0, decodes: bool = False
 ) -> Placement:
     gpus, total = session.gpus(), session.cpus()

@@ -66,37 +66,39 @@ def caption(config: CaptionConfig, model: models.ModelRef | None = None) -> str:
     store = Store(config.store)
     store.require_complete("images")
     model = model or captioner_model(config)
-    made = CaptionVariant.of(config, model)
-    served = made.engine == "openai"
+    variant = CaptionVariant.of(config, model)
+    served = variant.engine == "openai"
     packages = ("openai",) if served else ("vllm", "transformers", "torch")
-    _record_variant(store, "captions", made.name, made.record(), packages, config.base_url if served else "")
-    items = _shard_items(store.pending("captions", made.name), redo=False)
+    _record_variant(
+        store, "captions", variant.name, variant.record(), packages, config.base_url if served else ""
+    )
+    items = _shard_items(store.pending("captions", variant.name), redo=False)
     _run(
         "caption",
         store,
         "captions",
-        made.name,
+        variant.name,
         items,
-        _caption_chain(config, model, made.name),
+        _caption_chain(config, model, variant.name),
         config.max_failure_rate,
     )
-    return made.name
+    return variant.name
 
 
 def embed(config: EmbedConfig, model: models.ModelRef | None = None) -> str:
     """Captions -> embeddings; returns the embedding variant. `model`: which it is, where that is known
     already."""
     store = Store(config.store)
-    captions = store.only_variant("captions", config.captions)
-    store.require_complete("captions", captions)
+    caption_variant = store.only_variant("captions", config.captions)
+    store.require_complete("captions", caption_variant)
     model = model or encoder_model(config)
-    made = EmbedVariant.of(replace(config, captions=captions), model)
-    _record_variant(store, "embeddings", made.name, made.record(), ("transformers", "torch"))
-    todo = {*store.pending("embeddings", made.name), *store.outdated(made.name, captions)}
+    variant = EmbedVariant.of(replace(config, captions=caption_variant), model)
+    _record_variant(store, "embeddings", variant.name, variant.record(), ("transformers", "torch"))
+    todo = {*store.pending("embeddings", variant.name), *store.outdated(variant.name, caption_variant)}
     items = _shard_items(sorted(todo), redo=False)
-    chain = _embed_chain(config, model, captions, made.name)
-    _run("embed", store, "embeddings", made.name, items, chain, config.max_failure_rate)
-    return made.name
+    chain = _embed_chain(config, model, caption_variant, variant.name)
+    _run("embed", store, "embeddings", variant.name, items, chain, config.max_failure_rate)
+    return variant.name
 
 
 def describe(config: DescribeConfig) -> str:
@@ -106,8 +108,8 @@ def describe(config: DescribeConfig) -> str:
     captioner, encoder = captioner_model(captioning), encoder_model(embedding)
     if config.images:
         ingest(config.part(SourceConfig))
-    captions = caption(captioning, captioner)
-    return embed(replace(embedding, captions=captions), encoder)
+    caption_variant = caption(captioning, captioner)
+    return embed(replace(embedding, captions=caption_variant), encoder)
 
 
 def retry(config: RetryConfig) -> None:
@@ -205,12 +207,12 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
     return build
 
 
-def _embed_chain(config: EmbedConfig, model: models.ModelRef, captions: str, variant: str) -> Chain:
+def _embed_chain(config: EmbedConfig, model: models.ModelRef, caption_variant: str, variant: str) -> Chain:
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
         placed = placement.encoders(config, model, Store(config.store).dataset.rows)
         return ds.map_batches(
             EmbedCaptions,
-            fn_constructor_args=(config, model, captions, variant),
+            fn_constructor_args=(config, model, caption_variant, variant),
             **_shard_batches(),
             num_cpus=placed.cpus,
             num_gpus=placed.gpus,

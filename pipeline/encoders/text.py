@@ -70,19 +70,19 @@ class TextEncoder:
         """Encodes any number of texts; the order of the results is the order of the texts."""
         return self.averaged([[text] for text in texts])
 
-    def averaged(self, groups: list[list[str]]) -> Encoded:
-        """One vector for each group of texts, the normalised mean of the texts' unit vectors; tokens are the
-        group's sum.
+    def averaged(self, text_lists: list[list[str]]) -> Encoded:
+        """One embedding for each list of texts, the normalised mean of the embeddings of its texts; tokens
+        are the list's sum.
 
-        With `long_texts="split"` a text beyond the limit becomes several: sentences, packed into parts that
+        With `long_texts="split"` a text beyond the limit becomes several: sentences, packed into pieces that
         fit.
         """
-        parts: list[list[int]] = []
+        inputs: list[list[int]] = []
         owners: list[int] = []
-        tokens, truncated = [0] * len(groups), [False] * len(groups)
-        texts = [text for group in groups for text in group]
-        owner_of = [owner for owner, group in enumerate(groups) for _ in group]
-        for owner, text, ids in zip(owner_of, texts, self._ids(texts), strict=True):
+        tokens, truncated = [0] * len(text_lists), [False] * len(text_lists)
+        all_texts = [text for texts in text_lists for text in texts]
+        owner_of = [owner for owner, texts in enumerate(text_lists) for _ in texts]
+        for owner, text, ids in zip(owner_of, all_texts, self._ids(all_texts), strict=True):
             tokens[owner] += len(ids)
             fitting = [ids]
             if len(ids) > self.max_tokens:
@@ -90,26 +90,26 @@ class TextEncoder:
                 lengths = [len(piece) for piece in self._ids(pieces)]
                 truncated[owner] |= max(lengths) > self.max_tokens
                 fitting = self._ids(pieces, cut=True)
-            parts += fitting
+            inputs += fitting
             owners += [owner] * len(fitting)
-        sums = np.zeros((len(groups), self.dim), dtype=np.float32)
-        np.add.at(sums, owners, self._vectors(parts))
+        sums = np.zeros((len(text_lists), self.dim), dtype=np.float32)
+        np.add.at(sums, owners, self._embeddings(inputs))
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
-        vectors = (sums / np.maximum(norms, 1e-12)).astype(np.float16)
-        return Encoded(vectors=vectors, tokens=tokens, truncated=truncated)
+        embeddings = (sums / np.maximum(norms, 1e-12)).astype(np.float16)
+        return Encoded(vectors=embeddings, tokens=tokens, truncated=truncated)
 
     def _ids(self, texts: list[str], *, cut: bool = False) -> list[list[int]]:
         if not texts:
             return []
         limit = {"truncation": True, "max_length": self.max_tokens} if cut else {"truncation": False}
-        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=True, verbose=False, **limit)[
+        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=True, verbose=False, **limit)[
             "input_ids"
         ]
-        return found
+        return ids
 
     def _pieces(self, text: str) -> list[str]:
-        """Sentences, packed in order into as few parts as fit; a sentence that is too long by itself stays
-        one part."""
+        """Sentences, packed in order into as few pieces as fit; a sentence that is too long by itself
+        stays one piece."""
         pieces: list[str] = []
         for sentence in SENTENCE_END.split(text.strip()):
             joined = f"{pieces[-1]} {sentence}" if pieces else sentence
@@ -119,17 +119,17 @@ class TextEncoder:
                 pieces.append(sentence)
         return pieces
 
-    def _vectors(self, ids: list[list[int]]) -> npt.NDArray[np.float32]:
+    def _embeddings(self, ids: list[list[int]]) -> npt.NDArray[np.float32]:
         import torch
 
-        vectors = np.zeros((len(ids), self.dim), dtype=np.float32)
+        embeddings = np.zeros((len(ids), self.dim), dtype=np.float32)
         # The largest batch first: what does not fit into memory fails at once and not in the end.
-        order = sorted(range(len(ids)), key=lambda place: len(ids[place]), reverse=True)
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
         with torch.inference_mode():
-            for start, stop in _batches([len(ids[place]) for place in order], self._batch, self._device):
-                places = order[start:stop]
-                vectors[places] = self._encode([ids[place] for place in places])
-        return vectors
+            for start, stop in _batches([len(ids[index]) for index in order], self._batch, self._device):
+                indices = order[start:stop]
+                embeddings[indices] = self._encode([ids[index] for index in indices])
+        return embeddings
 
     def _encode(self, ids: list[list[int]]) -> npt.NDArray[np.float32]:
         import torch
@@ -161,8 +161,8 @@ class TextEncoder:
         tokens = np.full((len(ids), width), self._tokenizer.pad_token_id or 0, dtype=np.int64)
         mask = np.zeros_like(tokens)
         for row, text in enumerate(ids):
-            place = slice(width - len(text), width) if left else slice(0, len(text))
-            tokens[row, place], mask[row, place] = text, 1
+            columns = slice(width - len(text), width) if left else slice(0, len(text))
+            tokens[row, columns], mask[row, columns] = text, 1
         return {
             "input_ids": torch.from_numpy(tokens).to(self._device),
             "attention_mask": torch.from_numpy(mask).to(self._device),
@@ -185,11 +185,11 @@ def _batches(lengths: list[int], most: int, device: str) -> list[tuple[int, int]
         whole[:-1][tokens[:-1] > _BATCH_TOKENS[device]] = np.inf  # one text alone is always allowed
         best = int(whole.argmin())
         cost[stop], start[stop] = whole[best], begins[best]
-    found, stop = [], len(lengths)
+    batches, stop = [], len(lengths)
     while stop:
-        found.append((int(start[stop]), stop))
-        stop = found[-1][0]
-    return found[::-1]
+        batches.append((int(start[stop]), stop))
+        stop = batches[-1][0]
+    return batches[::-1]
 
 
 def _max_tokens(model: ModelRef, location: str, config: Any, tokenizer: Any) -> int:

@@ -22,8 +22,8 @@ class Tally:
     """What one pass over the small columns of all finished shards finds. Row arrays are in store order, a row
     a picture."""
 
-    captions: str
-    embeddings: str
+    caption_variant: str
+    embedding_variant: str
     shards: list[int] = field(default_factory=list)
     captioned: set[int] = field(default_factory=set)
     embedded: set[int] = field(default_factory=set)
@@ -40,9 +40,11 @@ class Tally:
     failed_rows: int = 0
     truncated: int = 0
     shard_failed: dict[int, set[int]] = field(default_factory=dict)
-    label_parts: list[np.ndarray] = field(default_factory=list)
-    split_parts: list[np.ndarray] = field(default_factory=list)
-    hash_parts: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"pictures": [], "captions": []})
+    shard_labels: list[np.ndarray] = field(default_factory=list)
+    shard_splits: list[np.ndarray] = field(default_factory=list)
+    shard_hashes: dict[str, list[np.ndarray]] = field(
+        default_factory=lambda: {"pictures": [], "captions": []}
+    )
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     splits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int8))
     groups: dict[str, Groups] = field(default_factory=dict)
@@ -51,7 +53,7 @@ class Tally:
         """A shard's row, counted over all finished shards."""
         return self.starts[bisect.bisect_left(self.shards, shard)] + row
 
-    def place(self, row: int) -> tuple[int, int]:
+    def shard_and_row(self, row: int) -> tuple[int, int]:
         """(shard, row in it) of a row counted over all finished shards."""
         position = bisect.bisect_right(self.starts, row) - 1
         return self.shards[position], row - self.starts[position]
@@ -66,14 +68,16 @@ class Groups:
         values, starts, counts = np.unique(hashes[self._order], return_index=True, return_counts=True)
         mixed = [np.zeros(0, bool)] * 2
         if len(values):
-            of_group = [column[self._order] for column in (labels, splits)]
-            mixed = [np.minimum.reduceat(c, starts) != np.maximum.reduceat(c, starts) for c in of_group]
-        kept = np.flatnonzero((counts > 1) & (values != 0))
-        kept = kept[np.argsort(-counts[kept], kind="stable")]
-        self._starts = starts[kept]
-        self.counts, self.several_classes, self.several_splits = (column[kept] for column in (counts, *mixed))
+            ordered = [column[self._order] for column in (labels, splits)]
+            mixed = [np.minimum.reduceat(c, starts) != np.maximum.reduceat(c, starts) for c in ordered]
+        repeated = np.flatnonzero((counts > 1) & (values != 0))
+        repeated = repeated[np.argsort(-counts[repeated], kind="stable")]
+        self._starts = starts[repeated]
+        self.counts, self.several_classes, self.several_splits = (
+            column[repeated] for column in (counts, *mixed)
+        )
         rank = np.full(len(values), -1, np.int64)
-        rank[kept] = np.arange(len(kept))
+        rank[repeated] = np.arange(len(repeated))
         self._of_row = np.full(len(hashes), -1, np.int64)
         self._of_row[self._order] = np.repeat(rank, counts)
 
@@ -86,29 +90,31 @@ class Groups:
 
     def number(self, row: int) -> int | None:
         """The group of a row; None where no other row has its hash."""
-        found = int(self._of_row[row])
-        return None if found < 0 else found
+        number = int(self._of_row[row])
+        return None if number < 0 else number
 
 
-def count_rows(store: Store, captions: str, embeddings: str) -> Tally:
-    tally = Tally(captions=captions, embeddings=embeddings, shards=store.finished("images"))
-    tally.captioned = set(store.finished("captions", captions)) if captions else set()
-    tally.embedded = set(store.finished("embeddings", embeddings)) if embeddings else set()
+def count_rows(store: Store, caption_variant: str, embedding_variant: str) -> Tally:
+    tally = Tally(
+        caption_variant=caption_variant, embedding_variant=embedding_variant, shards=store.finished("images")
+    )
+    tally.captioned = set(store.finished("captions", caption_variant)) if caption_variant else set()
+    tally.embedded = set(store.finished("embeddings", embedding_variant)) if embedding_variant else set()
     for shard in tally.shards:
         tally.starts.append(tally.rows)
         errors = [_count_images(store, tally, shard)]
         if shard in tally.captioned:
             errors.append(_count_captions(store, tally, shard))
         else:
-            tally.hash_parts["captions"].append(np.zeros(len(errors[0]), np.uint64))
+            tally.shard_hashes["captions"].append(np.zeros(len(errors[0]), np.uint64))
         if shard in tally.embedded:
             errors.append(_count_embeddings(store, tally, shard))
         _count_failures(tally, shard, errors)
         tally.rows += len(errors[0])
     if tally.shards:
-        tally.labels, tally.splits = np.concatenate(tally.label_parts), np.concatenate(tally.split_parts)
-        for kind, parts in tally.hash_parts.items():
-            tally.groups[kind] = Groups(np.concatenate(parts), tally.labels, tally.splits)
+        tally.labels, tally.splits = np.concatenate(tally.shard_labels), np.concatenate(tally.shard_splits)
+        for kind, hashes in tally.shard_hashes.items():
+            tally.groups[kind] = Groups(np.concatenate(hashes), tally.labels, tally.splits)
     return tally
 
 
@@ -116,27 +122,29 @@ def _count_images(store: Store, tally: Tally, shard: int) -> list[str | None]:
     names = ["content_hash", "label", "split", "width", "height", "error"]
     table = store.read_shard("images", "", shard, names)
     columns = {name: table[name].to_pylist() for name in names}
-    tally.label_parts.append(np.array(columns["label"], np.int32))
+    tally.shard_labels.append(np.array(columns["label"], np.int32))
     known = {name: number for number, name in enumerate(store.dataset.splits)}
-    tally.split_parts.append(np.array([known.get(split, -1) for split in columns["split"]], np.int8))
-    tally.hash_parts["pictures"].append(_hashes(columns["content_hash"]))
+    tally.shard_splits.append(np.array([known.get(split, -1) for split in columns["split"]], np.int8))
+    tally.shard_hashes["pictures"].append(_hashes(columns["content_hash"]))
     sizes = zip(columns["width"], columns["height"], strict=True)
     tally.edges.update(max(width, height) for width, height in sizes if width and height)
     return _count_done(tally, "images", columns["error"])
 
 
 def _count_captions(store: Store, tally: Tally, shard: int) -> list[str | None]:
-    table = store.read_shard("captions", tally.captions, shard, ["caption", "output_tokens", "flag", "error"])
-    texts = table["caption"].to_pylist()
-    tally.words.update(len(text.split()) for text in texts if text)
+    table = store.read_shard(
+        "captions", tally.caption_variant, shard, ["caption", "output_tokens", "flag", "error"]
+    )
+    captions = table["caption"].to_pylist()
+    tally.words.update(len(caption.split()) for caption in captions if caption)
     tally.tokens.update(count for count in table["output_tokens"].to_pylist() if count is not None)
     tally.flags.update(flag for flag in table["flag"].to_pylist() if flag)
-    tally.hash_parts["captions"].append(_hashes(texts))
+    tally.shard_hashes["captions"].append(_hashes(captions))
     return _count_done(tally, "captions", table["error"].to_pylist())
 
 
 def _count_embeddings(store: Store, tally: Tally, shard: int) -> list[str | None]:
-    table = store.read_shard("embeddings", tally.embeddings, shard, ["truncated", "error"])
+    table = store.read_shard("embeddings", tally.embedding_variant, shard, ["truncated", "error"])
     tally.truncated += sum(bool(cut) for cut in table["truncated"].to_pylist())
     return _count_done(tally, "embeddings", table["error"].to_pylist())
 

@@ -70,8 +70,8 @@ def estimate(config: EstimateConfig) -> Estimate:
         ValueError: wrong settings, there is nothing to describe, or no place for the sample that all nodes
             see.
     """
-    captions, embeddings = config.part(CaptionConfig), config.part(EmbedConfig)
-    captioner, encoder = run.captioner_model(captions), run.encoder_model(embeddings)
+    captioning, embedding = config.part(CaptionConfig), config.part(EmbedConfig)
+    captioner, encoder = run.captioner_model(captioning), run.encoder_model(embedding)
     whole = plan.make_plan(config.part(SourceConfig)).dataset
     begun = time.monotonic()
     session.start_ray()
@@ -85,15 +85,15 @@ def estimate(config: EstimateConfig) -> Estimate:
         raise SettingsError(message)
     actors: dict[Stage, int] = {
         "images": session.spare_cores(),
-        "captions": placement.captioners(captions, captioner, whole.rows).actors,
-        "embeddings": placement.encoders(embeddings, encoder, whole.rows).actors,
+        "captions": placement.captioners(captioning, captioner, whole.rows).actors,
+        "embeddings": placement.encoders(embedding, encoder, whole.rows).actors,
     }
     sample = plan_sample(
         config, whole.rows, max(actors["captions"], actors["embeddings"]), alike=session.gpus() > 0
     )
     used = actors | {stage: min(actors[stage], sample.engines) for stage in ON_GPUS}
     with _place(config.work_dir) as folder:
-        part = replace(
+        settings = replace(
             config,
             store=locations.join(folder, "store"),
             limit=sample.rows,
@@ -102,11 +102,11 @@ def estimate(config: EstimateConfig) -> Estimate:
             encoder_replicas=used["embeddings"],
         )
         seconds = {
-            "images": _timed(lambda: run.ingest(part.part(SourceConfig))),
-            "captions": _timed(lambda: run.caption(part.part(CaptionConfig), captioner)),
-            "embeddings": _timed(lambda: run.embed(part.part(EmbedConfig), encoder)),
+            "images": _timed(lambda: run.ingest(settings.part(SourceConfig))),
+            "captions": _timed(lambda: run.caption(settings.part(CaptionConfig), captioner)),
+            "embeddings": _timed(lambda: run.embed(settings.part(EmbedConfig), encoder)),
         }
-        store = Store(part.store)
+        store = Store(settings.store)
         # No more actors have work at a time than there are shards.
         working = {stage: min(actors[stage], whole.shards) for stage in STAGES}
         stages = [
@@ -262,26 +262,28 @@ def _scaled(
     )
 
 
-def as_json(found: Estimate) -> dict[str, Any]:
+def as_json(estimated: Estimate) -> dict[str, Any]:
     """The estimate as plain values."""
-    return asdict(found)
+    return asdict(estimated)
 
 
-def as_text(found: Estimate) -> str:
+def as_text(estimated: Estimate) -> str:
     """The estimate in words and a table."""
     lines = [f"{'':12}{'start, s':>10}{'images/s':>10}{'kB/image':>10}"]
-    for cost in found.stages:
+    for cost in estimated.stages:
         rate = 1 / cost.seconds_per_image if cost.seconds_per_image else float("inf")
         lines.append(f"{cost.stage:12}{cost.start_s:>10.1f}{rate:>10.1f}{cost.bytes_per_image / 1000:>10.2f}")
     where = (
-        f"on {found.gpus} GPUs, {found.gpu_hours:.2f} GPU hours" if found.gpus else "on this machine as it is"
+        f"on {estimated.gpus} GPUs, {estimated.gpu_hours:.2f} GPU hours"
+        if estimated.gpus
+        else "on this machine as it is"
     )
     lines += [
         "",
-        f"{found.images} images: {found.hours:.2f} hours {where}; {found.tokens} tokens of captions, "
-        f"{found.prompt_tokens} of prompts; {found.storage_bytes / 1e9:.2f} GB of storage"
-        + (f"; cost {found.cost:.2f}" if found.cost else ""),
-        f"from {found.sampled} images by {found.engines} engines, {found.failed} failed; steady rates as "
-        "measured, scaled by the number of engines, nothing added for breakdowns",
+        f"{estimated.images} images: {estimated.hours:.2f} hours {where}; {estimated.tokens} tokens of "
+        f"captions, {estimated.prompt_tokens} of prompts; {estimated.storage_bytes / 1e9:.2f} GB of storage"
+        + (f"; cost {estimated.cost:.2f}" if estimated.cost else ""),
+        f"from {estimated.sampled} images by {estimated.engines} engines, {estimated.failed} failed; steady "
+        "rates as measured, scaled by the number of engines, nothing added for breakdowns",
     ]
     return "\n".join(lines)

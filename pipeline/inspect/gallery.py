@@ -52,8 +52,8 @@ def write(config: InspectConfig) -> str:
             together.
     """
     store = Store(config.store)
-    captions, embeddings = _variants(store, config)
-    tally = count_rows(store, captions, embeddings)
+    caption_variant, embedding_variant = _variants(store, config)
+    tally = count_rows(store, caption_variant, embedding_variant)
     cards, drawn = _cards(store, tally, config)
     data = {"classes": store.dataset.classes, "cards": cards}
     template = resources.files("pipeline.inspect").joinpath("gallery.html.j2").read_text(encoding="utf-8")
@@ -81,32 +81,32 @@ def write(config: InspectConfig) -> str:
 
 def _variants(store: Store, config: InspectConfig) -> tuple[str, str]:
     """The caption and the embedding variant to show; "" where the store has none."""
-    captions = config.captions
+    caption_variant = config.captions
     if config.embeddings:
         made_of = str(
             store.variant("embeddings", store.only_variant("embeddings", config.embeddings))["captions"]
         )
-        if captions and captions != made_of:
+        if caption_variant and caption_variant != made_of:
             message = (
-                f"embeddings={config.embeddings}: made of captions {made_of}, not {captions}; leave one of "
-                "the two flags out."
+                f"embeddings={config.embeddings}: made of captions {made_of}, not {caption_variant}; leave "
+                "one of the two flags out."
             )
             raise SettingsError(message)
         return store.only_variant("captions", made_of), config.embeddings
-    if captions or store.variants("captions"):
-        captions = store.only_variant("captions", captions)
+    if caption_variant or store.variants("captions"):
+        caption_variant = store.only_variant("captions", caption_variant)
     names = [
         name
         for name in store.variants("embeddings")
-        if store.variant("embeddings", name)["captions"] == captions
+        if store.variant("embeddings", name)["captions"] == caption_variant
     ]
     if len(names) > 1:
         message = (
-            f"store={store.uri}: several embeddings of {captions} and none named; pass --embeddings with one "
-            "of: "
+            f"store={store.uri}: several embeddings of {caption_variant} and none named; pass --embeddings "
+            "with one of: "
         )
         raise SettingsError(message + ", ".join(names) + ".")
-    return captions, "".join(names)
+    return caption_variant, "".join(names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,31 +131,31 @@ def _cards(store: Store, tally: Tally, config: InspectConfig) -> tuple[list[dict
     packed = bool(store.dataset.source.get("pack", True))
     pictures = used | {shard for shard, _ in needed.most_common(SAMPLE_SHARDS)}
     chosen = failed + drawn
-    found: dict[tuple[int, int], dict[str, Any]] = {}
-    vectors: dict[tuple[int, int], np.ndarray] = {}
+    card_at: dict[tuple[int, int], dict[str, Any]] = {}
+    embedding_at: dict[tuple[int, int], np.ndarray] = {}
     rows_of: dict[int, list[int]] = {}
     for shard, row in sorted(chosen):
         rows_of.setdefault(shard, []).append(row)
     for shard, rows in rows_of.items():
-        for row, card, vector in _shard_cards(
+        for row, card, embedding in _shard_cards(
             store, tally, shard, rows, with_pictures=shard in pictures or not packed
         ):
-            found[shard, row] = card
-            if vector is not None:
-                vectors[shard, row] = vector
-    for place, card in found.items():
-        _add_groups(tally, tally.row(*place), card)
-    cards = [found[place] for place in chosen]
-    _add_nearest(cards, [vectors.get(place) for place in chosen])
-    told = _Drawn(
+            card_at[shard, row] = card
+            if embedding is not None:
+                embedding_at[shard, row] = embedding
+    for (shard, row), card in card_at.items():
+        _add_groups(tally, tally.row(shard, row), card)
+    cards = [card_at[pair] for pair in chosen]
+    _add_nearest(cards, [embedding_at.get(pair) for pair in chosen])
+    sample = _Drawn(
         cards=len(cards), rows=tally.rows, failed=len(failed), shards=len(used), of_shards=len(tally.shards)
     )
-    return cards, told
+    return cards, sample
 
 
 def _shard_order(store: Store, tally: Tally, rng: np.random.Generator) -> list[int]:
     """Finished shards in random order, the first of each split in front, so that none is left out."""
-    order = [tally.shards[int(place)] for place in rng.permutation(len(tally.shards))]
+    order = [tally.shards[int(index)] for index in rng.permutation(len(tally.shards))]
     split_of = {shard: split for split in store.dataset.splits for shard in store.split_shards(split)}
     front = list({split_of.get(shard, ""): shard for shard in reversed(order)}.values())
     return front + [shard for shard in order if shard not in front]
@@ -163,10 +163,8 @@ def _shard_order(store: Store, tally: Tally, rng: np.random.Generator) -> list[i
 
 def _draw_failed(tally: Tally, order: list[int], most: int) -> list[tuple[int, int]]:
     """Failed rows, one of each reason in turn, so that a rare reason is not lost among a common one."""
-    rank = {shard: place for place, shard in enumerate(order)}
-    piles = [
-        sorted(places, key=lambda place: (rank[place[0]], place[1])) for places in tally.failures.values()
-    ]
+    rank = {shard: position for position, shard in enumerate(order)}
+    piles = [sorted(pairs, key=lambda pair: (rank[pair[0]], pair[1])) for pairs in tally.failures.values()]
     drawn: list[tuple[int, int]] = []
     for turn in range(max(map(len, piles), default=0)):
         drawn += [pile[turn] for pile in piles if turn < len(pile)]
@@ -188,7 +186,7 @@ def _draw_good(
         used.add(shard)
         failed = tally.shard_failed.get(shard, set())
         pool += [(shard, row) for row in range(sizes[shard]) if row not in failed]
-    return [pool[int(place)] for place in rng.permutation(len(pool))[:count]], used
+    return [pool[int(index)] for index in rng.permutation(len(pool))[:count]], used
 
 
 def _shard_cards(
@@ -200,26 +198,26 @@ def _shard_cards(
     columns: dict[Stage, list[dict[str, Any]]] = {
         "images": _take(store.read_shard("images", "", shard, names), rows)
     }
-    vectors = np.zeros((len(rows), 1), np.float32)
+    embeddings = np.zeros((len(rows), 1), np.float32)
     if shard in tally.captioned:
         names = ["caption", "others", "output_tokens", "finish_reason", "flag", "error"]
-        columns["captions"] = _take(store.read_shard("captions", tally.captions, shard, names), rows)
+        columns["captions"] = _take(store.read_shard("captions", tally.caption_variant, shard, names), rows)
     if shard in tally.embedded:
         names = ["embedding", "tokens", "truncated", "error"]
-        table = store.read_shard("embeddings", tally.embeddings, shard, names)
+        table = store.read_shard("embeddings", tally.embedding_variant, shard, names)
         columns["embeddings"] = _take(table.drop_columns("embedding"), rows)
         nested = table["embedding"].combine_chunks()
-        vectors = (
+        embeddings = (
             nested.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)[rows].astype(np.float32)
         )
     with ThreadPoolExecutor(FETCHERS) as pool:
         thumbnails = list(pool.map(lambda record: _thumbnail(store, record), columns["images"]))
     cards = []
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         card = (
-            _card(shard, {stage: of_stage[place] for stage, of_stage in columns.items()}) | thumbnails[place]
+            _card(shard, {stage: of_stage[index] for stage, of_stage in columns.items()}) | thumbnails[index]
         )
-        cards.append((row, card, vectors[place] if vectors[place].any() else None))
+        cards.append((row, card, embeddings[index] if embeddings[index].any() else None))
     return cards
 
 
@@ -230,27 +228,29 @@ def _take(table: pa.Table, rows: list[int]) -> list[dict[str, Any]]:
 
 def _card(shard: int, row: dict[Stage, dict[str, Any]]) -> dict[str, Any]:
     """One row as the page's script reads it; what a row does not have is left out."""
-    picture, text, vector = row["images"], row.get("captions", {}), row.get("embeddings", {})
+    image_row = row["images"]
+    caption_row, embedding_row = row.get("captions", {}), row.get("embeddings", {})
     errors = [
         (stage, row[stage]["error"]) for stage in STAGES if stage in row and row[stage]["error"] is not None
     ]
-    caption = text.get("caption") or ""
+    caption = caption_row.get("caption") or ""
     card = {
-        "id": picture["id"],
-        "uri": picture["uri"] if picture["uri"] != picture["id"] else None,
-        "label": picture["label"] if picture["label"] >= 0 else None,  # -1: a row that failed for want of one
-        "split": picture["split"],
-        "width": picture["width"],
-        "height": picture["height"],
+        "id": image_row["id"],
+        "uri": image_row["uri"] if image_row["uri"] != image_row["id"] else None,
+        # -1: a row that failed for want of one
+        "label": image_row["label"] if image_row["label"] >= 0 else None,
+        "split": image_row["split"],
+        "width": image_row["width"],
+        "height": image_row["height"],
         "shard": shard,
         "caption": _short(caption),
-        "others": [_short(other) for other in text.get("others") or [] if other],
+        "others": [_short(other) for other in caption_row.get("others") or [] if other],
         "words": len(caption.split()) if caption else None,
-        "outputTokens": text.get("output_tokens"),
-        "finish": text.get("finish_reason"),
-        "flag": text.get("flag"),
-        "encoderTokens": vector.get("tokens"),
-        "truncated": bool(vector.get("truncated")),
+        "outputTokens": caption_row.get("output_tokens"),
+        "finish": caption_row.get("finish_reason"),
+        "flag": caption_row.get("flag"),
+        "encoderTokens": embedding_row.get("tokens"),
+        "truncated": bool(embedding_row.get("truncated")),
         "error": _short(f"{errors[0][0]}: {errors[0][1]}") if errors else None,
         "reason": reason_of(*errors[0]) if errors else None,
     }
@@ -279,10 +279,10 @@ def _thumbnail(store: Store, row: dict[str, Any]) -> dict[str, str]:
     limit = int(store.dataset.source.get("max_pixels", images.DEFAULT_MAX_PIXELS))
     sink = io.BytesIO()
     try:
-        data = _picture_bytes(store, row)
-        if data is None:
+        image_bytes = _image_bytes(store, row)
+        if image_bytes is None:
             return {}
-        images.decode_to_fit(data, THUMBNAIL_EDGE, max_pixels=limit).save(sink, "JPEG", quality=75)
+        images.decode_to_fit(image_bytes, THUMBNAIL_EDGE, max_pixels=limit).save(sink, "JPEG", quality=75)
     except images.ImageError as error:
         return {"pictureError": str(error)}
     except OSError as error:
@@ -290,7 +290,7 @@ def _thumbnail(store: Store, row: dict[str, Any]) -> dict[str, str]:
     return {"picture": base64.b64encode(sink.getvalue()).decode()}
 
 
-def _picture_bytes(store: Store, row: dict[str, Any]) -> bytes | None:
+def _image_bytes(store: Store, row: dict[str, Any]) -> bytes | None:
     """The encoded picture of a row; None for a failed one, and where pictures were not read with the shard.
 
     Raises:
@@ -302,31 +302,31 @@ def _picture_bytes(store: Store, row: dict[str, Any]) -> bytes | None:
     return store.picture(row["image"], row["uri"], row["content_hash"])
 
 
-def _add_nearest(cards: list[dict[str, Any]], vectors: list[np.ndarray | None]) -> None:
-    """Gives each card with a vector `near`: [card, cosine] of the nearest cards with another caption, nearest
-    first."""
+def _add_nearest(cards: list[dict[str, Any]], embeddings: list[np.ndarray | None]) -> None:
+    """Gives each card with an embedding `near`: [card, cosine] of the nearest cards with another caption,
+    nearest first."""
     first: dict[str, int] = {}
-    for place, card in enumerate(cards):
-        if vectors[place] is not None and "caption" in card:
-            first.setdefault(card["caption"], place)
+    for index, card in enumerate(cards):
+        if embeddings[index] is not None and "caption" in card:
+            first.setdefault(card["caption"], index)
     if len(first) < 2:
         return
-    places = list(first.values())
-    matrix = np.stack([vector for place in places if (vector := vectors[place]) is not None])
+    indices = list(first.values())
+    matrix = np.stack([embedding for index in indices if (embedding := embeddings[index]) is not None])
     matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
     near: dict[str, list[list[float]]] = {}
-    count = min(NEAREST, len(places) - 1)
-    block = max(1, 2**23 // len(places))  # 32 MiB of similarities at a time
-    for start in range(0, len(places), block):
+    count = min(NEAREST, len(indices) - 1)
+    block = max(1, 2**23 // len(indices))  # 32 MiB of similarities at a time
+    for start in range(0, len(indices), block):
         cosines = matrix[start : start + block] @ matrix.T
         cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))] = -np.inf
         best = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
         for line, columns in enumerate(best):
             ranked = sorted(columns, key=lambda column: (-cosines[line, column], column))
-            caption = cards[places[start + line]]["caption"]
-            near[caption] = [[places[column], round(float(cosines[line, column]), 3)] for column in ranked]
-    for place, card in enumerate(cards):
-        if vectors[place] is not None and "caption" in card:
+            caption = cards[indices[start + line]]["caption"]
+            near[caption] = [[indices[column], round(float(cosines[line, column]), 3)] for column in ranked]
+    for index, card in enumerate(cards):
+        if embeddings[index] is not None and "caption" in card:
             card["near"] = near[card["caption"]]
 
 
@@ -355,14 +355,14 @@ def _group(store: Store, tally: Tally, kind: str, number: int) -> dict[str, Any]
     groups = tally.groups[kind]
     members = groups.members(number)
     if kind == "captions":
-        shard, row = tally.place(int(members[0]))
+        shard, row = tally.shard_and_row(int(members[0]))
         example = _short(
-            store.read_shard("captions", tally.captions, shard, ["caption"])["caption"][row].as_py()
+            store.read_shard("captions", tally.caption_variant, shard, ["caption"])["caption"][row].as_py()
         )
     else:
-        places = [tally.place(int(member)) for member in members[:3]]
+        shown = [tally.shard_and_row(int(member)) for member in members[:3]]
         example = ", ".join(
-            store.read_shard("images", "", shard, ["id"])["id"][row].as_py() for shard, row in places
+            store.read_shard("images", "", shard, ["id"])["id"][row].as_py() for shard, row in shown
         )
         example += ", …" if len(members) > 3 else ""
     splits = [
@@ -380,7 +380,7 @@ def _group(store: Store, tally: Tally, kind: str, number: int) -> dict[str, Any]
 def _stages(store: Store, tally: Tally) -> list[dict[str, Any]]:
     """Every stage and variant; rows are counted for those shown, of the others only the finished shards are
     listed."""
-    shown = {"images": "", "captions": tally.captions, "embeddings": tally.embeddings}
+    shown = {"images": "", "captions": tally.caption_variant, "embeddings": tally.embedding_variant}
     finished = {
         "images": len(tally.shards),
         "captions": len(tally.captioned),
@@ -397,13 +397,18 @@ def _stages(store: Store, tally: Tally) -> list[dict[str, Any]]:
 
 
 def _settings(store: Store, tally: Tally) -> list[dict[str, Any]]:
-    pairs: list[tuple[Stage, str]] = [("captions", tally.captions), ("embeddings", tally.embeddings)]
-    found = [
+    pairs: list[tuple[Stage, str]] = [
+        ("captions", tally.caption_variant),
+        ("embeddings", tally.embedding_variant),
+    ]
+    variants = [
         {"stage": stage, "name": name, "settings": store.variant(stage, name)}
         for stage, name in pairs
         if name
     ]
-    return [entry | {"text": json.dumps(entry["settings"], indent=2, ensure_ascii=False)} for entry in found]
+    return [
+        entry | {"text": json.dumps(entry["settings"], indent=2, ensure_ascii=False)} for entry in variants
+    ]
 
 
 def _charts(tally: Tally) -> list[dict[str, Any]]:
@@ -430,9 +435,9 @@ def _histogram(title: str, what: str, counts: Counter[int]) -> dict[str, Any]:
     bins = (high - low) // width + 1
     heights = np.bincount(np.minimum((values - low) // width, bins - 1), weights, bins).astype(int).tolist()
     columns = []
-    for place, height in enumerate(heights):
-        start = low + place * width
-        end = most if place == bins - 1 else start + width - 1
+    for index, height in enumerate(heights):
+        start = low + index * width
+        end = most if index == bins - 1 else start + width - 1
         label = f"{start}" if start == end else f"{start} to {end}"
         columns.append({"label": f"{label}: {height} {what}", "share": round(100 * height / max(heights), 2)})
     beyond = f"{high} and more, up to {most}" if most > low + bins * width - 1 else f"{most}"
@@ -445,16 +450,16 @@ def _lists(store: Store, tally: Tally) -> list[dict[str, Any]]:
     sizes = np.bincount(tally.labels[tally.labels >= 0], minlength=len(store.dataset.classes)).tolist()
     classes = sorted(zip(store.dataset.classes, sizes, strict=True), key=lambda pair: (-pair[1], pair[0]))
     splits = np.bincount(tally.splits[tally.splits >= 0], minlength=len(store.dataset.splits)).tolist()
-    parts = [("Classes", "class", classes)]
+    lists = [("Classes", "class", classes)]
     if len(classes) > 2 * GROUPS:
-        parts = [
+        lists = [
             ("Largest classes", "class", classes[:GROUPS]),
             ("Smallest classes", "class", classes[-GROUPS:]),
         ]
-    parts.append(("Splits", "split", list(zip(store.dataset.splits, splits, strict=True))))
-    parts.append(("Why rows failed", "errors", tally.reasons.most_common(GROUPS)))
-    parts.append(("Flags", "flag", tally.flags.most_common(GROUPS)))
-    return [_bars(title, key, pairs) for title, key, pairs in parts if pairs]
+    lists.append(("Splits", "split", list(zip(store.dataset.splits, splits, strict=True))))
+    lists.append(("Why rows failed", "errors", tally.reasons.most_common(GROUPS)))
+    lists.append(("Flags", "flag", tally.flags.most_common(GROUPS)))
+    return [_bars(title, key, pairs) for title, key, pairs in lists if pairs]
 
 
 def _bars(title: str, key: str, pairs: list[tuple[str, int]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class EmbedCaptions:
     """Holds the encoder; one call reads, encodes and writes one shard: captions and vectors are small and
     need not travel."""
 
-    def __init__(self, config: EmbedConfig, model: ModelRef, captions: str, variant: str) -> None:
+    def __init__(self, config: EmbedConfig, model: ModelRef, caption_variant: str, variant: str) -> None:
         self._thread = one_thread()
         load = partial(
             TextEncoder,
@@ -29,13 +29,13 @@ class EmbedCaptions:
         )
         self._encoder = self._thread.submit(load).result()
         self._store = Store(config.store)
-        self._captions, self._variant = captions, variant
+        self._caption_variant, self._variant = caption_variant, variant
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo. Out: those of `Done`."""
         start = time.monotonic()
         shard, redo = table["shard"][0].as_py(), table["redo"][0].as_py()
-        of = self._store.receipt("captions", self._captions, shard)
+        of = self._store.receipt("captions", self._caption_variant, shard)
         made_before = self._store.is_finished("embeddings", self._variant, shard)
         before = self._store.receipt("embeddings", self._variant, shard) if made_before else None
         if before is not None and not redo and before.belongs_to(of):
@@ -44,13 +44,13 @@ class EmbedCaptions:
         # for all.
         redo = redo and before is not None and before.source == of.checksum
         source = self._store.read_shard(
-            "captions", self._captions, shard, ["id", "caption", "others", "error"]
+            "captions", self._caption_variant, shard, ["id", "caption", "others", "error"]
         )
         wanted = rows_to_do(self._store, "embeddings", self._variant, shard, redo, len(source))
-        texts = list(zip(wanted, source.take(wanted).to_pylist(), strict=True))
-        good = [(row, text) for row, text in texts if text["error"] is None]
-        groups = [[text["caption"], *(text["others"] or [])] for _, text in good]
-        encoded = self._thread.submit(self._encoder.averaged, groups).result()
+        records = list(zip(wanted, source.take(wanted).to_pylist(), strict=True))
+        good = [(row, record) for row, record in records if record["error"] is None]
+        caption_lists = [[record["caption"], *(record["others"] or [])] for _, record in good]
+        encoded = self._thread.submit(self._encoder.averaged, caption_lists).result()
         made = {
             row: {
                 "embedding": encoded.vectors[n],
@@ -62,11 +62,11 @@ class EmbedCaptions:
         fresh = [
             {
                 "row": row,
-                "id": text["id"],
-                "error": text["error"] and f"no caption: {text['error']}",
+                "id": record["id"],
+                "error": record["error"] and f"no caption: {record['error']}",
                 **made.get(row, {}),
             }
-            for row, text in texts
+            for row, record in records
         ]
         rows = merged(self._store, "embeddings", self._variant, shard, redo, fresh)
         receipt = self._store.write_shard(
