@@ -150,7 +150,7 @@ def captions(count: int) -> list[str]:
 
 def _ours(encoder: TextEncoder, texts: list[str]) -> Vectors:
     shards = [texts[start : start + SHARD] for start in range(0, len(texts), SHARD)]
-    found = [encoder.averaged([[text] for text in shard]).vectors for shard in shards]
+    found = [encoder.averaged([[text] for text in shard]).embeddings for shard in shards]
     return np.concatenate(found).astype(np.float32)
 
 

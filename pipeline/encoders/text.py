@@ -30,10 +30,10 @@ SENTENCE_END = re.compile(r"(?<=[.!?;])\s+")
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """vectors: [N, D] float16 of unit length; tokens: [N] before any cut; truncated: [N], whether some of it
+    """embeddings: [N, D] float16 of unit length; tokens: [N] before any cut; truncated: [N], whether some of it
     was left out."""
 
-    vectors: npt.NDArray[np.float16]
+    embeddings: npt.NDArray[np.float16]
     tokens: list[int]
     truncated: list[bool]
 
@@ -96,7 +96,7 @@ class TextEncoder:
         np.add.at(sums, owners, self._embeddings(inputs))
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
         embeddings = (sums / np.maximum(norms, 1e-12)).astype(np.float16)
-        return Encoded(vectors=embeddings, tokens=tokens, truncated=truncated)
+        return Encoded(embeddings=embeddings, tokens=tokens, truncated=truncated)
 
     def _ids(self, texts: list[str], *, cut: bool = False) -> list[list[int]]:
         if not texts:

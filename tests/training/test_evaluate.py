@@ -103,7 +103,7 @@ def coloured(tmp_path_factory: pytest.TempPathFactory, encoder: TextEncoder) -> 
         store.write_shard(
             "captions", "by-hand", shard, pa.Table.from_pylist(captions, schema=CAPTIONS), seconds=0
         )
-        vectors = encoder([row["caption"] for row in captions]).vectors
+        vectors = encoder([row["caption"] for row in captions]).embeddings
         rows_ = [
             {"id": row["id"], "error": None, "embedding": vector, "tokens": 9, "truncated": False}
             for row, vector in zip(captions, vectors, strict=True)
@@ -252,7 +252,7 @@ def test_retrieval_ranks_the_own_caption_among_the_different_ones(
     ]
     different = sorted(set(captions))
     basis = text_targets.load(store, embeddings="", dim=6, split="train")
-    texts = basis.project(encoder(different).vectors)
+    texts = basis.project(encoder(different).embeddings)
     z = projected(run, coloured)
     ranks = [
         1 + int((z[n] @ texts.T > z[n] @ texts[different.index(captions[n])] + 1e-5).sum()) for n in range(60)
@@ -298,7 +298,7 @@ def test_zero_shot_scores_prompts_in_the_runs_own_space_and_tells_seen_from_unse
     found = judged(capsys, run, "--class-prompts", *templates)["zero_shot"]
     wide = np.stack(
         [
-            encoder([t.format(label=name) for t in templates]).vectors.astype(np.float32).sum(0)
+            encoder([t.format(label=name) for t in templates]).embeddings.astype(np.float32).sum(0)
             for name in COLOURS
         ]
     )
