@@ -1,7 +1,6 @@
-"""The pipeline's verbs as Ray Data chains: ingest, caption, embed, describe, retry. The only file here that
-builds Ray objects.
+"""The pipeline's verbs as Ray Data chains: ingest, caption, embed, describe, retry.
 
-Every chain is: shards still to do -> steps of `shards.py` -> one summary row a shard. A killed driver, worker
+Every chain is: shards still to do -> steps of `stages` -> one summary row a shard. A killed driver, worker
 or node costs the shards in flight; the same command goes on from the receipts. `python -m pipeline describe
 --images DIR --store STORE`.
 """
@@ -9,7 +8,6 @@ or node costs the shards in flight; the same command goes on from the receipts. 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 import uuid
@@ -21,9 +19,9 @@ from pipeline import placement
 from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
-from pipeline.presets import ENCODER_PRESETS
 from pipeline.session import spare_cores, start_ray
-from pipeline.sources.plan import Plan, Row, differences, make_plan, notes
+from pipeline.sources.plan import Plan, make_plan, notes
+from pipeline.stages import on_record, which_model
 from pipeline.stages.caption import CaptionPictures, PreparePictures, WriteCaptions
 from pipeline.stages.embed import EmbedCaptions
 from pipeline.stages.failures import check_failures, plain_error
@@ -54,7 +52,7 @@ def ingest(config: SourceConfig) -> None:
     locations.check_writable("store", config.store)
     plan = make_plan(config)
     store = Store(config.store) if Store.exists(config.store) else Store.create(config.store, plan.dataset)
-    _check_same_source(store, plan)
+    on_record.check_same_source(store, plan)
     for note in notes(plan.dataset):
         _say(f"ingest: {note}")
     items = [_ingest_item(plan, shard, redo=False) for shard in store.pending("images")]
@@ -65,11 +63,11 @@ def caption(config: CaptionConfig, model: models.ModelRef | None = None) -> str:
     """Images -> captions; returns the caption variant. `model`: which it is, where that is known already."""
     store = Store(config.store)
     store.require_complete("images")
-    model = model or captioner_model(config)
+    model = model or which_model.captioner_model(config)
     variant = CaptionVariant.of(config, model)
     served = variant.engine == "openai"
     packages = ("openai",) if served else ("vllm", "transformers", "torch")
-    _record_variant(
+    on_record.record_variant(
         store, "captions", variant.name, variant.record(), packages, config.base_url if served else ""
     )
     items = _shard_items(store.pending("captions", variant.name), redo=False)
@@ -91,9 +89,9 @@ def embed(config: EmbedConfig, model: models.ModelRef | None = None) -> str:
     store = Store(config.store)
     caption_variant = store.only_variant("captions", config.captions)
     store.require_complete("captions", caption_variant)
-    model = model or encoder_model(config)
+    model = model or which_model.encoder_model(config)
     variant = EmbedVariant.of(replace(config, captions=caption_variant), model)
-    _record_variant(store, "embeddings", variant.name, variant.record(), ("transformers", "torch"))
+    on_record.record_variant(store, "embeddings", variant.name, variant.record(), ("transformers", "torch"))
     todo = {*store.pending("embeddings", variant.name), *store.outdated(variant.name, caption_variant)}
     items = _shard_items(sorted(todo), redo=False)
     chain = _embed_chain(config, model, caption_variant, variant.name)
@@ -105,7 +103,7 @@ def describe(config: DescribeConfig) -> str:
     """ingest, caption and embed; returns the embedding variant. Both models are found before anything is paid
     for."""
     captioning, embedding = config.part(CaptionConfig), config.part(EmbedConfig)
-    captioner, encoder = captioner_model(captioning), encoder_model(embedding)
+    captioner, encoder = which_model.captioner_model(captioning), which_model.encoder_model(embedding)
     if config.images:
         ingest(config.part(SourceConfig))
     caption_variant = caption(captioning, captioner)
@@ -122,17 +120,19 @@ def retry(config: RetryConfig) -> None:
         if (failed := _failed_shards(store, "captions", name))
     }
     captioners = {
-        name: _recorded_captioner(store, name, config) for name in captions if _has_engine(store, name)
+        name: on_record.recorded_captioner(store, name, config)
+        for name in captions
+        if on_record.has_engine(store, name)
     }
     embeddings = {
         name: failed
         for name in store.variants("embeddings")
         if (failed := _failed_shards(store, "embeddings", name))
     }
-    encoders = {name: _recorded_encoder(store, name, config) for name in embeddings}
-    store = _with_raised_limits(store, config)
+    encoders = {name: on_record.recorded_encoder(store, name, config) for name in embeddings}
+    store = on_record.with_raised_limits(store, config)
     if failed := _failed_shards(store, "images", ""):
-        plan = _recorded_plan(store, failed)
+        plan = on_record.recorded_plan(store, failed)
         items = [_ingest_item(plan, shard, redo=True) for shard in failed]
         _run("retry images", store, "images", "", items, _ingest_chain(config.store), config.max_failure_rate)
     for variant, (caption_config, model) in captioners.items():
@@ -332,7 +332,7 @@ def _next(rows: Iterator[dict[str, Any]], verb: str, store: Store) -> dict[str, 
         raise plain from (None if plain is not error else error.__cause__)
 
 
-# What is to do, and the settings on record.
+# What is to do.
 
 
 def _shard_items(todo: list[int], *, redo: bool) -> list[dict[str, Any]]:
@@ -345,160 +345,6 @@ def _ingest_item(plan: Plan, shard: int, *, redo: bool) -> dict[str, Any]:
 
 def _failed_shards(store: Store, stage: Stage, variant: str) -> list[int]:
     return [shard for shard, receipt in store.receipts(stage, variant).items() if receipt.failed]
-
-
-def _check_same_source(store: Store, plan: Plan) -> None:
-    """A store is of one source, cut in one way: rows would be lost and doubled if a run went on with
-    another."""
-    if changed := differences(store.dataset, plan.dataset):
-        message = (
-            f"store={store.uri}: was begun with other pictures or settings, which decide its rows:\n  "
-            + "\n  ".join(changed)
-            + "\nPass what it was begun with, or ingest into a new store."
-        )
-        raise SettingsError(message)
-
-
-def _recorded_plan(store: Store, wanted: list[int]) -> Plan:
-    """The shards as they were cut, from the ids on record, since a mended file may have another size."""
-    columns = ["id", "label", "split", "uri", "error"]
-    stored = {shard: store.read_shard("images", "", shard, columns).to_pylist() for shard in wanted}
-    shards = [stored.get(shard, []) for shard in range(store.dataset.shards)]
-    return Plan(dataset=store.dataset, shards=[[_recorded_row(row) for row in shard] for shard in shards])
-
-
-def _recorded_row(row: dict[str, Any]) -> Row:
-    """What its source got wrong, so that it has no place to be read at, stays wrong: a label, a line of a
-    list."""
-    error = "" if row["uri"] else row["error"]
-    return Row(id=row["id"], label=row["label"], split=row["split"], place=row["uri"], error=error)
-
-
-def _with_raised_limits(store: Store, config: RetryConfig) -> Store:
-    """The store with the limits that `retry` was given, which are recorded before a row is read under them.
-
-    All that the old limits kept out has failed and is redone, so the store becomes what an ingest under the
-    new ones makes; every later reader goes by the record. A lower limit would leave rows that it does not
-    allow. What stood there first is kept beside.
-    """
-    source = dict(store.dataset.source)
-    for name in ("max_pixels", "max_bytes"):
-        value, recorded = getattr(config, name), source.get(name, 0)
-        if 0 < value < recorded:
-            flag = name.replace("_", "-")
-            message = (
-                f"{name}={value}: the store was made with {recorded}, and can only be given more; leave "
-                f"--{flag} out."
-            )
-            raise SettingsError(message)
-        if value > recorded:
-            source[name] = value
-            source.setdefault("ingested_with", {}).setdefault(name, recorded)
-    if source == store.dataset.source:
-        return store
-    dataset = asdict(replace(store.dataset, source=source))
-    store.write_file("dataset.json", (json.dumps(dataset, indent=2, ensure_ascii=False) + "\n").encode())
-    return Store(store.uri)
-
-
-def captioner_model(config: CaptionConfig) -> models.ModelRef:
-    """Which model captions: the one that a server holds, or files by their hash or the hub's commit."""
-    return (
-        _served_model(config)
-        if config.captioner == "openai"
-        else models.resolve(config.model, config.model_revision)
-    )
-
-
-def encoder_model(config: EmbedConfig) -> models.ModelRef:
-    """Which model encodes. A preset's package that is not installed (on a GPU machine) gives way to the same
-    model on the hub."""
-    preset = ENCODER_PRESETS[config.encoder_preset]
-    if preset.twin and config.encoder == preset.encoder and not models.is_installed(config.encoder):
-        _say(
-            f"note: {config.encoder} is not installed; taking {preset.twin} from the hub, which makes a "
-            "variant of its own"
-        )
-        return models.resolve(preset.twin, preset.twin_revision)
-    return models.resolve(config.encoder, config.encoder_revision)
-
-
-def _served_model(config: CaptionConfig) -> models.ModelRef:
-    """The model that a server holds, asked before anything starts."""
-    from pipeline.captioners.openai import models_of
-
-    offered = models_of(config.base_url)
-    if (config.model and config.model not in offered) or (not config.model and len(offered) != 1):
-        message = (
-            f"model={config.model!r}: {config.base_url} serves {', '.join(offered)}; pass --model with one "
-            "of these."
-        )
-        raise SettingsError(message)
-    return models.ModelRef(name=config.model or offered[0], location=config.base_url, revision="served")
-
-
-def _record_variant(
-    store: Store,
-    stage: Stage,
-    variant: str,
-    settings: dict[str, Any],
-    packages: tuple[str, ...],
-    server: str = "",
-) -> None:
-    """Versions are recorded but not hashed: an upgrade must not orphan what was paid for; it is told
-    instead."""
-    versions = {name: version for name in packages if (version := _version(name))} | (
-        {"server": server} if server else {}
-    )
-    store.write_variant(stage, variant, {**settings, "versions": versions})
-    recorded = store.variant(stage, variant)["versions"]
-    if recorded != versions and store.pending(stage, variant):
-        _say(f"note: {stage} {variant} was begun with {recorded}, this machine has {versions}")
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    for name in (package, f"{package}-cpu"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(name)
-    return None
-
-
-def _has_engine(store: Store, variant: str) -> bool:
-    return str(store.variant("captions", variant)["engine"]) != "imported"
-
-
-def _recorded_captioner(
-    store: Store, variant: str, runtime: RetryConfig
-) -> tuple[CaptionConfig, models.ModelRef]:
-    record = store.variant("captions", variant)
-    made = CaptionVariant.recorded(record)
-    if made.engine == "openai":
-        config = made.config(replace(runtime, base_url=runtime.base_url or record["versions"]["server"]))
-        return config, _served_model(config)
-    config = made.config(replace(runtime, base_url=CaptionConfig.base_url))
-    return config, _recorded_model(made.model, made.revision)
-
-
-def _recorded_encoder(
-    store: Store, variant: str, runtime: RetryConfig
-) -> tuple[EmbedConfig, models.ModelRef]:
-    made = EmbedVariant.recorded(store.variant("embeddings", variant))
-    return made.config(runtime), _recorded_model(made.encoder, made.revision)
-
-
-def _recorded_model(name: str, revision: str) -> models.ModelRef:
-    if not revision.startswith("files-"):
-        return models.ModelRef(name=name, location=name, revision=revision)
-    model = models.resolve(name)
-    if model.revision != revision:
-        message = (
-            f"model={name!r}: its files have changed since the variant was made; run caption or embed for a "
-            "new variant."
-        )
-        raise SettingsError(message)
-    return model
 
 
 def _say(text: str) -> None:

@@ -27,11 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_train(arguments: list[str]) -> config.TrainConfig:
     """The settings of a command line: the preset's, overruled by the flags beside it."""
     objective = value_of("--objective", arguments, "align")
-    chosen = preset(value_of("--preset", arguments, "small-64"))
-    known = config.TrainConfig.defaults(objective)  # a recipe may hold settings of another method
-    settings = {name: value for name, value in chosen.items() if name in known}
-    # The store is the one flag without a default.
-    default = config.TrainConfig.of(**settings | {"objective": objective, "store": tyro.MISSING})
+    settings = preset(value_of("--preset", arguments, "small-64"), objective)
+    default = config.TrainConfig.unjudged(**settings | {"objective": objective})
     about = f"Trains one model, or goes on with one. {ABOUT}"
     kind: Any = config.TrainConfig[settings_of(objective)]  # type: ignore[misc]
     parsed: config.TrainConfig = tyro.cli(

@@ -19,7 +19,15 @@ from training.data.settings import DataSettings
 from training.engine.settings import ComputeSettings, OptimSettings, PlaceSettings
 from training.models.settings import ModelSettings
 from training.objectives.settings import AlignSettings, settings_of
-from training.settings import Free, MethodSettings, Settings, flat, not_finite
+from training.settings import (
+    Free,
+    MethodSettings,
+    Settings,
+    flat,
+    is_recordable,
+    not_finite,
+    restored,
+)
 from training.tracking.settings import TrackSettings
 
 Method = TypeVar("Method", bound=MethodSettings, default=Any)
@@ -63,28 +71,55 @@ class TrainConfig(Generic[Method]):
             TypeError: a name that is none of a setting.
         """
         groups = cls.groups(settings.get("objective", "align"))
-        given: dict[str, Any] = {
-            name: kind(**{own.name: settings.pop(own.name) for own in fields(kind) if own.name in settings})
-            for name, kind in groups.items()
-        }
-        return cls(**settings, **given)
+        given: dict[str, Any] = {name: restored(kind, settings) for name, kind in groups.items()}
+        grouped = {own.name for kind in groups.values() for own in fields(kind)}
+        return cls(**{name: value for name, value in settings.items() if name not in grouped}, **given)
 
     @classmethod
     def groups(cls, objective: str) -> dict[str, type[Settings]]:
-        """The groups by name, of a training method."""
-        found: dict[str, Any] = {own.name: own.default_factory for own in fields(cls)}
-        kinds = {name: kind for name, kind in found.items() if kind is not MISSING}
+        """The groups by name, of a training method.
+
+        Raises:
+            SettingsError: no such method, or a setting of its that has the name of another one.
+        """
+        made: dict[str, Any] = {own.name: own.default_factory for own in fields(cls)}
+        kinds = {name: kind for name, kind in made.items() if kind is not MISSING}
         method = settings_of(objective)
-        return kinds | {"method": kinds["method"] if issubclass(kinds["method"], method) else method}
+        kinds["method"] = kinds["method"] if issubclass(kinds["method"], method) else method
+        others = made.keys() - kinds.keys()
+        for name, kind in kinds.items():
+            others |= {own.name for own in fields(kind)} if name != "method" else set()
+        if taken := sorted(others & {own.name for own in fields(kinds["method"])}):
+            message = (
+                f"objective={objective}: its settings {', '.join(taken)} are names of training's own; rename "
+                "them."
+            )
+            raise SettingsError(message)
+        return kinds
 
     @classmethod
     def defaults(cls, objective: str) -> dict[str, Any]:
-        """Every setting by its name with its default, None for those without."""
-        plain: dict[str, Any] = {}
-        for own in fields(cls):
-            kind = cls.groups(objective).get(own.name)
-            plain |= flat(kind()) if kind else {own.name: None if own.default is MISSING else own.default}
-        return plain
+        """Every setting by its name with its default, MISSING for those without."""
+        groups = cls.groups(objective)
+        kinds: list[Any] = [cls, *groups.values()]
+        own = [each for kind in kinds for each in fields(kind) if each.name not in groups]
+        return {
+            each.name: each.default if each.default_factory is MISSING else each.default_factory()
+            for each in own
+        }
+
+    @classmethod
+    def unjudged(cls, **settings: Any) -> Self:
+        """What a command line fills: as `of`, but not checked, and `tyro.MISSING` for what has no default."""
+        objective = settings.get("objective", "align")
+        values = {
+            name: tyro.MISSING if value is MISSING else value
+            for name, value in (cls.defaults(objective) | settings).items()
+        }
+        groups = {name: restored(kind, values) for name, kind in cls.groups(objective).items()}
+        config = object.__new__(cls)
+        config.__dict__.update({own.name: groups.get(own.name, values.get(own.name)) for own in fields(cls)})
+        return config
 
     def but(self, **settings: Any) -> Self:
         """The same with other values, by names alone; see `of`."""
@@ -106,6 +141,13 @@ class TrainConfig(Generic[Method]):
         for own in fields(self):
             group = getattr(self, own.name)
             faults += group.faults() if isinstance(group, Settings) else []
+        if not isinstance(self.method, settings_of(self.objective)):
+            faults.append(f"objective={self.objective}: `method` is of another one; see TrainConfig.of.")
+        faults += [
+            f"{name}={value!r}: must be a number, a string, or a tuple of such, which a record can hold."
+            for name, value in flat(self.method).items()
+            if not is_recordable(value)
+        ]
         optim, data, place = self.optim, self.data, self.place
         # BatchNorm has no statistics of one.
         if optim.batch_size < 2 * max(place.workers, 1) * optim.accumulate:

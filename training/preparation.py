@@ -47,6 +47,7 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     )
     locations.check_writable("run", config.run)
     from training.models import backbones, weights
+    from training.objectives.protocol import objective_of
 
     recorded = read_json(config.run, "config.json")
     config = backbones.resolved(config, recorded)
@@ -54,7 +55,7 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
         config = run_folder.resumed(config, recorded)
         run_folder.check_store(config.run, recorded, Store(config.store))
     facts = check(config)
-    for note in facts.notes:
+    for note in objective_of(config).notes(config, Store(config.store), facts):
         print(f"train: {note}", file=sys.stderr)
     if config.model.pretrained and not config.model.brings_weights and not _has_checkpoint(config.run):
         weights.fetch_weights(config.model.backbone)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from pipeline.errors import SettingsError
+from training.objectives.settings import AlignSettings, settings_of
 
 _Settings = dict[str, Any]
 
@@ -186,8 +188,8 @@ PRESETS: dict[str, _Settings] = {
 ABOUT = f"Recipes: {', '.join(PRESETS)}; each is shown by --preset NAME --help."
 
 
-def preset(name: str) -> dict[str, Any]:
-    """The settings of a recipe.
+def preset(name: str, objective: str = "align") -> dict[str, Any]:
+    """The settings of a recipe for a training method; what it says of the alignment is for no other.
 
     Raises:
         ValueError: unknown name.
@@ -195,7 +197,11 @@ def preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         message = f"preset={name!r}: unknown; choose one of {', '.join(PRESETS)}."
         raise SettingsError(message)
-    return {"preset": name, **PRESETS[name]}
+    foreign: set[str] = set()
+    if not issubclass(settings_of(objective), AlignSettings):
+        foreign = {own.name for own in fields(AlignSettings)}
+    values = {key: value for key, value in PRESETS[name].items() if key not in foreign}
+    return {"preset": name, **values}
 
 
 def value_of(flag: str, arguments: Sequence[str], default: str) -> str:

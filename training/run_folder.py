@@ -109,6 +109,8 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
     Raises:
         ValueError: a setting that decides what is computed is another one now.
     """
+    if (method := recorded.get("objective", "align")) != config.objective:
+        raise _changed(config.run, [f"objective: {method!r} then, {config.objective!r} now"])
     then = settings(config.run, recorded)
     then = then.but(store=address(then.store))
     plain, given, before = TrainConfig.defaults(config.objective), flat(config), flat(then)
@@ -132,10 +134,13 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
         )
         raise SettingsError(message)
     if changed:
-        lines = "\n  ".join(changed)
-        message = f"run={config.run}: was begun with other settings; pass another --run.\n  {lines}"
-        raise OtherSettingsError(message)
+        raise _changed(config.run, changed)
     return now
+
+
+def _changed(run: str, lines: list[str]) -> OtherSettingsError:
+    listed = "\n  ".join(lines)
+    return OtherSettingsError(f"run={run}: was begun with other settings; pass another --run.\n  {listed}")
 
 
 def address(folder: str) -> str:

@@ -3,9 +3,13 @@ holds one of each, and its flags and records are flat: no two groups have a sett
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +25,33 @@ class Deciding(Settings):
     """Settings that decide what is computed: a run must go on with them as it was begun."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grid(Settings):
+    """Values that a sweep tries, a tuple a field; this one has none."""
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Settings of each cell, by name."""
+        return [{}]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodSettings(Deciding):
-    """Those of a training method, and what tables and sweeps must know of them."""
+    """Those of a training method, and what tables and sweeps must know of them.
+
+    Values are None, numbers, strings, or tuples of such: they are written as JSON and compared when a run
+    goes on.
+    """
 
     left_open: ClassVar[tuple[str, ...]] = ()
     """Settings that a run finds for itself where they are empty; a resumed run keeps what was found."""
     axes: ClassVar[dict[str, str]] = {}
     """Settings that tell runs of the method apart in sweeps, and how a table heads them."""
-    grid: ClassVar[type[Grid]]
+    grid: ClassVar[type[Grid]] = Grid
     """Values of the axes, as flags of a sweep."""
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is what others of the method are compared with."""
+        """Whether this is what others of the method are compared with; its axes decide nothing then."""
         return False
 
     def told(self) -> dict[str, str]:
@@ -42,19 +60,49 @@ class MethodSettings(Deciding):
 
     def title(self) -> str:
         """What tells the run apart from others of the method, for names of folders; empty: nothing does."""
-        return ""
+        return "-".join(f"{heading}{getattr(self, name)}" for name, heading in self.axes.items())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grid(Settings):
-    """Values that a sweep tries, without axes of the method's own."""
+def flaws(kind: Any) -> list[str]:
+    """What is wrong with the type of a method's settings."""
+    if not (isinstance(kind, type) and issubclass(kind, MethodSettings)):
+        return [f"settings is {kind!r} and no subclass of MethodSettings"]
+    found = []
+    for each, base in ((kind, MethodSettings), (kind.grid, Grid)):
+        if not issubclass(each, base):
+            return [f"grid is {each!r} and no subclass of Grid"]
+        names = {own.name for own in fields(each)}
+        hinted = {name for name, hint in inspect.get_annotations(each).items() if "ClassVar" not in str(hint)}
+        found += [
+            f"{name} is no field: is @dataclass missing on {each.__name__}?"
+            for name in sorted(hinted - names)
+        ]
+        found += [f"{name} must be a ClassVar" for name in ("left_open", "axes", "grid") if name in names]
+    unknown = sorted({*kind.left_open, *kind.axes} - {own.name for own in fields(kind)})
+    found += [f"left_open or axes name {name}, which is no setting" for name in unknown]
+    found += [
+        f"grid: {own.name} must have a tuple of values"
+        for own in fields(kind.grid)
+        if not isinstance(own.default, tuple)
+    ]
+    return found
 
-    def cells(self) -> list[dict[str, Any]]:
-        """Settings of each cell, by name."""
-        return [{}]
+
+def is_recordable(value: object) -> bool:
+    """Whether a record gives the value back as it was."""
+    if isinstance(value, tuple):
+        return all(is_recordable(each) for each in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
-MethodSettings.grid = Grid
+def restored(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A group from settings by name, as JSON gives them back; others are left out."""
+    own = {each.name: values[each.name] for each in fields(cast(Any, kind)) if each.name in values}
+    return kind(**{name: _as_tuple(value) for name, value in own.items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(each) for each in value) if isinstance(value, list) else value
 
 
 class Free(Settings):

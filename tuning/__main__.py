@@ -6,7 +6,7 @@ Exit codes: 0 done; 2 wrong settings or input, nothing was started; 1 anything e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import tyro
@@ -14,7 +14,6 @@ import tyro
 from pipeline import verbs
 from pipeline.errors import SettingsError
 from pipeline.verbs import Verb
-from training.config import TrainConfig
 from training.objectives.settings import settings_of
 from training.presets import ABOUT, preset, value_of
 from tuning import config
@@ -33,18 +32,19 @@ def parse_tune(arguments: list[str]) -> config.TuneConfig:
     """
     objective = value_of("--objective", arguments, "align")
     method = settings_of(objective)
-    instead = config.SET_BY_SWEEP | {axis: f"did you mean --{_flag(axis)}s?" for axis in method.axes}
+    tried = {own.name for own in fields(method.grid)}
+    instead = config.SET_BY_SWEEP | {
+        axis: f"did you mean --{_flag(axis)}s?" if f"{axis}s" in tried else f"its grid has {', '.join(tried)}"
+        for axis in (method.axes if tried else ())
+    }
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and name in instead:
             message = f"--{_flag(name)}: a sweep sets this for each trial; {instead[name]}."
             raise SettingsError(message.replace("?.", "?"))
-    chosen = preset(value_of("--preset", arguments, "small-64"))
-    known = TrainConfig.defaults(objective)
-    settings = {name: value for name, value in chosen.items() if name in known}
-    # The store is the one flag without a default.
+    settings = preset(value_of("--preset", arguments, "small-64"), objective)
     shared = config.shared(objective)
-    train = shared.of(**settings | {"objective": objective, "store": tyro.MISSING})
+    train = shared.unjudged(**settings | {"objective": objective})
     default: Any = config.TuneConfig(train=train, grid=method.grid())
     kind: Any = config.TuneConfig[shared, method.grid]  # type: ignore[valid-type,name-defined]
     about = f"{config.TuneConfig.__doc__} {ABOUT}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from training.objectives.settings import settings_of
+from training.settings import restored
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Cell:
     backbone: str
     values: tuple[Any, ...]
     """Of the axes, in the order of `headings`; of a baseline, which has none, all empty."""
-    headings: tuple[str, ...]
-    shown: tuple[str, ...]
+    headings: tuple[str, ...] = field(compare=False)
+    shown: tuple[str, ...] = field(compare=False)
     """The values as tables show them."""
     is_baseline: bool
 
@@ -32,7 +33,7 @@ class Cell:
 def cell_of(recorded: Mapping[str, Any]) -> Cell:
     """The cell of a trial, from the content of its config.json."""
     kind = settings_of(recorded.get("objective", "align"))
-    method = kind(**{own.name: recorded[own.name] for own in fields(kind) if own.name in recorded})
+    method = restored(kind, recorded)
     values = tuple(getattr(method, name) for name in kind.axes)
     told = method.told()
     return Cell(

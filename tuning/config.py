@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
 from typing import Any, Generic, get_type_hints
 
 import tyro
@@ -29,9 +30,11 @@ Shared = TypeVar("Shared", bound=TrainConfig, default=TrainConfig)
 Axes = TypeVar("Axes", bound=Grid, default=Any)
 
 
+@cache
 def shared(objective: str) -> type[TrainConfig]:
     """Settings of `train` as flags of `tune`: without those that the sweep gives each trial."""
-    names = {*SET_BY_SWEEP, *settings_of(objective).axes}
+    method = settings_of(objective)
+    names = {*SET_BY_SWEEP, *(method.axes if fields(method.grid) else ())}
     groups = TrainConfig.groups(objective)
     parts: list[Any] = [
         (name, OmitArgPrefixes[(part := _without(kind, names))], field(default_factory=part))  # type: ignore[misc]

@@ -33,9 +33,9 @@ def curves_plot(trials: list[dict[str, Any]]) -> str:
     """The metric by epoch: a panel a backbone; baselines grey, others by the first axis."""
     backbones = sorted({trial["config"]["backbone"] for trial in trials})
     figure, axes = _figure(5.2 * len(backbones), 3.0, len(backbones))
+    colours: dict[str, str] = {}
     for panel, backbone in zip([axes] if len(backbones) == 1 else list(axes), backbones, strict=True):
         labels = set()
-        colours: dict[str, str] = {}
         for trial in (trial for trial in trials if trial["config"]["backbone"] == backbone):
             cell = cell_of(trial["config"])
             label = (
@@ -63,7 +63,8 @@ def curves_plot(trials: list[dict[str, Any]]) -> str:
         panel.set_title(backbone, fontsize=10)
         panel.set_xlabel("epoch")
         panel.set_ylabel(judged_by(trials[0]["config"]).axis)
-        panel.legend(fontsize=8, frameon=False)
+        if labels - {""}:
+            panel.legend(fontsize=8, frameon=False)
     return _svg(figure)
 
 
@@ -89,8 +90,9 @@ def _heat_map(backbone: str, cells: dict[Cell, list[float]], base: list[float], 
     first = next(iter(cells))
     rows, columns = (_ticks(cells, axis) for axis in (0, 1))
     grid = np.full((len(rows), len(columns)), np.nan)
-    for cell, values in cells.items():
-        grid[rows.index(cell.shown[0]), columns.index(cell.shown[1])] = sum(values) / len(values)
+    for cell, scores in cells.items():
+        row, column = list(rows).index(cell.values[0]), list(columns).index(cell.values[1])
+        grid[row, column] = sum(scores) / len(scores)
     figure, axes = _figure(4.2, 2.6)
     axes.imshow(grid, cmap="Blues", aspect="auto")
     middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
@@ -104,8 +106,8 @@ def _heat_map(backbone: str, cells: dict[Cell, list[float]], base: list[float], 
                 va="center",
                 color="white" if value > middle else "black",
             )
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), list(columns.values()))
+    axes.set_yticks(range(len(rows)), list(rows.values()))
     axes.set_xlabel(first.headings[1])
     axes.set_ylabel(first.headings[0])
     baseline = f", baseline {sum(base) / len(base):.{metric.digits - 1}f}" if base else ""
@@ -113,10 +115,15 @@ def _heat_map(backbone: str, cells: dict[Cell, list[float]], base: list[float], 
     return _svg(figure)
 
 
-def _ticks(cells: Iterable[Cell], axis: int) -> list[str]:
-    """Values of an axis as they are shown, by size; what stands for the largest, such as D, comes last."""
-    values = {cell.shown[axis]: cell.values[axis] for cell in cells}
-    return sorted(values, key=lambda shown: (not shown[:1].isdigit(), values[shown]))
+def _ticks(cells: Iterable[Cell], axis: int) -> dict[Any, str]:
+    """Values of an axis and how they are shown: numbers by size, then what is shown as a word, such as D."""
+    shown = {cell.values[axis]: cell.shown[axis] for cell in cells}
+
+    def order(value: Any) -> tuple[bool, float, str]:
+        is_number = isinstance(value, int | float) and not shown[value].isalpha()
+        return not is_number, value if is_number else 0.0, shown[value]
+
+    return {value: shown[value] for value in sorted(shown, key=order)}
 
 
 def paired_plot(result: Paired) -> str:

@@ -25,6 +25,7 @@ from training.config import ExportConfig, TrainConfig
 from training.run_folder import read_json, write_json
 from training.settings import flat
 from tuning import space
+from tuning.cells import cell_of
 from tuning.config import TuneConfig
 
 Trial = dict[str, Any]
@@ -108,7 +109,7 @@ def run_trial(trial: dict[str, str], configs: dict[str, dict[str, Any]]) -> None
 
 def _prepared(trial: TrainConfig, sweep: str) -> TrainConfig:
     recorded = read_json(trial.run, "config.json") or {}
-    if trial.method.is_baseline:  # of which the other axes decide nothing
+    if recorded and trial.method.is_baseline and cell_of(recorded).is_baseline:  # axes decide nothing
         trial = trial.but(**{name: recorded[name] for name in trial.method.axes if name in recorded})
     try:
         return preparation.prepare(trial)[0]

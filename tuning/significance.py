@@ -51,6 +51,7 @@ def paired(trials: list[dict[str, Any]], *, which: str = "last", confidence: flo
         result = trial["result"]
         score = headline(result["last"], metric.name) if which == "last" else result["best_top1"]
         scores.setdefault(cell_of(trial["config"]), {})[trial["config"]["seed"]] = score
+    # Of a baseline the axes decide nothing, so that a backbone has one cell of it.
     baselines = {cell.backbone: score for cell, score in scores.items() if cell.is_baseline}
     comparisons = []
     for cell, method in scores.items():

@@ -13,37 +13,30 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import ipaddress
 import json
 import math
-import os
 import random
 import time
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 
-from pipeline.captioners import quality
+from pipeline.captioners import quality, server
 from pipeline.captioners.protocol import Caption, finish
 from pipeline.captioners.vllm import row_seed
-from pipeline.config import CaptionConfig, address_faults
+from pipeline.config import CaptionConfig
 from pipeline.errors import SettingsError, UnreachableError
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, AsyncOpenAI
+    from openai import AsyncOpenAI
 
-TRANSIENT = (408, 409, 429)  # and all from 500 on: the same request may pass later
 REFUSALS = (
     400,
     413,
     422,
 )  # of this picture or prompt; all other codes speak of the address, the key or the model
 GIVE_UP_AFTER = 8  # rows in a row without an answer: a few bad pictures look otherwise, an outage does not
-
-PROBE_S = 10.0  # a list of models is a matter of milliseconds for a server that lives
 
 
 class BudgetSpentError(RuntimeError):
@@ -96,7 +89,7 @@ class OpenAICaptioner:
         Raises:
             ValueError: the key cannot be used.
         """
-        _api_key()
+        server.api_key()
         self._config = config
         self._model = model_name
         self._jitter = random.Random()  # its own state: pauses must not shift anybody's seeded draws
@@ -130,7 +123,7 @@ class OpenAICaptioner:
         self, pictures: list[Image.Image], prompts: list[str], ids: list[str]
     ) -> list[Caption]:
         config = self._config
-        async with _client(config.base_url, config.http_timeout) as client:
+        async with server.client_of(config.base_url, config.http_timeout) as client:
             text_tokens = 0 if self._sees else await self._text_tokens(client, prompts[0])
             async with asyncio.TaskGroup() as task_group:
                 call = _Call(client=client, slots=asyncio.Semaphore(config.http_concurrency), rows=len(ids))
@@ -201,12 +194,12 @@ class OpenAICaptioner:
             message = f"time-out after {self._config.http_timeout:g} s"
             raise _PassingError(message) from None
         except openai.APIConnectionError as error:
-            raise _PassingError(_short(f"no connection: {error.__cause__ or error}")) from None
+            raise _PassingError(server.short(f"no connection: {error.__cause__ or error}")) from None
         except openai.APIStatusError as error:
-            code, text = error.status_code, _reason(error)
-            if code in TRANSIENT or code >= 500:
+            code, text = error.status_code, server.reason(error)
+            if code in server.TRANSIENT or code >= 500:
                 message = f"{code}: {text}"
-                raise _PassingError(message, _retry_after_s(error)) from None
+                raise _PassingError(message, server.retry_after_s(error)) from None
             if code in REFUSALS:
                 message = f"refused by the server ({code}): {text}"
                 raise _RefusedError(message) from None
@@ -248,7 +241,7 @@ class OpenAICaptioner:
             self.spent_tokens += (asked or 0) + (said or 0)
             answers = [str.strip(message.get("content") or "") for _, message in choices]
         except (ValueError, KeyError, TypeError, AttributeError):
-            return Caption(error=_short(f"not a chat completion: {body.decode(errors='replace')}"))
+            return Caption(error=server.short(f"not a chat completion: {body.decode(errors='replace')}"))
         if self._config.budget_tokens and None in (asked, said):
             message = (
                 f"budget_tokens={self._config.budget_tokens}: the server at {self._config.base_url} reports "
@@ -268,7 +261,7 @@ class OpenAICaptioner:
             )
         for reason, message in choices:
             if reason == "content_filter" or message.get("refusal"):
-                return _short(f"refused by the server ({message.get('refusal') or 'content filter'})")
+                return server.short(f"refused by the server ({message.get('refusal') or 'content filter'})")
         return None
 
     async def _give_up(self, call: _Call, failed_at: float, failure: str) -> Caption:
@@ -283,7 +276,7 @@ class OpenAICaptioner:
             return error
         call.silent += 1
         in_vain = call.rows > 1 and call.silent >= min(GIVE_UP_AFTER, call.rows)
-        if not in_vain and await _is_up(call.client):
+        if not in_vain and await server.is_up(call.client):
             return error
         message = (
             f"base_url={self._config.base_url}: no answer after {self._config.http_retries + 1} tries "
@@ -295,13 +288,13 @@ class OpenAICaptioner:
     async def _setting_fault(self, client: AsyncOpenAI, code: int, text: str) -> str:
         address = self._config.base_url
         if code in (401, 403):
-            return _key_fault(address, code, text)
+            return server.key_fault(address, code, text)
         if code != 404:
             return (
                 f"base_url={address}: refuses all requests ({code}: {text}); mend --base-url or the account."
             )
         try:
-            offered = ", ".join(await _models(client, address))
+            offered = ", ".join(await server.offered(client, address))
         except (ValueError, ConnectionError):
             return (
                 f"base_url={address}: no chat completions there ({code}: {text}); most addresses end in /v1."
@@ -324,136 +317,6 @@ class OpenAICaptioner:
         return Caption(
             error=f"not asked: the budget of {budget} tokens is spent; raise --budget-tokens and run retry"
         )
-
-
-def models_of(base_url: str, *, timeout: float = PROBE_S) -> list[str]:
-    """Names of the models that a server offers; one try of at most `timeout` seconds, to be made before
-    anything starts.
-
-    Raises:
-        ConnectionError: nothing answers there, or not now.
-        ValueError: the key is refused, or what answers there is no such server.
-    """
-    _check_address(base_url)
-
-    async def ask() -> list[str]:
-        async with _client(base_url, timeout) as client:
-            return await _models(client, base_url)
-
-    return asyncio.run(ask())
-
-
-async def _models(client: AsyncOpenAI, base_url: str) -> list[str]:
-    import openai
-
-    try:
-        body = (await client.models.with_raw_response.list()).content
-        return [str(model["id"]) for model in json.loads(body)["data"]]
-    except openai.APIConnectionError as error:
-        message = (
-            f"base_url={base_url}: {_short(str(error.__cause__ or error))}; start the server or mend "
-            "--base-url."
-        )
-        raise UnreachableError(message) from None
-    except openai.APIStatusError as error:
-        code, text = error.status_code, _reason(error)
-        if code in TRANSIENT or code >= 500:
-            message = (
-                f"base_url={base_url}: not ready ({code}: {text}); wait for the server, then run the same "
-                "command again."
-            )
-            raise UnreachableError(message) from None
-        message = _key_fault(base_url, code, text) if code in (401, 403) else ""
-        raise SettingsError(message or _no_models(base_url, f"{code}: {text}")) from None
-    except (ValueError, KeyError, TypeError):
-        raise SettingsError(_no_models(base_url, "no JSON list of models")) from None
-
-
-async def _is_up(client: AsyncOpenAI) -> bool:
-    try:
-        async with asyncio.timeout(PROBE_S):
-            await _models(client, "")
-    except (ConnectionError, TimeoutError):
-        return False
-    except ValueError:
-        return True  # something answers, if not with models: some gateways list none
-    return True
-
-
-def _client(base_url: str, timeout: float) -> AsyncOpenAI:
-    """A client that tries once, follows no redirection (pictures and key stay at this address) and, on
-    loopback, no proxy."""
-    import openai
-
-    http = openai.DefaultAsyncHttpxClient(
-        timeout=timeout, follow_redirects=False, trust_env=not _is_loopback(base_url)
-    )
-    return openai.AsyncOpenAI(
-        api_key=_api_key(), base_url=base_url, timeout=timeout, max_retries=0, http_client=http
-    )
-
-
-def _is_loopback(base_url: str) -> bool:
-    host = urlsplit(base_url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
-
-def _api_key() -> str:
-    key = (
-        os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
-    )  # local servers ask for none, but the header must hold one
-    if not (key.isascii() and key.isprintable()):
-        # Caught here because the HTTP library's own complaint quotes the key.
-        message = "OPENAI_API_KEY: holds characters that no HTTP header can carry; set it again."
-        raise SettingsError(message)
-    return key
-
-
-def _check_address(base_url: str) -> None:
-    if faults := address_faults(base_url):
-        raise SettingsError(faults[0])
-
-
-def _key_fault(base_url: str, code: int, text: str) -> str:
-    return (
-        f"OPENAI_API_KEY: refused by {base_url} ({code}: {text}); set the environment variable to that "
-        "server's key."
-    )
-
-
-def _no_models(base_url: str, why: str) -> str:
-    return f"base_url={base_url}: no OpenAI-compatible server there ({why}); most addresses end in /v1."
-
-
-def _reason(error: APIStatusError) -> str:
-    """What the server said, in one short line."""
-    body: Any = error.body
-    said = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
-    return _short(str(said or error.message))
-
-
-def _short(text: str) -> str:
-    """One line of at most 300 characters without the key, which servers like to quote; scrubbed before it is
-    cut."""
-    key = _api_key()
-    text = " ".join((text if key == "EMPTY" else text.replace(key, "***")).split())
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _retry_after_s(error: APIStatusError) -> float:
-    """Seconds that the server asks to wait, given as seconds or as a date; 0 if it does not ask."""
-    value = error.response.headers.get("retry-after", "")
-    try:
-        wait_s = float(value)
-    except ValueError:
-        try:
-            wait_s = parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return max(0.0, wait_s) if math.isfinite(wait_s) else 0.0
 
 
 def _data_url(picture: Image.Image) -> str:

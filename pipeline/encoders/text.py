@@ -30,8 +30,8 @@ SENTENCE_END = re.compile(r"(?<=[.!?;])\s+")
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """embeddings: [N, D] float16 of unit length; tokens: [N] before any cut; truncated: [N], whether some of it
-    was left out."""
+    """embeddings: [N, D] float16 of unit length; tokens: [N] before any cut; truncated: [N], whether some of
+    it was left out."""
 
     embeddings: npt.NDArray[np.float16]
     tokens: list[int]

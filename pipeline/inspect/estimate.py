@@ -23,6 +23,7 @@ from pipeline import placement, run, session
 from pipeline.config import CaptionConfig, EmbedConfig, EstimateConfig, SourceConfig
 from pipeline.errors import SettingsError
 from pipeline.sources import plan
+from pipeline.stages import which_model
 from pipeline.store import STAGES, Stage, Store, locations
 
 ON_GPUS: tuple[Stage, ...] = ("captions", "embeddings")
@@ -71,7 +72,7 @@ def estimate(config: EstimateConfig) -> Estimate:
             see.
     """
     captioning, embedding = config.part(CaptionConfig), config.part(EmbedConfig)
-    captioner, encoder = run.captioner_model(captioning), run.encoder_model(embedding)
+    captioner, encoder = which_model.captioner_model(captioning), which_model.encoder_model(embedding)
     whole = plan.make_plan(config.part(SourceConfig)).dataset
     begun = time.monotonic()
     session.start_ray()

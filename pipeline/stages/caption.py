@@ -109,7 +109,7 @@ class CaptionPictures:
     """Holds the engine; one call is one shard.
 
     An engine that breaks is left behind with its process: Ray starts the actor again and hands it the same
-    shard, and the notes of `underway` tell the new one what the old one died of.
+    shard, and the notes of `engine_deaths` tell the new one what the old one died of.
     """
 
     def __init__(self, config: CaptionConfig, model: ModelRef, variant: str, run: str) -> None:

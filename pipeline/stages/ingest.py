@@ -22,7 +22,7 @@ class IngestShard:
         self._read = readers.Reader(self._source["uri"], self._source["kind"])
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Columns in: shard, redo, rows (those of `sources.Row`). Out: those of `Done`."""
+        """Columns in: shard, redo, rows (those of `plan.Row`). Out: those of `Done`."""
         start = time.monotonic()
         item = table.to_pylist()[0]
         shard, old = item["shard"], None

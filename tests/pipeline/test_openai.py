@@ -29,8 +29,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.captioners.openai import BudgetSpentError, OpenAICaptioner, models_of
+from pipeline.captioners.openai import BudgetSpentError, OpenAICaptioner
 from pipeline.captioners.protocol import Caption
+from pipeline.captioners.server import models_of
 from pipeline.captioners.vllm import row_seed
 from pipeline.config import CaptionConfig
 from pipeline.sources import images

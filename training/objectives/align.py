@@ -30,6 +30,7 @@ from training.models import backbones
 from training.models.heads import Kind, ProjectionHead, TextProjection
 from training.objectives.protocol import Description, Facts, Gradient, Losses, Objective, Precision
 from training.objectives.settings import AlignSettings, Metric
+from training.settings import flat
 
 COLDEST = 0.01
 """CLIP's bound of a learned temperature: logits of at most 100."""
@@ -316,7 +317,6 @@ class Align(Objective):
         return AlignFacts(
             variants={"embeddings": targets.embeddings, "captions": targets.captions},
             found={"embeddings": targets.embeddings},
-            notes=_without_text(store, targets.embeddings, config.data.train_split),
             columns=(text_targets.TextColumns(targets),),
             targets=targets,
         )
@@ -343,6 +343,18 @@ class Align(Objective):
         task.load_state_dict(weights)
         return task
 
+    def notes(self, config: TrainConfig, store: Store, facts: AlignFacts) -> tuple[str, ...]:
+        """Of pictures that have no text."""
+        if facts.targets is None:
+            return ()
+        embeddings, split = facts.targets.embeddings, config.data.train_split
+        receipts = store.receipts("embeddings", embeddings)
+        without = sum(receipts[shard].failed for shard in store.split_shards(split))
+        if not without:
+            return ()
+        counted = f"{without} of {store.dataset.splits[split].rows} pictures of the split {split}"
+        return (f"{counted} have no embedding in {embeddings}: they count for classification only",)
+
     def text_space(self, config: TrainConfig, store: Store, task: AlignTask) -> AlignSpace | None:
         """See `protocol.Objective`."""
         if config.method.is_baseline:
@@ -361,14 +373,14 @@ class Align(Objective):
     def describe(self, config: TrainConfig, store: Store) -> Description:
         """See `protocol.Objective`."""
         if config.method.is_baseline:
-            return Description(how="cross entropy")
+            return Description(how="cross entropy", settings={"alignment_weight": 0.0})
         how = (
             f"cross entropy plus {config.method.alignment_weight:g} times an alignment to image descriptions"
         )
         # An early run does not name its embeddings, and there may be others by now: no reason to withhold the
         # model.
         if not config.method.embeddings and len(store.variants("embeddings")) != 1:
-            return Description(how=how)
+            return Description(how=how, settings=flat(config.method))
         embeddings = store.only_variant("embeddings", config.method.embeddings)
         encoder = store.variant("embeddings", embeddings)
         captions = store.variant("captions", str(encoder["captions"]))
@@ -378,7 +390,7 @@ class Align(Objective):
             f"Descriptions by {os.path.basename(str(by))} (captions `{encoder['captions']}`), text encoder "
             f"{os.path.basename(str(encoder['encoder']))} (embeddings `{embeddings}`)."
         )
-        return Description(how=how, lines=(line,))
+        return Description(how=how, lines=(line,), settings=flat(config.method))
 
 
 @dataclass(frozen=True)
@@ -418,16 +430,6 @@ class AlignSpace:
     def prompts(self, vectors: Array) -> Array:
         """The way of the captions."""
         return self.texts(self.targets.project(vectors))
-
-
-def _without_text(store: Store, embeddings: str, split: str) -> tuple[str, ...]:
-    """What is to be said of pictures of a split that have no text."""
-    receipts = store.receipts("embeddings", embeddings)
-    without = sum(receipts[shard].failed for shard in store.split_shards(split))
-    if not without:
-        return ()
-    told = f"{without} of {store.dataset.splits[split].rows} pictures of the split {split} have no embedding"
-    return (f"{told} in {embeddings}: they count for classification only",)
 
 
 def build_task(config: TrainConfig, classes: int, dim: int, text_dim: int = 0) -> AlignTask:

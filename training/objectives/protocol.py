@@ -46,8 +46,6 @@ class Facts:
     """Stages of the store and which variant of each is trained on, for the record."""
     found: dict[str, Any] = field(default_factory=dict)
     """Settings that were left open (`MethodSettings.left_open`), as they are recorded."""
-    notes: tuple[str, ...] = ()
-    """What the user is told before the run starts."""
     columns: tuple[Columns, ...] = ()
     """What is read beside pictures and labels; sent to decoders of other processes."""
 
@@ -174,14 +172,16 @@ class Description:
     """Completes "trained with ..."."""
     lines: tuple[str, ...] = ()
     """Where its targets came from, in sentences."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the method, to be shown: a card is published, so nothing that tells of the machine."""
 
 
 class Objective(Protocol):
     """A training method; one of one's own inherits from it what need not be said."""
 
-    settings: type[MethodSettings]
+    settings: type[MethodSettings] = MethodSettings
     """Its own settings, whose fields are flags of `train`."""
-    metric: Metric
+    metric: Metric = Metric()
 
     def check(self, config: TrainConfig, store: Store) -> Facts:
         """Finds every fault that the store can show before a worker starts.
@@ -199,6 +199,10 @@ class Objective(Protocol):
         """The task that a checkpoint's weights belong to; no store is asked."""
         ...
 
+    def notes(self, config: TrainConfig, store: Store, facts: Any) -> tuple[str, ...]:
+        """What the user is told once, before the run starts."""
+        return ()
+
     def text_space(self, config: TrainConfig, store: Store, task: Any) -> TextSpace | None:
         """The space that the task's images share with texts; None where there is none.
 
@@ -209,7 +213,7 @@ class Objective(Protocol):
 
     def describe(self, config: TrainConfig, store: Store) -> Description:
         """For the card of an exported model."""
-        return Description(how=config.objective)
+        return Description(how=config.objective, settings=config.method.told())
 
 
 def objective_of(config: TrainConfig) -> Objective:

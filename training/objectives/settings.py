@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 from pipeline.errors import SettingsError
-from training.settings import Grid, MethodSettings, below
+from training.settings import Grid, MethodSettings, below, flaws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +146,12 @@ def module_of(name: str) -> Any:
     Raises:
         SettingsError: there is no such module, or it has no OBJECTIVE.
     """
-    if (
-        name not in BUILT_IN and os.getcwd() not in sys.path
-    ):  # where a command that is installed does not look
+    # A command that is installed does not look where it is given.
+    if name not in BUILT_IN and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         return import_module(BUILT_IN[name].module if name in BUILT_IN else name).OBJECTIVE
-    except (ModuleNotFoundError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         message = (
             f"objective={name!r}: {error}; known are {', '.join(BUILT_IN)}, or the import path of a module "
             "with an OBJECTIVE (training/objectives/protocol.py)."
@@ -161,14 +160,25 @@ def module_of(name: str) -> Any:
 
 
 def settings_of(name: str) -> type[MethodSettings]:
-    """The type of a method's settings."""
-    found: type[MethodSettings] = BUILT_IN[name].settings if name in BUILT_IN else module_of(name).settings
-    return found
+    """The type of a method's settings.
+
+    Raises:
+        SettingsError: there is no such method, or its settings cannot be flags and records.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name].settings
+    kind: type[MethodSettings] = getattr(module_of(name), "settings", MethodSettings)
+    if found := flaws(kind):
+        message = f"objective={name}: {'; '.join(found)}."
+        raise SettingsError(message)
+    return kind
 
 
 def metric_named(name: str) -> Metric:
     """What a method is judged by."""
-    found: Metric = BUILT_IN[name].metric if name in BUILT_IN else module_of(name).metric
+    if name in BUILT_IN:
+        return BUILT_IN[name].metric
+    found: Metric = getattr(module_of(name), "metric", Metric())
     return found
 
 
