@@ -22,6 +22,14 @@ os.environ.setdefault(
 )  # nothing is fetched: a test that needs the hub is a test that is wrong
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    """Toy models in this process: the threads of their small steps would mostly wait for each other, and for
+    each other's core where a machine has other work. What Ray starts has the threads that Ray gives it."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """A bucket of a real S3 protocol server on loopback; every process started from here finds it through the
