@@ -192,7 +192,7 @@ def test_a_run_stopped_anywhere_ends_with_the_weights_of_an_uninterrupted_one(
     store = make_store(tmp_path / "s", train=50)
     config = TrainConfig.of(
         store=str(store),
-        backbone="test_resnet" if kind == "plain" else "vit_tiny_patch16_224",
+        backbone="test_resnet" if kind == "plain" else "test_vit",
         image_size=32,
         epochs=3,
         batch_size=16,
@@ -234,7 +234,7 @@ def test_a_batch_computed_in_parts_has_the_gradient_of_the_whole(
     for parts in (1, 3):
         config = TrainConfig.of(
             store=str(store),
-            backbone="vit_tiny_patch16_224",
+            backbone="test_vit",
             image_size=32,
             epochs=1,
             batch_size=24,
@@ -262,9 +262,9 @@ def test_a_batch_computed_in_parts_has_the_gradient_of_the_whole(
 SWITCHES: dict[str, tuple[str, dict[str, Any], float]] = {
     # name: (backbone, settings, how far the weights may end from those of the plain run, as a share of the
     # way they went)
-    "activations computed again": ("vit_tiny_patch16_224", {"checkpoint_activations": True}, 1e-4),
+    "activations computed again": ("test_vit", {"checkpoint_activations": True}, 1e-4),
     "contiguous memory": ("test_resnet", {"channels_last": False}, 1e-2),
-    "bfloat16": ("vit_tiny_patch16_224", {"precision": "bfloat16"}, 0.5),
+    "bfloat16": ("test_vit", {"precision": "bfloat16"}, 0.5),
 }
 
 
@@ -307,8 +307,8 @@ def test_what_only_saves_time_or_memory_changes_nothing_else(
         {"alignment": "sigmoid"},
         {"alignment": "cosine"},
         {"alignment": "image-to-text", "store_negatives": 8},
-        {"small_stem": True, "backbone": "resnet18"},
-        {"layer_decay": 0.7, "backbone": "vit_tiny_patch16_224"},
+        pytest.param({"small_stem": True, "backbone": "resnet18", "image_size": 16}, marks=pytest.mark.slow),
+        {"layer_decay": 0.7, "backbone": "test_vit"},
     ],
 )
 def test_other_ways_learn_too(
