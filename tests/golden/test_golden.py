@@ -13,7 +13,13 @@ RECORDED, DESCRIBED = (json.loads(file.read_text()) for file in (RUNS, STORE))
 AGAIN = "if the change is meant to alter numbers: python tests/golden/record.py"
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith("two workers") else name
+        for name in SETTINGS
+    ],
+)
 def test_the_losses_are_the_recorded_ones(name: str, tmp_path: Path) -> None:
     """To the last bit, the weights too, on the kind of machine that recorded them; to rounding elsewhere."""
     found, expected = trained(name, tmp_path), RECORDED["runs"][name]

@@ -113,6 +113,7 @@ def test_a_missing_file_is_told_from_a_disk_that_is_gone(tmp_path: Path) -> None
         locations.fetch_picture(str(tmp_path / "in"), "dog/1.png", 10**6)
 
 
+@pytest.mark.slow  # not for what it starts: it waits for a client to give up
 def test_a_missing_object_is_told_from_a_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     import boto3
     from moto.server import ThreadedMotoServer

@@ -156,6 +156,7 @@ print(json.dumps([(here == there).all().item(), EmbedVariant.of(config, model).r
 """
 
 
+@pytest.mark.slow
 def test_minilm_comes_from_the_hub_where_its_package_is_not_installed(tmp_path: Path) -> None:
     """From a cache that holds the package's files under the hub's name, since nothing is fetched here."""
     commit = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"

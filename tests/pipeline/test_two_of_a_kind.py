@@ -116,7 +116,7 @@ def begin(uri: str, rows: int, barrier: Any, results: Any) -> None:
         results.put(-1)
 
 
-@pytest.mark.parametrize("where", ["disk", "s3"])
+@pytest.mark.parametrize("where", ["disk", pytest.param("s3", marks=pytest.mark.slow)])
 def test_of_ingests_that_begin_one_store_at_the_same_time_at_most_one_wins(
     where: str, tmp_path: Path, bucket: str
 ) -> None:
