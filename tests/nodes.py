@@ -16,6 +16,9 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 NODE = {"num_cpus": 6, "object_store_memory": 300 * 2**20, "include_dashboard": False}
+# A dead node is known to be dead after 3 seconds, and not after 15 as by Ray's own settings; a slow one still
+# has Ray's ten seconds for an answer.
+HEALTH = {"health_check_period_ms": 600, "health_check_failure_threshold": 5}
 
 
 class TwoNodes:
@@ -28,7 +31,11 @@ class TwoNodes:
 
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # loopback only
         self._worker_settings = NODE | (worker or {})
-        self._cluster = Cluster(initialize_head=True, connect=False, head_node_args=NODE | (head or {}))
+        self._cluster = Cluster(
+            initialize_head=True,
+            connect=False,
+            head_node_args=NODE | {"_system_config": HEALTH} | (head or {}),
+        )
         self._worker = self._cluster.add_node(**self._worker_settings)
         self._drivers: list[subprocess.Popen[bytes]] = []
 
