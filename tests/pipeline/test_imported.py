@@ -14,16 +14,18 @@ from torchvision.datasets import ImageFolder
 
 from pipeline.__main__ import main
 from pipeline.captioners import imported
+from pipeline.config import SourceConfig
 from pipeline.store import Store, locations
+from tests.stores import ingest
 
 Folder = Callable[..., Path]
 
 
 @pytest.fixture
-def ingested(ray_session: None, picture_folder: Folder, tmp_path: Path) -> tuple[Path, Path]:
+def ingested(picture_folder: Folder, tmp_path: Path) -> tuple[Path, Path]:
     images = picture_folder({"train/b": 3, "train/a": 2, "train/a/deep": 2, "val/a": 1})
     store = tmp_path / "store"
-    assert main(["ingest", "--images", str(images), "--store", str(store)]) == 0
+    ingest(SourceConfig(images=str(images), store=str(store)))
     return images, store
 
 
@@ -43,7 +45,6 @@ def ids(store: Path) -> list[str]:
     ]
 
 
-@pytest.mark.slow
 def test_captions_are_matched_by_path(ingested: tuple[Path, Path], tmp_path: Path) -> None:
     _, store = ingested
     file = write_jsonl(tmp_path / "captions.jsonl", {key: f"a picture of {key}" for key in ids(store)})
@@ -65,7 +66,6 @@ def test_captions_are_matched_by_path(ingested: tuple[Path, Path], tmp_path: Pat
     assert all("no caption for it in some.jsonl" in error for error in errors.values())
 
 
-@pytest.mark.slow
 def test_unknown_paths_stop_the_import_before_anything_is_written(
     ingested: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,7 +79,6 @@ def test_unknown_paths_stop_the_import_before_anything_is_written(
     assert main(["import-captions", file, "--store", str(store), "--ignore-unknown"]) == 0
 
 
-@pytest.mark.slow
 def test_the_papers_list_is_matched_in_the_order_of_torchvisions_image_folder(
     ingested: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from pipeline.errors import RunStoppedError
 from pipeline.sources.plan import make_plan as plan
 from pipeline.stages.ingest import IngestShard
 from pipeline.store import Store, locations
+from tests.stores import ingest
 
 # What S3 allows in a key: anything, alone and in combinations that an address would understand. Two are
 # missing: the server of these tests does not find a key with a newline, and a listing in XML cannot say a
@@ -143,18 +144,6 @@ def test_a_missing_object_is_told_from_a_server_that_is_gone(monkeypatch: pytest
         locations.fetch_picture(root, "dog/1.png", 10**6)
 
 
-def ingested(config: SourceConfig) -> Store:
-    """A store filled in this process, without Ray."""
-    import pyarrow as pa
-
-    cut = plan(config)
-    store = Store.create(config.store, cut.dataset)
-    for shard, rows in enumerate(cut.shards):
-        items = [dataclasses.asdict(row) for row in rows]
-        IngestShard(store.uri)(pa.table({"shard": [shard], "redo": [False], "rows": [items]}))
-    return store
-
-
 def test_a_picture_that_is_replaced_after_it_was_ingested_is_not_described(tmp_path: Path) -> None:
     from pipeline.config import CaptionConfig
     from pipeline.stages.caption import PreparePictures
@@ -162,7 +151,7 @@ def test_a_picture_that_is_replaced_after_it_was_ingested_is_not_described(tmp_p
     (tmp_path / "in" / "dog").mkdir(parents=True)
     for name in ("1", "2"):
         (tmp_path / "in" / "dog" / f"{name}.png").write_bytes(picture())
-    store = ingested(SourceConfig(images=str(tmp_path / "in"), store=str(tmp_path / "store"), pack=False))
+    store = ingest(SourceConfig(images=str(tmp_path / "in"), store=str(tmp_path / "store"), pack=False))
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "in" / "dog" / "2.png")
     import pyarrow as pa
 
