@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.__main__ import main
 from pipeline.captioners.openai import BudgetSpentError, OpenAICaptioner
 from pipeline.captioners.protocol import Caption
 from pipeline.captioners.server import models_of
@@ -620,7 +621,11 @@ def test_a_vllm_server_and_transformers_say_the_same(
 
 @pytest.mark.slow
 def test_a_store_is_described_through_a_server_and_twice_does_no_work(
-    vllm_server: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_server: str,
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In a process of its own, with a Ray of its own: workers take the key from the environment that Ray
     started in."""
@@ -662,19 +667,11 @@ def test_a_store_is_described_through_a_server_and_twice_does_no_work(
     assert len(rows) == 24 and all(row["caption"] and row["prompt_tokens"] > 64 for row in rows)
     assert opened.variant("captions", variant)["model"] == "scenes"
     assert KEY not in json.dumps(opened.variant("captions", variant)) + first.stderr
-    again = subprocess.run(
-        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0 and again.stderr.count("nothing to do") == 3
-    wrong = subprocess.run(
-        [*command, "--model", "x"],
-        cwd=ROOT,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert wrong.returncode == 2 and "serves scenes; pass --model" in wrong.stderr
+    for name, value in settings.items():  # neither of these starts a Ray
+        monkeypatch.setenv(name, value)
+    assert main(command[3:]) == 0 and capsys.readouterr().err.count("nothing to do") == 3
+    assert main([*command[3:], "--model", "x"]) == 2
+    assert "serves scenes; pass --model" in capsys.readouterr().err
 
 
 @pytest.mark.slow
