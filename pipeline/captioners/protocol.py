@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
@@ -38,6 +38,15 @@ class Captioner(Protocol):
     def __call__(self, pictures: list[Image.Image], prompts: list[str], ids: list[str]) -> list[Caption]:
         """One caption for each RGB picture, in order. Failures of single pictures are captions with an
         error."""
+        ...
+
+
+@runtime_checkable
+class HasProcess(Protocol):
+    """A captioner whose engine may be a process of its own, whose death a call need not notice."""
+
+    def is_dead(self) -> bool:
+        """Whether the engine's process has ended."""
         ...
 
 

@@ -73,13 +73,16 @@ class VLLMCaptioner:
         params = [self._sampling(key) for key in ids]
         lengths = self._text_tokens([request["prompt"] for request in requests])
         rows = list(zip(requests, params, lengths, strict=True))
-        refusals = (
-            ValueError,
-            VLLMClientError,
-        )  # a processor's; and vLLM's own, of a prompt that is too long
+        # A processor's; and vLLM's own, of a prompt that is too long.
+        refusals = (ValueError, VLLMClientError)
         return in_halves(
             rows, lambda some: self._generate(*(list(column) for column in zip(*some, strict=True))), refusals
         )
+
+    def is_dead(self) -> bool:
+        """vLLM's own watch marks an engine as dead and wakes nobody who waits for its answer (in 0.29)."""
+        client = getattr(getattr(self._engine, "llm_engine", None), "engine_core", None)
+        return bool(getattr(getattr(client, "resources", None), "engine_dead", False))
 
     def _text_tokens(self, prompts: list[str]) -> list[int]:
         """Tokens of the prompts with one placeholder for the picture: what they would count if it did not

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from concurrent.futures import wait
 from dataclasses import asdict
 from typing import Any, NoReturn
 
 import pyarrow as pa
 
 from pipeline.captioners import prompts
-from pipeline.captioners.protocol import Caption, Captioner
+from pipeline.captioners.protocol import Caption, Captioner, HasProcess
 from pipeline.config import CaptionConfig
 from pipeline.encoders.models import ModelRef
 from pipeline.session import actor_name
@@ -36,6 +37,7 @@ from pipeline.stages.shard import (
 )
 from pipeline.store import CAPTIONS, Store, locations
 
+WATCH_S = 2.0  # between two looks at an engine that works in a process of its own
 SMALLEST = 4  # times that an engine's settings are halved before want of memory stops the run
 
 _PICTURES = pa.large_list(
@@ -173,7 +175,12 @@ class CaptionPictures:
 
         pictures = [Image.frombytes("RGB", (row["width"], row["height"]), row["pixels"]) for row in rows]
         prompts, ids = [row["prompt"] for row in rows], [row["id"] for row in rows]
-        return self._thread.submit(self._captioner, pictures, prompts, ids).result()
+        call = self._thread.submit(self._captioner, pictures, prompts, ids)
+        while not wait([call], timeout=WATCH_S).done:
+            if isinstance(self._captioner, HasProcess) and self._captioner.is_dead():
+                message = "the engine core's process has ended"
+                raise RuntimeError(message)
+        return call.result()
 
 
 def _leave(error: BaseException) -> NoReturn:

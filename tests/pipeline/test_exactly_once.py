@@ -9,6 +9,7 @@ drawn under fixed seeds, twenty blows and more; everything killed was started he
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -265,29 +266,33 @@ def test_of_two_runs_at_the_same_time_one_is_refused_and_the_other_ends_as_ever(
 
 
 def test_a_killed_engine_process_is_started_again(scenes: Path, tmp_path: Path, nodes: TwoNodes) -> None:
-    """The engine in a process of its own, as vLLM has it by default: its death alone, once it begins and once
-    while it loads, costs a shard, and no row."""
+    """The engine in a process of its own, as vLLM has it by default: its death alone, once it begins, once
+    while it loads and once at work, costs a shard, and no row."""
     # One picture at a time: between processes, what is batched together depends on their speed, and words on
     # what is batched.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "RAY_ADDRESS": ""}
     common = ["caption", "--caption-preset", "scenes", "--engine-batch", "1", "--store"]
-    stores = [ingested(scenes, tmp_path / name, limit=24) for name in ("whole", "killed")]
+    stores = [ingested(scenes, tmp_path / name, limit=192) for name in ("whole", "killed")]
     assert run(nodes, [*common, str(stores[0])], **settings).wait(300) == 0
     driver = run(nodes, [*common, str(stores[1])], **settings)
     killed: set[int] = set()
-    while len(killed) < 2 and driver.poll() is None:
+    notes = f"{stores[1]}/captions/*/underway/part-*.json"
+    while len(killed) < 3 and driver.poll() is None:
         for process in psutil.Process(driver.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if (
                     "EngineCore" in " ".join([process.name(), *process.cmdline()])
                     and process.pid not in killed
                 ):
-                    time.sleep((0.5, 4.5)[len(killed)])
+                    time.sleep((0.5, 4.5, 0)[len(killed)])
+                    while len(killed) == 2 and not glob.glob(notes) and driver.poll() is None:
+                        time.sleep(0.1)  # a shard's note is written when its captioning begins
+                    time.sleep(1.0 if len(killed) == 2 else 0.0)
                     process.kill()
                     killed.add(process.pid)
         time.sleep(0.2)
     assert driver.wait(300) == 0
-    assert len(killed) == 2
+    assert len(killed) == 3
     assert files_of(stores[1]) == files_of(stores[0])
 
 

@@ -31,6 +31,7 @@ def picture() -> bytes:
     return sink.getvalue()
 
 
+@pytest.mark.slow
 def test_keys_are_taken_as_they_are_written(bucket: str, tmp_path: Path) -> None:
     import boto3
 

@@ -60,6 +60,7 @@ def test_a_folder_of_an_object_store_is_held_too(bucket: str) -> None:
     assert filesystem.get_file_info(fs.FileSelector(path)) == [], "nothing is left"
 
 
+@pytest.mark.slow
 def test_a_process_of_another_machine_is_dead_when_it_is_silent(
     bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

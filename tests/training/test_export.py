@@ -79,6 +79,7 @@ def logits_of(run: Path, weights: str, images: torch.Tensor) -> torch.Tensor:
     return answers
 
 
+@pytest.mark.slow
 def test_all_formats_answer_as_the_run_does_at_any_batch_size(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,7 +190,8 @@ def test_every_family_exports_to_every_format(store: Path, tmp_path: Path, setti
     assert found["checks"]["timm"]["difference"] == 0
 
 
-@pytest.mark.parametrize("small_stem", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("small_stem", [False, True])
 def test_the_card_loads_the_model_as_it_says(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_stem: bool
 ) -> None:

@@ -46,7 +46,7 @@ def test_a_run_leaves_settings_metrics_and_checkpoints_without_pickles(trained: 
         "last"
     ].keys()
     assert len((trained / "metrics.jsonl").read_text().splitlines()) == 2
-    assert run_folder.read(str(trained)).workers == 2
+    assert run_folder.read(str(trained)).place.workers == 2
     folder = Path(checkpoint.find(str(trained)))
     assert {path.name for path in folder.iterdir()} == {
         "model.safetensors",
@@ -142,10 +142,10 @@ def test_mlflow_has_the_parameters_and_the_metrics_of_every_epoch(trained: Path)
     assert run.info.status == "FINISHED"
     assert run.data.params["backbone"] == "test_resnet"
     assert run.data.tags["embeddings"] == "test" and run.data.tags["captions"] == "test"
-    assert run_folder.read(str(trained)).embeddings == "test"
+    assert run_folder.read(str(trained)).method.embeddings == "test"
     # Early releases recorded an empty name; what MLflow was told stands in the run's folder, too.
     early = json.loads((trained / "config.json").read_text()) | {"embeddings": ""}
-    assert run_folder.settings(str(trained), early).embeddings == "test"
+    assert run_folder.settings(str(trained), early).method.embeddings == "test"
     assert [m.step for m in client.get_metric_history(recorded["run_id"], "top1")] == [1, 2]
 
 
