@@ -218,13 +218,11 @@ class CaptionConfig(CaptionRuntime, CaptionSettings):
                 f"{', '.join(CAPTION_PRESETS)}."
             )
         for name in ("model", "caption_edge", "max_tokens", "context_length"):
-            served = (
-                self.captioner == "openai" and name == "model"
-            )  # the server's name for its model is not the hub's
+            # The server's name for its model is not the hub's.
+            served = self.captioner == "openai" and name == "model"
             if not getattr(self, name) and not served:
-                object.__setattr__(
-                    self, name, getattr(preset, name)
-                )  # the preset fills what the flags left open
+                # The preset fills what the flags left open.
+                object.__setattr__(self, name, getattr(preset, name))
         if not (self.model or self.caption_preset or self.captioner == "openai"):
             faults.append(_no_captioner())
         fields = {field for _, field, _, _ in string.Formatter().parse(self.prompt) if field is not None}

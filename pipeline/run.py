@@ -282,9 +282,8 @@ def _drive(
         start_ray()
         import ray.data
 
-        logging.getLogger("ray.data").setLevel(
-            logging.CRITICAL
-        )  # its progress, hints and tracebacks; ours stand in their place
+        # Its progress, hints and tracebacks; ours stand in their place.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.data.DataContext.get_current().enable_progress_bars = False
         tokens = 0
         rows_before = 0 if redone & receipts.keys() else done_rows

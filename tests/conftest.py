@@ -17,9 +17,8 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # nothing is fetched: a test that needs the hub is a test that is wrong
+# Nothing is fetched: a test that needs the hub is a test that is wrong.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -147,9 +147,8 @@ def _check_earlier_grids(plain: list[TrainConfig], sweep: str) -> None:
 
 def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None:
     session.start_ray()
-    os.environ.setdefault(
-        "RAY_AIR_NEW_OUTPUT", "0"
-    )  # with verbose=0 the old reporter is silent, the new one is not
+    # With verbose=0 the old reporter is silent, the new one is not.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune as ray_tune
 
     concurrent, threads = _concurrent(config)

@@ -39,11 +39,12 @@ SIZES = {
     "huge": (0.80, 0.86),
 }
 NESTED_LARGE = (0.60, 0.65)  # a large object that holds another one needs a little more room
+# Only these still show their texture around what they hold when merely large.
 ROOMY = (
     "circle",
     "square",
     "heart",
-)  # only these still show their texture around what they hold when merely large
+)
 # How far a shape's corners reach beyond its nominal radius: corners carry little area, so they may stick out.
 REACH = {
     "circle": 1.0,

@@ -110,9 +110,8 @@ def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str
 
 def image_folder_key(key: str, label_depth: int) -> tuple[str, str, str]:
     """Sorts ids as torchvision's ImageFolder does: by class, then by directory, then by file name."""
-    name = locations.unescaped(
-        key
-    )  # as torchvision sees it: of names that are not UTF-8 the escapes would sort elsewhere
+    # As torchvision sees it: of names that are not UTF-8 the escapes would sort elsewhere.
+    name = locations.unescaped(key)
     parts = name.split("/")
     label = parts[label_depth - 1]
     return label, posixpath.dirname(name), parts[-1]

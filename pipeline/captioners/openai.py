@@ -31,11 +31,12 @@ from pipeline.errors import SettingsError, UnreachableError
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+# Of this picture or prompt; all other codes speak of the address, the key or the model.
 REFUSALS = (
     400,
     413,
     422,
-)  # of this picture or prompt; all other codes speak of the address, the key or the model
+)
 GIVE_UP_AFTER = 8  # rows in a row without an answer: a few bad pictures look otherwise, an outage does not
 
 
@@ -155,9 +156,8 @@ class OpenAICaptioner:
         async with call.slots:
             if self._is_spent():
                 return self._not_asked()
-            request = await asyncio.to_thread(
-                self._request, picture, prompt, key
-            )  # the encoder works outside the lock of Python
+            # The encoder works outside the lock of Python.
+            request = await asyncio.to_thread(self._request, picture, prompt, key)
             failed_at = math.inf
             for attempt in range(self._config.http_retries + 1):
                 try:
@@ -186,9 +186,8 @@ class OpenAICaptioner:
         import openai
 
         try:
-            async with asyncio.timeout(
-                self._config.http_timeout
-            ):  # the client's own limit is for each read and write
+            # The client's own limit is for each read and write.
+            async with asyncio.timeout(self._config.http_timeout):
                 reply = await client.chat.completions.with_raw_response.create(**request)
         except (openai.APITimeoutError, TimeoutError):
             message = f"time-out after {self._config.http_timeout:g} s"

@@ -18,9 +18,8 @@ REFUSAL = re.compile(
     r"not|could not)|please (?:provide|upload|attach|share) (?:an|the|your) (?:image|picture|photo))",
     re.IGNORECASE,
 )
-LOOP = re.compile(
-    r"(\b\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}", re.IGNORECASE
-)  # up to 8 words, four times in a row
+# Up to 8 words, four times in a row.
+LOOP = re.compile(r"(\b\w+(?:\W+\w+){0,7}?)(?:\W+\1\b){3,}", re.IGNORECASE)
 
 
 def refusal(answer: str) -> bool:

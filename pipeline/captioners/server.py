@@ -102,9 +102,8 @@ def _is_loopback(base_url: str) -> bool:
 
 
 def api_key() -> str:
-    key = (
-        os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
-    )  # local servers ask for none, but the header must hold one
+    # Local servers ask for none, but the header must hold one.
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "EMPTY"
     if not (key.isascii() and key.isprintable()):
         # Caught here because the HTTP library's own complaint quotes the key.
         message = "OPENAI_API_KEY: holds characters that no HTTP header can carry; set it again."

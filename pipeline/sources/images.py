@@ -51,9 +51,8 @@ def decode(
         message = "empty file (0 bytes): replace it, then run retry, or go on without it (--max-failure-rate)"
         raise ImageError(message)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Pillow warns of large pictures and odd EXIF; the limit below is ours
+        # Pillow warns of large pictures and odd EXIF; the limit below is ours.
+        warnings.simplefilter("ignore")
         picture = _open(image_bytes)
         width, height = picture.size
         if width < 1 or height < 1:

@@ -87,9 +87,8 @@ def _parquet_rows(root: str, file: str) -> _Table:
             start = largest = 0
             for row_group in range(parquet.metadata.num_row_groups):
                 meta = parquet.metadata.row_group(row_group)
-                size = max(
-                    meta.total_byte_size // max(meta.num_rows, 1), 1
-                )  # of one row, about: the cut needs no more
+                # Of one row, about: the cut needs no more.
+                size = max(meta.total_byte_size // max(meta.num_rows, 1), 1)
                 rows = (
                     parquet.read_row_group(row_group, columns=wanted).to_pylist()
                     if wanted

@@ -137,9 +137,8 @@ _DECIDING = ("kind", "uri", "max_pixels", "max_bytes", "max_edge", "pack")
 def differences(recorded: Dataset, now: Dataset) -> list[str]:
     """What a store was begun with and is not the same now, a line each; empty where a run may go on."""
     before, after = recorded.source, now.source
-    begun = before.get(
-        "ingested_with", {}
-    )  # limits that `retry` has raised since: the first ones fit as well
+    # Limits that `retry` has raised since: the first ones fit as well.
+    begun = before.get("ingested_with", {})
     lines = [
         f"{name}: {before[name]!r} then, {after[name]!r} now"
         for name in _DECIDING
@@ -154,10 +153,11 @@ def differences(recorded: Dataset, now: Dataset) -> list[str]:
         lines.append(
             f"pictures: {recorded.rows} then, {now.rows} now, or other names, sizes, labels or splits"
         )
+        # Only where the rows differ: a source with a val split has no use for the first.
         row_settings = (
             "val_fraction",
             "limit",
-        )  # only where the rows differ: a source with a val split has no use for the first
+        )
         lines += [
             f"{name}: {before[name]!r} then, {after[name]!r} now"
             for name in row_settings

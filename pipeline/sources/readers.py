@@ -88,9 +88,8 @@ class Reader:
                 batch_size=32, row_groups=[row_group], columns=[column], use_threads=False
             ):
                 rows = sorted(row for row in range(start, start + len(batch)) if row in wanted)
-                taken = batch.column(0).take(
-                    pa.array([row - start for row in rows], pa.int64())
-                )  # a copy: the batch itself is let go
+                # A copy: the batch itself is let go.
+                taken = batch.column(0).take(pa.array([row - start for row in rows], pa.int64()))
                 pictures |= dict(zip(rows, taken, strict=True))
                 start += len(batch)
         return pictures

@@ -32,9 +32,8 @@ def list_tars(config: SourceConfig) -> Listing:
     return with_labels(config, entries, skipped, [f"{count} {what}" for what, count in out.items() if count])
 
 
-_Member = tuple[
-    str, int, int, bytes
-]  # name, offset, size, content if it is a small side file; offset -1: a link
+# Name, offset, size, content if it is a small side file; offset -1: a link.
+_Member = tuple[str, int, int, bytes]
 
 
 def _samples(file: str, split: str, members: list[_Member], out: Counter[str]) -> tuple[list[Entry], int]:
@@ -45,9 +44,8 @@ def _samples(file: str, split: str, members: list[_Member], out: Counter[str]) -
     as key.depth.png does, unless they have a label of their own; where no one is, names have dots in them,
     and each picture is a row named without its ending.
     """
-    latest = {
-        name: (offset, size, content) for name, offset, size, content in members
-    }  # as when a tar is unpacked
+    # As when a tar is unpacked.
+    latest = {name: (offset, size, content) for name, offset, size, content in members}
     pictures_of: dict[str, list[str]] = {}
     sides: dict[tuple[str, str], bytes] = {}
     for name, (offset, _, content) in latest.items():

@@ -36,9 +36,8 @@ def import_captions(config: ImportConfig) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     settings = {"engine": "imported", "file": os.path.basename(config.file), "sha256": digest}
     if _positional(config.file) and config.split != "train":
-        settings["split"] = (
-            config.split
-        )  # the same list matched to other pictures; train's came first and has no such entry
+        # The same list matched to other pictures; train's came first and has no such entry.
+        settings["split"] = config.split
     variant = variant_name(f"imported-{os.path.basename(config.file).split('.')[0]}", settings)
     store.write_variant("captions", variant, {**settings, "versions": {}})
     done = store.receipts("captions", variant)

@@ -115,9 +115,8 @@ def batch_of(case: Case) -> Batch:
         targets, weights = (torch.cat(column) for column in zip(*parts, strict=True))
     negatives = None
     if case.form != "cosine" and (name == "negatives" or everything):
-        negatives = texts(
-            torch.tensor([0, 20, 3, -1, 21, 20, 7])
-        )  # of the batch, new, none at all, twice the same
+        # Of the batch, new, none at all, twice the same.
+        negatives = texts(torch.tensor([0, 20, 3, -1, 21, 20, 7]))
     features = torch.randn(count, FEATURES, generator=generator, dtype=torch.float64)
     return Batch(features, texts(groups), targets, weights.double(), negatives)
 

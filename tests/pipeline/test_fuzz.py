@@ -318,9 +318,8 @@ def test_odd_members_of_tars_have_rows_or_are_counted(tmp_path: Path) -> None:
                     )
                 )
                 if member.type in (tarfile.DIRTYPE, tarfile.CHRTYPE):
-                    tar.addfile(
-                        member
-                    )  # a name of its own right: it stands for no picture, and replaces none
+                    # A name of its own right: it stands for no picture, and replaces none.
+                    tar.addfile(member)
                     continue
                 count += picture
                 if member.type == tarfile.REGTYPE:

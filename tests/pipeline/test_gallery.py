@@ -306,9 +306,8 @@ def test_a_hundred_thousand_rows_are_paged_in_bounded_time_and_size(tmp_path: Pa
     store.write_variant("captions", "test", {})
     store.write_variant("embeddings", "test", {"captions": "test"})
     sink = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(
-        sink, "JPEG"
-    )  # noise: no picture takes more room
+    # Noise: no picture takes more room.
+    Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)).save(sink, "JPEG")
     words = [f"word{n}" for n in range(3000)]
     for shard in range(shards):
         ids = [f"{shard}/{row}.jpg" for row in range(rows)]

@@ -549,9 +549,8 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(30)
         with suppress(ProcessLookupError):
-            os.killpg(
-                process.pid, signal.SIGKILL
-            )  # what outlived the asking: an engine whose server broke, say
+            # What outlived the asking: an engine whose server broke, say.
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -29,9 +29,8 @@ def files(store: Path, *, receipts: bool = False) -> dict[str, bytes]:
     found = {
         str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()
     }
-    found = {
-        name: data for name, data in found.items() if not name.endswith(lock.FILE)
-    }  # which says who was there last
+    # Which says who was there last.
+    found = {name: data for name, data in found.items() if not name.endswith(lock.FILE)}
     return {name: data for name, data in found.items() if receipts or "/receipts/" not in name}
 
 

@@ -268,9 +268,8 @@ def test_an_early_run_is_exported_whatever_the_store_holds_by_now(
 def test_the_command_of_an_early_release_ends_its_run(
     tmp_path: Path, make_store: Callable[..., Path], ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.05"
-    )  # 39 epochs of two steps, each waiting for its report
+    # 39 epochs of two steps, each waiting for its report.
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.05")
     folder, flags = old_run(tmp_path, make_store)
     first = (folder / "metrics.jsonl").read_text()
     assert main(["train", *flags]) == 0

@@ -81,9 +81,8 @@ class Augment:
         pixels = resized[0].permute(1, 2, 0)
         view: ImageArray = (pixels.flip(1) if rng.random() < self.flip else pixels).numpy()
         if self.needs_own_process:
-            extras = _extras(
-                self.size, self.auto_augment, self.color_jitter, self.mean
-            )  # before the seeds: it may draw itself
+            # Before the seeds: it may draw itself.
+            extras = _extras(self.size, self.auto_augment, self.color_jitter, self.mean)
             draw = int(rng.integers(2**31))
             random.seed(draw)
             np.random.seed(draw)

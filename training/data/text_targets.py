@@ -112,9 +112,8 @@ def _group(caption: str | None, others: list[str] | None) -> int:
     if caption is None:
         return -1
     text = "\n".join([caption, *(others or [])])
-    return (
-        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-    )  # 63 bits: never negative
+    # 63 bits: never negative.
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def rows_of(column: Any) -> Array:

@@ -77,9 +77,8 @@ def _onnx(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) 
 
     plain = copy.deepcopy(model)
     for module in plain.modules():
-        if hasattr(
-            module, "fused_attn"
-        ):  # the exporter knows fused attention for 4 axes only, and Hiera's has 5
+        # The exporter knows fused attention for 4 axes only, and Hiera's has 5.
+        if hasattr(module, "fused_attn"):
             module.fused_attn = False
     path = os.path.join(folder, "model.onnx")
     size = config.model.image_size

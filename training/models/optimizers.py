@@ -23,12 +23,13 @@ def optimizer(config: TrainConfig, task: nn.Module) -> torch.optim.Optimizer:
         "weight_decay": config.optim.weight_decay,
         "momentum": config.optim.momentum,
     }
+    # Torch's own, which have one kernel for all parameters.
     if config.optim.optimizer in (
         "adam",
         "adamw",
         "momentum",
         "sgd",
-    ):  # torch's own, which have one kernel for all parameters
+    ):
         settings["fused"] = True
     backbone: Any = task.backbone
     kept = set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()

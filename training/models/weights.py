@@ -154,12 +154,13 @@ def describe_source(backbone: str, model: models.ModelRef) -> Source:
         raise SettingsError(message) from None
     config = arguments.pop("pretrained_cfg")
     name = arguments.pop("model_name")
+    # Settings of this run, not of that.
     for other in (
         "pretrained_model_args",
         "num_classes",
         "drop_rate",
         "drop_path_rate",
-    ):  # settings of this run, not of that
+    ):
         arguments.pop(other, None)
     kept = {key: config[key] for key in _KEPT if key in config}
     return Source(name=name, arguments=arguments, config=kept, revision=model.revision)
