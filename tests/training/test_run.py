@@ -119,7 +119,7 @@ def test_timms_augmentation_runs_in_actors_by_itself(trained: Path, tmp_path: Pa
         )
         == 0
     )
-    assert run_folder.read(str(tmp_path / "run")).loader == "actors"
+    assert run_folder.read(str(tmp_path / "run")).place.loader == "actors"
 
 
 def test_the_same_command_again_finds_the_run_complete(
