@@ -31,7 +31,7 @@ VERSION = 1
 _NO_SETTINGS = ("version", "store_contents")
 
 # What releases did that did not know a setting, where that is not the setting's default.
-_BEFORE: Recorded = {"ema_warmup": False}
+_BEFORE: Recorded = {"ema_warmup": False, "center_texts": False}
 
 
 def written(config: TrainConfig, store_contents: str) -> Recorded:
@@ -67,7 +67,8 @@ def settings(run: str, recorded: Recorded) -> TrainConfig:
     """
     version = recorded.get("version", 0)
     values = {name: recorded[name] for name in recorded if name not in _NO_SETTINGS}
-    unknown = sorted(values.keys() - TrainConfig.defaults(values.get("objective", "align")).keys())
+    known = TrainConfig.defaults(values.get("objective", "align"))
+    unknown = sorted(values.keys() - known.keys())
     if version > VERSION or unknown:
         message = (
             f"run={run}: was begun by another release: its config.json has version {version}, this one reads "
@@ -75,7 +76,8 @@ def settings(run: str, recorded: Recorded) -> TrainConfig:
             "began it, or pass another --run."
         )
         raise SettingsError(message)
-    config = TrainConfig.of(**{**_BEFORE, **values})
+    before = {name: value for name, value in _BEFORE.items() if name in known}
+    config = TrainConfig.of(**before | values)
     empty = () if config.method.is_baseline else config.method.left_open
     return config.but(**{name: _tracked(run, name) for name in empty if not getattr(config.method, name)})
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline.store import Store
+from training.config import TrainConfig
 from training.data import text_targets
 from training.data.augment import Augment, random_box
 from training.data.decoder import DecoderSpec
@@ -260,3 +261,89 @@ def test_decoders_compute_alone_and_the_step_with_all_threads(tmp_path: Path, ma
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def all_rows(store: Store, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """[n, D] embeddings and [n] classes of a split's described pictures."""
+    vectors, labels = [], []
+    for shard in store.split_shards(split):
+        vectors.append(text_targets.rows_of(store.read_shard("embeddings", "test", shard)["embedding"]))
+        labels.append(store.read_shard("images", "", shard)["label"].to_numpy())
+    rows, classes = np.concatenate(vectors).astype(np.float64), np.concatenate(labels)
+    present = np.abs(rows).sum(1) > 0
+    return rows[present], classes[present]
+
+
+def test_targets_are_centred_at_every_width_and_as_before_where_they_are_not(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
+    store = Store(str(make_store(tmp_path / "s", dim=8, train=40, missing_captions=3)))
+    rows, _ = all_rows(store, "train")
+    centred = rows - rows.mean(0)
+    for dim in (0, 8):
+        targets = text_targets.load(store, embeddings="", dim=dim, split="train")
+        wanted = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+        np.testing.assert_allclose(targets.project(rows), wanted, atol=1e-5)
+        plain = text_targets.load(store, embeddings="", dim=dim, split="train", center=False)
+        np.testing.assert_array_equal(plain.project(rows), rows.astype(np.float32))
+    below = [
+        text_targets.load(store, embeddings="", dim=3, split="train", center=center).project(rows)
+        for center in (True, False)
+    ]
+    np.testing.assert_array_equal(*below)
+
+
+def test_whitening_to_the_power_of_one_makes_all_directions_weigh_the_same(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
+    store = Store(str(make_store(tmp_path / "s", dim=4, train=60, classes=9)))
+    rows, _ = all_rows(store, "train")
+    spread = []
+    for power in (0.0, 0.5, 1.0):
+        targets = text_targets.load(store, embeddings="", dim=3, split="train", whitening=power)
+        assert targets.mean is not None and targets.basis is not None
+        scaled = (rows - targets.mean) @ targets.basis * (1 if targets.scale is None else targets.scale)
+        deviations = scaled.std(0)
+        spread.append(deviations.max() / deviations.min())
+        np.testing.assert_allclose(np.linalg.norm(targets.project(rows), axis=1), 1, atol=1e-5)
+    assert spread[2] == pytest.approx(1, abs=1e-3) and spread[1] == pytest.approx(spread[0] ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.4, 1.0])
+def test_targets_drawn_to_their_class_are_exact_and_those_of_other_splits_stay(
+    tmp_path: Path, make_store: MakeStore, shrinkage: float
+) -> None:
+    folder = make_store(tmp_path / "s", dim=8, train=40, val=20, missing_captions=3)
+    store = Store(str(folder))
+    config = TrainConfig.of(
+        store=store.uri, class_shrinkage=shrinkage, positives="class", projection_dim=0, batch_size=8
+    )
+    targets = text_targets.of_config(config, store)
+    rows, classes = all_rows(store, "train")
+    means = np.stack([rows[classes == c].mean(0) for c in range(len(store.dataset.classes))])
+    wanted = (1 - shrinkage) * rows + shrinkage * means[classes] - rows.mean(0)
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    for split, plain in (("train", False), ("val", True)):
+        found, groups = (
+            np.concatenate(column)
+            for column in zip(
+                *(text_targets.target_columns(targets, store, shard) for shard in store.split_shards(split)),
+                strict=True,
+            )
+        )
+        described = groups >= 0
+        rows, classes = all_rows(store, split)
+        if plain:
+            own = targets.without_classes()
+            np.testing.assert_array_equal(found[described], own.project(rows))
+            assert not np.array_equal(groups[described], classes)
+        else:
+            np.testing.assert_allclose(found[described], wanted, atol=1e-4)
+            np.testing.assert_array_equal(groups[described], classes)
+            assert not found[~described].any() and len(groups) - described.sum() == 3
+    kept = folder / "embeddings/test/class-means.safetensors"
+    assert kept.exists() == bool(shrinkage)
+    if shrinkage:
+        before = kept.stat().st_mtime_ns
+        text_targets.of_config(config, store)
+        assert kept.stat().st_mtime_ns == before, "fitted once"

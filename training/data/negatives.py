@@ -51,15 +51,6 @@ class Negatives:
     def _pool(self, period: int) -> tuple[Array, Array]:
         rng = np.random.default_rng([self._seed, 2, period])
         shards = rng.permutation(self._shards)[:POOL_SHARDS]
-        parts = [self._columns(int(shard)) for shard in np.sort(shards)]
+        parts = [target_columns(self._targets, self._store, int(shard)) for shard in np.sort(shards)]
         targets, groups = (np.concatenate(column) for column in zip(*parts, strict=True))
         return targets[groups >= 0], groups[groups >= 0]
-
-    def _columns(self, shard: int) -> tuple[Array, Array]:
-        captions = self._store.read_shard(
-            "captions", self._targets.captions, shard, ["id", "caption", "others"]
-        )
-        embeddings = self._store.read_shard(
-            "embeddings", self._targets.embeddings, shard, ["id", "embedding"]
-        )
-        return target_columns(self._targets, captions, embeddings)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,33 +27,94 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What training needs to know of its texts; `mean` and `basis` ([D], [D, dim]) are None where texts stay
-    as they are."""
+    """How text embeddings become text targets: drawn towards their class, centred, reduced, whitened, and of
+    unit length again. Where a field is None (or 0) its step is left out."""
 
     embeddings: str
     captions: str
     dim: int
     mean: Array | None = None
+    """[D] of the split that is trained on."""
     basis: Array | None = None
+    """[D, dim] PCA's directions."""
+    scale: Array | None = None
+    """[dim] factors of whitening."""
+    shrinkage: float = 0.0
+    """Share of the class's mean in a target."""
+    class_means: Array | None = None
+    """[C, D], zero for a class without a text."""
+    by_class: bool = False
+    """All pictures of a class are positives of each other, and not those of equal captions alone."""
+    trained: frozenset[int] = frozenset()
+    """Shards of the split that is trained on: of no others classes are looked at."""
 
-    def project(self, embeddings: Array) -> Array:
-        """[n, D] unit-length text embeddings to [n, dim] unit-length text targets in float32."""
+    @property
+    def needs_classes(self) -> bool:
+        """Whether targets or positives depend on the class."""
+        return self.by_class or self.class_means is not None
+
+    def without_classes(self) -> Targets:
+        """The same for judging: there a picture has its own caption."""
+        return replace(self, class_means=None, shrinkage=0.0, by_class=False)
+
+    def project(self, embeddings: Array, classes: Array | None = None) -> Array:
+        """[n, D] unit-length text embeddings to [n, dim] unit-length text targets in float32.
+
+        Args:
+            embeddings: of n texts.
+            classes: [n] of their pictures; None: targets are not drawn towards any.
+        """
         full = embeddings.astype(np.float32)
-        if self.mean is None or self.basis is None:
+        if classes is not None and self.class_means is not None:
+            full = (1 - self.shrinkage) * full + self.shrinkage * self.class_means[classes]
+        elif self.mean is None:
             return full
-        reduced = (full - self.mean) @ self.basis
-        unit: Array = reduced / np.maximum(np.linalg.norm(reduced, axis=1, keepdims=True), 1e-12)
+        if self.mean is not None:
+            full = full - self.mean
+        if self.basis is not None:
+            full = full @ self.basis
+        if self.scale is not None:
+            full = full * self.scale
+        unit: Array = full / np.maximum(np.linalg.norm(full, axis=1, keepdims=True), 1e-12)
         return unit
 
 
 def of_config(config: TrainConfig, store: Store) -> Targets:
     """The targets of a run; as wide as the embeddings where the run learns its own projection of them."""
-    dim = 0 if config.method.text_projection == "learned" else config.method.projection_dim
-    return load(store, embeddings=config.method.embeddings, dim=dim, split=config.data.train_split)
+    method, split = config.method, config.data.train_split
+    dim = 0 if method.text_projection == "learned" else method.projection_dim
+    targets = load(
+        store,
+        embeddings=method.embeddings,
+        dim=dim,
+        split=split,
+        center=method.center_texts,
+        whitening=method.whitening,
+    )
+    if method.class_shrinkage == 0 and method.positives == "caption":
+        return targets
+    means = _class_means(store, targets.embeddings, split) if method.class_shrinkage else None
+    return replace(
+        targets,
+        shrinkage=method.class_shrinkage,
+        class_means=means,
+        by_class=method.positives == "class",
+        trained=frozenset(store.split_shards(split)),
+    )
 
 
-def load(store: Store, *, embeddings: str, dim: int, split: str) -> Targets:
+def load(
+    store: Store, *, embeddings: str, dim: int, split: str, center: bool = True, whitening: float = 0.0
+) -> Targets:
     """The targets of an embedding variant at width `dim` (0: as wide as the embeddings).
+
+    Args:
+        store: that holds them.
+        embeddings: the variant; empty: the only one.
+        dim: below their width D, PCA reduces them.
+        split: that mean and PCA are of.
+        center: subtract the split's mean; below D it is subtracted in any case.
+        whitening: power p; components are divided by their standard deviation to the power of p.
 
     Raises:
         ValueError: no such variant, an unfinished one, or a `dim` above its width.
@@ -69,10 +131,19 @@ def load(store: Store, *, embeddings: str, dim: int, split: str) -> Targets:
             f"{width} or less."
         )
         raise SettingsError(message)
-    if dim in (0, width):
-        return Targets(embeddings=name, captions=captions, dim=width)
-    mean, basis = _pca(store, name, split, width)
-    return Targets(embeddings=name, captions=captions, dim=dim, mean=mean, basis=basis[:, :dim])
+    dim, plain = dim or width, Targets(embeddings=name, captions=captions, dim=dim or width)
+    if dim == width and not center and not whitening:
+        return plain
+    mean, basis, variance = _pca(store, name, split, width)
+    if dim == width and not whitening:  # turning changes no product of two targets
+        return replace(plain, mean=mean)
+    scale = None
+    if whitening:
+        # A direction in which texts hardly differ is noise: what is below a thousandth of the first counts as
+        # that.
+        deviation = np.sqrt(np.maximum(variance[:dim], 1e-3 * variance[0]))
+        scale = ((deviation[0] / deviation) ** whitening).astype(np.float32)
+    return replace(plain, mean=mean, basis=basis[:, :dim], scale=scale)
 
 
 @dataclass(frozen=True)
@@ -84,26 +155,38 @@ class TextColumns:
     def read(self, store: Store, shard: int, ids: pa.ChunkedArray) -> dict[str, Array]:
         """[n, d] float32 text targets of unit length, zero where there is no text, and [n] int64 groups, -1
         there."""
-        captions = store.read_shard("captions", self.targets.captions, shard, ["id", "caption", "others"])
-        embeddings = store.read_shard("embeddings", self.targets.embeddings, shard, ["id", "embedding"])
-        if not ids.equals(captions["id"]) or not ids.equals(embeddings["id"]):
-            message = (
-                f"shard {shard}: images, captions and embeddings hold different rows; was the store copied "
-                "in part?"
-            )
-            raise SettingsError(message)
-        targets, groups = target_columns(self.targets, captions, embeddings)
+        targets, groups = target_columns(self.targets, store, shard, ids)
         return {"targets": targets, "groups": groups}
 
 
-def target_columns(settings: Targets, captions: pa.Table, embeddings: pa.Table) -> tuple[Array, Array]:
-    """([n, d] float32 text targets, [n] int64 groups) of a shard's captions and text embeddings; zero and -1
-    where there is no text."""
+def target_columns(
+    settings: Targets, store: Store, shard: int, ids: pa.ChunkedArray | None = None
+) -> tuple[Array, Array]:
+    """([n, d] float32 text targets, [n] int64 groups) of a shard; zero and -1 where there is no text.
+
+    Raises:
+        SettingsError: its rows are not those of `ids`.
+    """
+    captions = store.read_shard("captions", settings.captions, shard, ["id", "caption", "others"])
+    embeddings = store.read_shard("embeddings", settings.embeddings, shard, ["id", "embedding"])
+    ids = captions["id"] if ids is None else ids
+    if not ids.equals(captions["id"]) or not ids.equals(embeddings["id"]):
+        message = (
+            f"shard {shard}: images, captions and embeddings hold different rows; was the store copied "
+            "in part?"
+        )
+        raise SettingsError(message)
+    classes = None
+    if settings.needs_classes and shard in settings.trained:
+        classes = store.read_shard("images", "", shard, ["label"])["label"].to_numpy()
     full = rows_of(embeddings["embedding"])
     present = np.abs(full).sum(1) > 0
-    targets = np.where(present[:, None], settings.project(full), 0).astype(np.float32)
-    texts = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
-    groups = np.array([_group(caption, others) for caption, others in texts], dtype=np.int64)
+    targets = np.where(present[:, None], settings.project(full, classes), 0).astype(np.float32)
+    if settings.by_class and classes is not None:
+        groups = classes.astype(np.int64)
+    else:
+        texts = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
+        groups = np.array([_group(caption, others) for caption, others in texts], dtype=np.int64)
     return targets, np.where(present, groups, -1)
 
 
@@ -123,21 +206,52 @@ def rows_of(column: Any) -> Array:
     return np.asarray(array.flatten()).reshape(-1, width)
 
 
-def _pca(store: Store, name: str, split: str, width: int) -> tuple[Array, Array]:
+def _pca(store: Store, name: str, split: str, width: int) -> tuple[Array, Array, Array]:
+    """(mean [D], basis [D, D], variance [D] along it, largest first) of a split's embeddings."""
+
+    def fit() -> dict[str, Array]:
+        mean, basis, variance = _fit(store, name, split, width)
+        return {"mean": mean, "basis": basis, "variance": variance}
+
+    parts = _kept(store, name, split, "pca", fit)
+    return parts["mean"], parts["basis"], parts["variance"]
+
+
+def _class_means(store: Store, name: str, split: str) -> Array:
+    """[C, D] mean embedding of the described pictures of each class."""
+
+    def fit() -> dict[str, Array]:
+        count = len(store.dataset.classes)
+        sums, pictures = np.zeros((count, 0)), np.zeros(count)
+        for shard in store.split_shards(split):
+            embeddings = rows_of(store.read_shard("embeddings", name, shard, ["embedding"])["embedding"])
+            labels = store.read_shard("images", "", shard, ["label"])["label"].to_numpy()
+            present = (np.abs(embeddings).sum(1) > 0) & (labels >= 0)
+            sums = sums if sums.shape[1] else np.zeros((count, embeddings.shape[1]))
+            np.add.at(sums, labels[present].astype(int), embeddings[present].astype(np.float64))
+            pictures += np.bincount(labels[present].astype(int), minlength=count)
+        return {"means": (sums / np.maximum(pictures, 1)[:, None]).astype(np.float32)}
+
+    return _kept(store, name, split, "class-means", fit)["means"]
+
+
+def _kept(
+    store: Store, name: str, split: str, what: str, fit: Callable[[], dict[str, Array]]
+) -> dict[str, Array]:
+    """What is made of a split's embeddings once and kept beside them."""
     from safetensors.numpy import load as from_bytes
     from safetensors.numpy import save as to_bytes
 
-    path = f"embeddings/{name}/pca{'' if split == 'train' else f'-{split}'}.safetensors"
+    path = f"embeddings/{name}/{what}{'' if split == 'train' else f'-{split}'}.safetensors"
     of = _vectors_of_split(store, name, split)
     data = store.read_file(path)
     # Vectors that were made anew have another basis; files of earlier releases do not say of which they are,
     # and are believed.
     if data is None or _made_of(data) not in ("", of):
-        mean, basis, variance = _fit(store, name, split, width)
-        data = to_bytes({"mean": mean, "basis": basis, "variance": variance}, metadata={"vectors": of})
+        data = to_bytes(fit(), metadata={"vectors": of})
         store.write_file(path, data)
-    parts = from_bytes(data)
-    return parts["mean"], parts["basis"]
+    arrays: dict[str, Array] = from_bytes(data)
+    return arrays
 
 
 def _vectors_of_split(store: Store, name: str, split: str) -> str:
@@ -167,7 +281,8 @@ def _fit(store: Store, name: str, split: str, width: int) -> tuple[Array, Array,
         second += vectors.T @ vectors
     if count < 2:
         message = (
-            f"embeddings={name}: {count} vectors in split {split}, too few for PCA; pass --projection-dim 0."
+            f"embeddings={name}: {count} vectors in split {split}, too few for PCA and for a mean; pass "
+            "--no-center-texts --projection-dim 0."
         )
         raise SettingsError(message)
     mean = total / count

@@ -368,7 +368,7 @@ class Align(Objective):
                 "--no-retrieval."
             )
             raise SettingsError(message)
-        return AlignSpace(task, text_targets.of_config(config, store))
+        return AlignSpace(task, text_targets.of_config(config, store).without_classes())
 
     def describe(self, config: TrainConfig, store: Store) -> Description:
         """See `protocol.Objective`."""

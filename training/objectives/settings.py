@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 from pipeline.errors import SettingsError
-from training.settings import Grid, MethodSettings, below, flaws
+from training.settings import Grid, MethodSettings, below, flaws, no_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,17 @@ class AlignSettings(MethodSettings):
     text_projection: Literal["pca", "learned"] = "pca"
     """How texts come to width d: by PCA, fitted once and kept in the store, or by a linear map learned with
     the model."""
+    center_texts: bool = True
+    """Subtract the train split's mean embedding, which all descriptions have in common; below the embedding's
+    D it is subtracted in any case."""
+    whitening: float = 0.0
+    """Power p of whitening: components of texts are divided by their deviation to the power of p; 0: none, 1:
+    all."""
+    class_shrinkage: float = 0.0
+    """Draw a picture's target towards the mean text of its class, 0 (its own caption alone) to 1 (the mean
+    alone): averages away what captions say of all but the class."""
+    positives: Literal["caption", "class"] = "caption"
+    """What an image is not told apart from: texts of equal captions, or all texts of its class."""
     head: Literal["mlp", "linear"] = "mlp"
     """Projection head on the pooled feature."""
     temperature: float = 0.2
@@ -114,6 +125,7 @@ class AlignSettings(MethodSettings):
         faults = below(0, self, "projection_dim", "store_negatives")
         if self.alignment_weight < 0:
             faults.append(f"alignment_weight={self.alignment_weight}: must be 0 (the baseline) or more.")
+        faults += no_share(self, "whitening", "class_shrinkage")
         if self.temperature <= 0:
             faults.append(f"temperature={self.temperature}: must be above 0, such as 0.2.")
         if self.alignment == "cosine" and (self.store_negatives or self.learn_temperature):
