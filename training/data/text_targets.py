@@ -64,7 +64,7 @@ class Targets:
             embeddings: of n texts.
             classes: [n] of their pictures; None: targets are not drawn towards any.
         """
-        full = embeddings.astype(np.float32)
+        full: Array = embeddings.astype(np.float32)
         if classes is not None and self.class_means is not None:
             full = (1 - self.shrinkage) * full + self.shrinkage * self.class_means[classes]
         elif self.mean is None:
