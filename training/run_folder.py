@@ -31,7 +31,7 @@ VERSION = 1
 _NO_SETTINGS = ("version", "store_contents")
 
 # What releases did that did not know a setting, where that is not the setting's default.
-_BEFORE: Recorded = {"ema_warmup": False, "center_texts": False}
+_BEFORE: Recorded = {"ema_warmup": False}
 
 
 def written(config: TrainConfig, store_contents: str) -> Recorded:

@@ -281,10 +281,10 @@ def test_targets_are_centred_at_every_width_and_as_before_where_they_are_not(
     rows, _ = all_rows(store, "train")
     centred = rows - rows.mean(0)
     for dim in (0, 8):
-        targets = text_targets.load(store, embeddings="", dim=dim, split="train")
+        targets = text_targets.load(store, embeddings="", dim=dim, split="train", center=True)
         wanted = centred / np.linalg.norm(centred, axis=1, keepdims=True)
         np.testing.assert_allclose(targets.project(rows), wanted, atol=1e-5)
-        plain = text_targets.load(store, embeddings="", dim=dim, split="train", center=False)
+        plain = text_targets.load(store, embeddings="", dim=dim, split="train")
         np.testing.assert_array_equal(plain.project(rows), rows.astype(np.float32))
     below = [
         text_targets.load(store, embeddings="", dim=3, split="train", center=center).project(rows)
@@ -316,7 +316,12 @@ def test_targets_drawn_to_their_class_are_exact_and_those_of_other_splits_stay(
     folder = make_store(tmp_path / "s", dim=8, train=40, val=20, missing_captions=3)
     store = Store(str(folder))
     config = TrainConfig.of(
-        store=store.uri, class_shrinkage=shrinkage, positives="class", projection_dim=0, batch_size=8
+        store=store.uri,
+        class_shrinkage=shrinkage,
+        positives="class",
+        projection_dim=0,
+        center_texts=True,
+        batch_size=8,
     )
     targets = text_targets.of_config(config, store)
     rows, classes = all_rows(store, "train")

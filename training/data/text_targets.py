@@ -104,7 +104,7 @@ def of_config(config: TrainConfig, store: Store) -> Targets:
 
 
 def load(
-    store: Store, *, embeddings: str, dim: int, split: str, center: bool = True, whitening: float = 0.0
+    store: Store, *, embeddings: str, dim: int, split: str, center: bool = False, whitening: float = 0.0
 ) -> Targets:
     """The targets of an embedding variant at width `dim` (0: as wide as the embeddings).
 
@@ -282,7 +282,7 @@ def _fit(store: Store, name: str, split: str, width: int) -> tuple[Array, Array,
     if count < 2:
         message = (
             f"embeddings={name}: {count} vectors in split {split}, too few for PCA and for a mean; pass "
-            "--no-center-texts --projection-dim 0."
+            "--projection-dim 0 without --center-texts and --whitening."
         )
         raise SettingsError(message)
     mean = total / count

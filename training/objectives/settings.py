@@ -80,7 +80,7 @@ class AlignSettings(MethodSettings):
     text_projection: Literal["pca", "learned"] = "pca"
     """How texts come to width d: by PCA, fitted once and kept in the store, or by a linear map learned with
     the model."""
-    center_texts: bool = True
+    center_texts: bool = False
     """Subtract the train split's mean embedding, which all descriptions have in common; below the embedding's
     D it is subtracted in any case."""
     whitening: float = 0.0
