@@ -184,7 +184,7 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("kind", ["plain", "everything"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("everything", marks=pytest.mark.slow)])
 def test_a_run_stopped_anywhere_ends_with_the_weights_of_an_uninterrupted_one(
     tmp_path: Path, make_store: Callable[..., Path], kind: str
 ) -> None:
