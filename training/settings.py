@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar, cast
@@ -60,7 +61,8 @@ class MethodSettings(Deciding):
 
     def title(self) -> str:
         """What tells the run apart from others of the method, for names of folders; empty: nothing does."""
-        return "-".join(f"{heading}{getattr(self, name)}" for name, heading in self.axes.items())
+        told = "-".join(f"{heading}{getattr(self, name)}" for name, heading in self.axes.items())
+        return re.sub("[^A-Za-z0-9._-]", "_", told)
 
 
 def flaws(kind: Any) -> list[str]:

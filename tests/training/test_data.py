@@ -352,3 +352,24 @@ def test_targets_drawn_to_their_class_are_exact_and_those_of_other_splits_stay(
         before = kept.stat().st_mtime_ns
         text_targets.of_config(config, store)
         assert kept.stat().st_mtime_ns == before, "fitted once"
+
+
+def test_a_row_without_a_label_takes_no_other_along_when_classes_are_asked(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
+    store = Store(str(make_store(tmp_path / "s", dim=8, train=20)))
+    config = TrainConfig.of(
+        store=store.uri, class_shrinkage=0.5, positives="class", projection_dim=0, batch_size=8
+    )
+    shard = store.split_shards("train")[0]
+    whole = text_targets.target_columns(text_targets.of_config(config, store), store, shard)
+    table = store.read_shard("images", "", shard)
+    rows = table.to_pylist()
+    rows[3] |= {"error": "no label", "label": -1}
+    store.write_shard("images", "", shard, type(table).from_pylist(rows, schema=table.schema), seconds=0)
+    found = text_targets.target_columns(text_targets.of_config(config, store), store, shard)
+    assert found[1][3] == -1
+    others = np.arange(len(rows)) != 3
+    np.testing.assert_array_equal(found[1][others], whole[1][others])
+    with pytest.raises(ValueError, match="class_shrinkage=1: all texts of a class are one"):
+        config.but(class_shrinkage=1.0, positives="caption")

@@ -234,6 +234,8 @@ def test_a_baseline_is_one_whatever_its_axes(method: Callable[..., str]) -> None
     assert compared.baseline == [10, 11, 12] and compared.mean == 10
     assert compared.cell.words == "alpha 1, beta -2"
     assert TrainConfig.of(store="s", objective=name, alpha=2.0).method.title() == "alpha2.0-beta0.0"
+    odd = method(settings_with({"word": "w"}, word="a"), "odd_method")
+    assert TrainConfig.of(store="s", objective=odd, word="../a b").method.title() == "w.._a_b"
     cells = [cell_of(trial(1, beta, 0, 0)["config"]) for beta in (10, -2, 2)]
     assert list(plots._ticks(cells, 1).values()) == ["-2", "2", "10"]
 

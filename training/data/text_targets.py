@@ -178,12 +178,12 @@ def target_columns(
         raise SettingsError(message)
     classes = None
     if settings.needs_classes and shard in settings.trained:
-        classes = store.read_shard("images", "", shard, ["label"])["label"].to_numpy()
+        classes = _classes(store, shard)
     full = rows_of(embeddings["embedding"])
     present = np.abs(full).sum(1) > 0
     targets = np.where(present[:, None], settings.project(full, classes), 0).astype(np.float32)
     if settings.by_class and classes is not None:
-        groups = classes.astype(np.int64)
+        groups = classes
     else:
         texts = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
         groups = np.array([_group(caption, others) for caption, others in texts], dtype=np.int64)
@@ -197,6 +197,13 @@ def _group(caption: str | None, others: list[str] | None) -> int:
     text = "\n".join([caption, *(others or [])])
     # 63 bits: never negative.
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _classes(store: Store, shard: int) -> Array:
+    """[n] int64 classes of a shard's pictures; -1 for one that has none, of which nothing is trained."""
+    labels = store.read_shard("images", "", shard, ["label"])["label"]
+    classes: Array = labels.to_numpy().astype(np.int64)
+    return classes
 
 
 def rows_of(column: Any) -> Array:
@@ -225,11 +232,11 @@ def _class_means(store: Store, name: str, split: str) -> Array:
         sums, pictures = np.zeros((count, 0)), np.zeros(count)
         for shard in store.split_shards(split):
             embeddings = rows_of(store.read_shard("embeddings", name, shard, ["embedding"])["embedding"])
-            labels = store.read_shard("images", "", shard, ["label"])["label"].to_numpy()
-            present = (np.abs(embeddings).sum(1) > 0) & (labels >= 0)
+            classes = _classes(store, shard)
+            present = (np.abs(embeddings).sum(1) > 0) & (classes >= 0)
             sums = sums if sums.shape[1] else np.zeros((count, embeddings.shape[1]))
-            np.add.at(sums, labels[present].astype(int), embeddings[present].astype(np.float64))
-            pictures += np.bincount(labels[present].astype(int), minlength=count)
+            np.add.at(sums, classes[present], embeddings[present].astype(np.float64))
+            pictures += np.bincount(classes[present], minlength=count)
         return {"means": (sums / np.maximum(pictures, 1)[:, None]).astype(np.float32)}
 
     return _kept(store, name, split, "class-means", fit)["means"]

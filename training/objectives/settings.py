@@ -132,6 +132,11 @@ class AlignSettings(MethodSettings):
             faults.append(
                 "alignment=cosine: has neither negatives nor a temperature; leave the flags for them out."
             )
+        if self.class_shrinkage == 1 and self.positives == "caption" and self.alignment != "cosine":
+            faults.append(
+                "class_shrinkage=1: all texts of a class are one then, and an image would be told apart from "
+                "its own; add --positives class."
+            )
         if self.text_projection == "learned" and self.alignment == "cosine":
             faults.append(
                 "text_projection=learned: without negatives all texts would be mapped to one point; use pca."
