@@ -38,25 +38,17 @@ def curves_plot(trials: list[dict[str, Any]]) -> str:
         labels = set()
         for trial in (trial for trial in trials if trial["config"]["backbone"] == backbone):
             cell = cell_of(trial["config"])
-            label = (
-                "baseline"
-                if cell.is_baseline
-                else f"{cell.headings[0]} {cell.shown[0]}"
-                if cell.shown
-                else ""
-            )
-            colour = (
-                BASELINE
-                if cell.is_baseline
-                else colours.setdefault(label, SHADES[len(colours) % len(SHADES)])
-            )
+            label, colour, line = "baseline", BASELINE, "--"
+            if not cell.is_baseline:
+                label = f"{cell.headings[0]} {cell.shown[0]}" if cell.shown else ""
+                colour, line = colours.setdefault(label, SHADES[len(colours) % len(SHADES)]), "-"
             history, metric = trial["result"]["history"], judged_by(trial["config"])
             panel.plot(
                 [m["epoch"] for m in history],
                 [headline(m, metric.name) for m in history],
                 color=colour,
                 linewidth=1.4,
-                linestyle="--" if cell.is_baseline else "-",
+                linestyle=line,
                 label=None if label in labels else label,
             )
             labels.add(label)

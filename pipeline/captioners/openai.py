@@ -76,13 +76,11 @@ class OpenAICaptioner:
     all requests.
     """
 
-    BACKOFF_BASE_S = (
-        1.0  # pauses grow from below 1 s to below 32 s at the sixth try: half a minute in all, on average
-    )
+    # Pauses grow from below 1 s to below 32 s at the sixth try: half a minute in all, on average.
+    BACKOFF_BASE_S = 1.0
     BACKOFF_MAX_S = 60.0
-    RETRY_AFTER_MAX_S = (
-        300.0  # a server that asks for hours (a daily limit) is better stopped for than waited for
-    )
+    # A server that asks for hours (a daily limit) is better stopped for than waited for.
+    RETRY_AFTER_MAX_S = 300.0
 
     def __init__(self, config: CaptionConfig, model_name: str) -> None:
         """`model_name` is the name that the server knows the model by. Connects to nothing.

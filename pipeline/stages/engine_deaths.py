@@ -21,9 +21,8 @@ from pipeline.store import Store
 
 WHOLE_TRIES = 3  # deaths of the engine on a shard, within one run, before it is done in halves
 WHOLE_RUNS = 5  # runs that ended on a shard before it is (where the engine takes the whole machine along)
-CULPRITS = (
-    20  # pictures of one shard that killed the engine before the engine itself is to blame, and the run stops
-)
+# Pictures of one shard that killed the engine before the engine itself is to blame, and the run stops.
+CULPRITS = 20
 LOADING_TRIES = 5  # deaths of an actor's engine while it loads before the run stops
 
 

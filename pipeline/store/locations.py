@@ -25,9 +25,8 @@ from pipeline.errors import SettingsError
 RANGE = re.compile(r"(.*)#(\d+)-(\d+)", re.DOTALL)
 _NOT_UTF8 = re.compile(r"[\ud800-\udfff]|<(?=(?:[0-9a-f]{2}|d[89a-f][0-9a-f]{2})>)")
 _ESCAPE = re.compile(r"<([0-9a-f]{2}|d[89a-f][0-9a-f]{2})>")
-TRIES = (
-    3  # times that one file is read before it is unreadable; pyarrow's client for S3 asks three times itself
-)
+# Times that one file is read before it is unreadable; pyarrow's client for S3 asks three times itself.
+TRIES = 3
 # What may stand behind an address: pyarrow's settings of S3 and of Google's storage.
 OPTIONS = frozenset(
     (

@@ -3,10 +3,14 @@ chance change nothing."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -61,6 +65,31 @@ def drive(
             continue
         return captions, note, calls
     pytest.fail("never done")
+
+
+def test_what_a_note_holds_is_written_as_releases_before_wrote_it_and_read_again(store: Store) -> None:
+    """There what a captioner wrote is called `text`."""
+    folder = Path(store.uri) / "captions" / "v" / "underway"
+
+    def notes() -> list[dict[str, Any]]:
+        return [json.loads(path.read_text()) for path in folder.glob("part-*.json")]
+
+    def captioner(share: list[int]) -> list[Caption]:
+        if 15 in share:
+            raise Died
+        return [Caption(caption=f"row {row}", output_tokens=row) for row in share]
+
+    for _ in range(200):
+        with contextlib.suppress(Died):
+            Underway(store, "v", "r").caption(0, list(range(16)), captioner)
+        if any(note["done"] for note in notes()):
+            break
+    (note,) = notes()
+    others = {name: value for name, value in asdict(Caption(output_tokens=0)).items() if name != "caption"}
+    assert note["done"]["0"] == {"text": "row 0", **others}
+    captions, _, calls = drive(store, list(range(16)), {15})
+    assert captions[0] == Caption(caption="row 0", output_tokens=0), "of the note, not made again"
+    assert not any(0 in share for share in calls)
 
 
 @pytest.mark.parametrize("deadly", [{0}, {15}, {7}, {2, 11}, {4, 5}, set(range(16)) - {3}])

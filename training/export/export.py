@@ -38,9 +38,8 @@ FILES = (
     "README.md",
     "config.json",
 )
-LARGEST = (
-    1e-5  # accepted difference, relative to the largest logit (10 at least): ten times float32's rounding
-)
+# Accepted difference, relative to the largest logit (10 at least): ten times float32's rounding.
+LARGEST = 1e-5
 REAL = 64  # pictures of the eval split that are compared
 
 
