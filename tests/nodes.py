@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,27 @@ NODE = {"num_cpus": 6, "object_store_memory": 300 * 2**20, "include_dashboard": 
 # A dead node is known to be dead after 3 seconds, and not after 15 as by Ray's own settings; a slow one still
 # has Ray's ten seconds for an answer.
 HEALTH = {"health_check_period_ms": 600, "health_check_failure_threshold": 5}
+
+
+class Driver(subprocess.Popen[bytes]):
+    """`python ARGUMENTS` in a process group of its own; what it prints goes to a file."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        self._printed = tempfile.TemporaryFile()  # noqa: SIM115
+        super().__init__(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+            stderr=self._printed,
+            stdout=self._printed,
+        )
+
+    def told(self, last: int = 6000) -> str:
+        """Its state and the end of what it printed, for the message of a test that fails."""
+        size = os.fstat(self._printed.fileno()).st_size
+        end = os.pread(self._printed.fileno(), last, max(0, size - last))
+        return f"the driver's state is {self.poll()}; it printed\n{end.decode(errors='replace')}"
 
 
 class TwoNodes:
@@ -37,24 +59,16 @@ class TwoNodes:
             head_node_args=NODE | {"_system_config": HEALTH} | (head or {}),
         )
         self._worker = self._cluster.add_node(**self._worker_settings)
-        self._drivers: list[subprocess.Popen[bytes]] = []
+        self._drivers: list[Driver] = []
 
     @property
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def run(self, arguments: list[str], **settings: str) -> subprocess.Popen[bytes]:
-        """`python ARGUMENTS` as a driver in a process group of its own; its output goes to the file NODES_LOG
-        names, if any."""
-        environment = {**os.environ, "RAY_ADDRESS": self.address, "HF_HUB_OFFLINE": "1", **settings}
-        log = open(os.environ.get("NODES_LOG", os.devnull), "ab")  # noqa: SIM115
-        driver = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=environment,
-            start_new_session=True,
-            stderr=log,
-            stdout=log,
+    def run(self, arguments: list[str], **settings: str) -> Driver:
+        """`python ARGUMENTS` as a driver of this cluster."""
+        driver = Driver(
+            arguments, {**os.environ, "RAY_ADDRESS": self.address, "HF_HUB_OFFLINE": "1", **settings}
         )
         self._drivers.append(driver)
         return driver

@@ -123,7 +123,7 @@ def test_submit_without_a_job_server_says_how_to_start_one(capsys: pytest.Captur
 
 @pytest.mark.slow
 def test_the_doctor_finds_this_environment_well_and_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cluster_main(["doctor", "--json"]) == 0
+    assert cluster_main(["doctor", "--deep", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     states = {finding["name"]: finding["state"] for finding in told["findings"]}
     assert told["healthy"]
@@ -136,7 +136,10 @@ def test_the_doctor_finds_this_environment_well_and_speaks_json(capsys: pytest.C
         "cuda",
         "text encoder",
     } <= states.keys()
-    assert states["vllm engine"] == states["torch and torchvision"] == "ok"
+    needed = ["vllm engine", "torch and torchvision", *(check.name for check in doctor.DEEP)]
+    assert {states[name] for name in needed} == {"ok"}
+    details = {finding["name"]: finding["detail"] for finding in told["findings"]}
+    assert "red" in details["vllm captions"] and details["encoder encodes"] == "(1, 384)"
 
 
 def test_a_missing_part_comes_with_its_mend() -> None:

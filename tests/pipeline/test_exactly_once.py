@@ -71,7 +71,7 @@ def described(fresh: Path, nodes: TwoNodes, name: str) -> Path:
     return store
 
 
-def run(nodes: TwoNodes, arguments: list[str], **settings: str) -> subprocess.Popen[bytes]:
+def run(nodes: TwoNodes, arguments: list[str], **settings: str) -> Driver:
     """A driver in a process group of its own."""
     return nodes.run(["-m", "pipeline", *arguments], **settings)
 
@@ -110,7 +110,7 @@ def check_rows(store: Path) -> None:
         assert set(ids.values()) == {1} and len(ids) == opened.dataset.rows
 
 
-def strike(victim: str, nodes: TwoNodes, driver: subprocess.Popen[bytes]) -> bool:
+def strike(victim: str, nodes: TwoNodes, driver: Driver) -> bool:
     """Kills one thing; False when there is none of it at the moment."""
     if victim == "raylet":
         nodes.kill_raylet()
@@ -260,7 +260,7 @@ def test_of_two_runs_at_the_same_time_one_is_refused_and_the_other_ends_as_ever(
     store = fresh.parent / "two-at-once"
     shutil.copytree(fresh, store)
     drivers = [run(nodes, [*DESCRIBE, str(store), *ONE_ENGINE]) for _ in range(2)]
-    assert sorted(driver.wait(400) for driver in drivers) == [0, 2]
+    assert sorted(driver.wait(400) for driver in drivers) == [0, 2], [driver.told() for driver in drivers]
     assert files_of(store) == uninterrupted
     check_rows(store)
 
@@ -291,7 +291,7 @@ def test_a_killed_engine_process_is_started_again(scenes: Path, tmp_path: Path, 
                     process.kill()
                     killed.add(process.pid)
         time.sleep(0.2)
-    assert driver.wait(300) == 0
+    assert driver.wait(300) == 0, driver.told()
     assert len(killed) == 3
     assert files_of(stores[1]) == files_of(stores[0])
 

@@ -12,13 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.nodes import TwoNodes
+from tests.nodes import Driver, TwoNodes
 from training.engine import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -64,7 +63,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Pa
     return make_store(tmp_path_factory.mktemp("faults") / "store", train=57, val=12)
 
 
-def start(nodes: TwoNodes, store: Path, run: Path, *flags: str) -> Any:
+def start(nodes: TwoNodes, store: Path, run: Path, *flags: str) -> Driver:
     return nodes.run(
         ["-m", "training", "train", "--store", str(store), "--run", str(run), *RECIPE, *flags],
         RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
@@ -74,7 +73,7 @@ def start(nodes: TwoNodes, store: Path, run: Path, *flags: str) -> Any:
 @pytest.fixture(scope="module")
 def uninterrupted(nodes: TwoNodes, store: Path) -> Path:
     run = store.parent / "uninterrupted"
-    assert start(nodes, store, run).wait(500) == 0
+    check_ended_well(start(nodes, store, run))
     return run
 
 
@@ -83,15 +82,19 @@ def epochs_done(run: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def wait_for(arrived: Callable[[], bool], driver: Any) -> None:
+def wait_for(arrived: Callable[[], bool], driver: Driver) -> None:
     deadline = time.monotonic() + 400
     while not arrived():
-        assert driver.poll() is None and time.monotonic() < deadline, f"the driver's state is {driver.poll()}"
+        assert driver.poll() is None and time.monotonic() < deadline, driver.told()
         time.sleep(0.01)
 
 
-def wait_for_epoch(run: Path, epoch: int, driver: Any) -> None:
+def wait_for_epoch(run: Path, epoch: int, driver: Driver) -> None:
     wait_for(lambda: epochs_done(run) >= epoch, driver)
+
+
+def check_ended_well(driver: Driver) -> None:
+    assert driver.wait(500) == 0, driver.told()
 
 
 def check_samples(run: Path, epochs: int = 12) -> None:
@@ -132,7 +135,7 @@ def test_an_elastic_run_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
     nodes.add_worker_node()
     wait_for(lambda: len(nodes.actors("RayTrainWorker", worker_node=True)) == 1, driver)
     grown = epochs_done(run)
-    assert driver.wait(500) == 0
+    check_ended_well(driver)
     assert grown < epochs
     check_samples(run, epochs)
     history = json.loads((run / "result.json").read_text())["history"]
@@ -150,7 +153,7 @@ def test_pictures_are_decoded_on_a_node_that_does_not_train(nodes: TwoNodes, sto
     ]
     assert [len(nodes.actors(name)) for name in ("RayTrainWorker", "_DecodingActor")] == [1, 1]
     assert sorted(on_worker_node) == [0, 1]
-    assert driver.wait(500) == 0
+    check_ended_well(driver)
     check_samples(run, 4)
 
 
@@ -176,7 +179,7 @@ def test_a_run_killed_several_times_ends_with_the_very_same_weights(
         assert len(workers) == 2
         stopped_at.append(checkpoint.read_state(checkpoint.find(str(run)))["step"])
         wait_until_gone(nodes)
-    assert start(nodes, store, run).wait(500) == 0
+    check_ended_well(start(nodes, store, run))
     assert stopped_at == sorted(stopped_at) and stopped_at[-1] < STEPS
     assert any(step not in ENDS for step in stopped_at), f"{stopped_at}: none inside an epoch"
     check_samples(run)
@@ -206,7 +209,7 @@ def test_a_worker_killed_inside_an_epoch_costs_some_steps_and_no_sample(
             and time.monotonic() < deadline
         ):
             time.sleep(0.2)
-    assert driver.wait(500) == 0
+    check_ended_well(driver)
     check_samples(run)
     check_same_weights(run, uninterrupted)
 
