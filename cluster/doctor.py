@@ -81,7 +81,8 @@ QUICK = (
     ),
     Check(
         name="text encoder",
-        code=f"from pipeline.encoders.models import resolve; m = {TEXT_ENCODER!r}; print(m, resolve(m).revision)",
+        code=f"from pipeline.encoders.models import resolve; m = {TEXT_ENCODER!r}; "
+        "print(m, resolve(m).revision)",
         mend="part of the CPU environment; elsewhere the same model comes from the hub (network), which "
         "makes another variant",
         needed=False,
@@ -89,6 +90,7 @@ QUICK = (
     Check(name="timm", code="import timm; print(timm.__version__)", mend=MEND_SETUP),
     Check(name="mlflow", code="from mlflow.version import VERSION; print(VERSION)", mend=MEND_SETUP),
 )
+
 
 def ray_starts() -> str:
     """The resources of a Ray that was started for this."""

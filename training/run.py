@@ -14,12 +14,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pyarrow import fs
+
 from pipeline import session
-from pipeline.errors import NotFiniteError, RunStoppedError, SettingsError
+from pipeline.errors import MissingError, NotFiniteError, RunStoppedError, SettingsError
 from pipeline.store import Store, locations, lock
 from training import preparation, run_folder, tracking
 from training.config import TrainConfig
@@ -81,6 +84,7 @@ def _trained(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    _drop_cut_record(filesystem, path)
     metric = metric_named(config.objective)
     # The best of what is exported, and the latest: Ray keeps both.
     kept = CheckpointConfig(
@@ -153,14 +157,11 @@ def train_worker(arguments: dict[str, Any]) -> None:
     assert isinstance(device, torch.device)
     reporter = _Reporter(config, arguments["run_id"], rank)
     decode = actor_decoding if config.place.loader == "actors" else None
-    latest = ray.train.get_checkpoint()
     try:
-        if latest is None:
-            loop.fit(config, device, rank, None, reporter, decode=decode, progress=reporter.progress)
-        else:
-            with latest.as_directory() as folder:
+        with _latest(config.run) as folder:
+            if folder is not None:
                 reporter.resume(folder)
-                loop.fit(config, device, rank, folder, reporter, decode=decode, progress=reporter.progress)
+            loop.fit(config, device, rank, folder, reporter, decode=decode, progress=reporter.progress)
     except NotFiniteError as error:
         # Every worker is here, and a restart would meet the same batch again: end without Ray's retries.
         if rank == 0:
@@ -174,6 +175,40 @@ def train_worker(arguments: dict[str, Any]) -> None:
         raise
     else:
         reporter.finish("FINISHED")
+
+
+@contextmanager
+def _latest(run: str) -> Iterator[str | None]:
+    """A folder on this machine with the checkpoint to go on from, None at the beginning."""
+    import ray.train
+
+    from training.engine import checkpoint
+
+    if (recorded := ray.train.get_checkpoint()) is not None:
+        with recorded.as_directory() as folder:
+            yield folder
+        return
+    try:
+        checkpoint.find(run)  # of a run whose record was cut, see below
+    except MissingError:
+        yield None
+        return
+    with checkpoint.opened(run) as folder:
+        yield folder
+
+
+def _drop_cut_record(filesystem: fs.FileSystem, path: str) -> None:
+    """Ray writes its record of a run's checkpoints in place. One that a kill or a full disk cut short would
+    end every later start; the checkpoints themselves say as much."""
+    record = f"{path}/checkpoint_manager_snapshot.json"
+    if filesystem.get_file_info(record).type != fs.FileType.File:
+        return
+    with filesystem.open_input_stream(record, compression=None) as stream:
+        text = bytes(stream.read())
+    try:
+        json.loads(text)
+    except ValueError:
+        filesystem.delete_file(record)
 
 
 class _Reporter:

@@ -38,6 +38,7 @@ def write(path: str, sweeps: list[dict[str, Any]], *, pictures: int) -> None:
         lengths=_safe(lengths_plot(store, captions)) if captions else "",
         stages=_stages(store),
         sweeps=[_sweep(content) for content in sweeps],
+        metrics=list(dict.fromkeys(report.metric_of(content) for content in sweeps)),
         comparisons=[_comparison(result) for result in results if len(result.seeds) > 1],
     )
     locations.check_writable("html", os.path.dirname(os.path.abspath(path)))
@@ -63,9 +64,14 @@ def _sweep(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparison(result: Paired) -> dict[str, Any]:
-    pairs = list(zip(result.seeds, result.baseline, result.method, strict=True))
+    shown, digits = result.metric.shown, result.metric.digits
+    pairs = [
+        (seed, shown(baseline), shown(method), f"{method - baseline:+.{digits}f}")
+        for seed, baseline, method in zip(result.seeds, result.baseline, result.method, strict=True)
+    ]
     return {
         "sentence": report.sentence(result),
+        "setting": result.cell.words,
         "pairs": pairs,
         "verdict": result.verdict,
         "plot": _safe(paired_plot(result)),

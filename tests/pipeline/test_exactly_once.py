@@ -29,7 +29,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.config import SourceConfig
 from pipeline.store import Store, lock
-from tests.nodes import ROOT, TwoNodes
+from tests.nodes import ROOT, Driver, TwoNodes
 from tests.stores import ingest
 
 pytestmark = pytest.mark.slow

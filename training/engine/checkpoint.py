@@ -9,6 +9,7 @@ folder without it is no checkpoint. There is no state of random generators, sinc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import MissingError
-from pipeline.store import locations
+from pipeline.store import files, locations
 from training import run_folder
 
 STATE = "state.json"
@@ -70,7 +71,7 @@ class Snapshot:
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
             self.write(folder)
             filesystem.create_dir(path, recursive=True)
-            for name in [*self.files, STATE]:
+            for name in self.files:
                 local = os.path.join(folder, name)
                 fs.copy_files(
                     local,
@@ -78,6 +79,7 @@ class Snapshot:
                     source_filesystem=fs.LocalFileSystem(),
                     destination_filesystem=filesystem,
                 )
+            files.write_whole(filesystem, f"{path}/{STATE}", json.dumps(self.content).encode())
 
 
 def load(
@@ -119,8 +121,8 @@ def find(run: str, which: str = "last") -> str:
     paths = [path for path, infos in both.items() if all(info.type == fs.FileType.File for info in infos)]
     states: dict[str, dict[str, Any]] = {}
     for path in paths:
-        with filesystem.open_input_stream(f"{path}/{STATE}", compression=None) as stream:
-            states[path] = json.loads(bytes(stream.read()))
+        with contextlib.suppress(ValueError):  # a kill cut it, in a release that wrote in place
+            states[path] = json.loads(_read(filesystem, f"{path}/{STATE}"))
     if which == "best":  # among the ends of epochs: between them nothing is evaluated
         states = {path: state for path, state in states.items() if state["history"] and not state["sums"]}
     if not states:
@@ -148,6 +150,11 @@ def opened(run: str, which: str = "last") -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         fs.copy_files(path, folder, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
         yield folder
+
+
+def _read(filesystem: fs.FileSystem, path: str) -> bytes:
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        return bytes(stream.read())
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
