@@ -20,14 +20,19 @@ check: setup  ## format, lint and types
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 
+# What starts clusters and engines has the machine to itself: beside each other two such tests starve.
+PYTEST := $(BIN)/python -m pytest -q --durations=10
+QUICK := $(PYTEST) -n 2 --no-loadscope-reorder -m 'not slow and not gpu'
+
 test: check  ## everything but what needs a GPU
-	@$(BIN)/python -m pytest -q --durations=10 -m 'not gpu'
+	@$(QUICK)
+	@$(PYTEST) -m 'slow and not gpu'
 
 gpu: setup  ## what needs a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu
 
 quick: check  ## without what starts Ray clusters, engines or trainings
-	@$(BIN)/python -m pytest -q -m 'not slow and not gpu'
+	@$(QUICK)
 
 format: setup  ## rewrite the code in the house format
 	@$(BIN)/ruff format .

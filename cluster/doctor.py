@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -92,58 +91,30 @@ QUICK = (
 )
 
 
-def ray_starts() -> str:
-    """The resources of a Ray that was started for this."""
-    import ray
-
-    from pipeline.session import start_ray
-
-    start_ray()
-    return str(ray.cluster_resources())
-
-
-def vllm_captions() -> str:
-    """What the shipped captioner says of a red square, in the real engine."""
-    from PIL import Image
-
-    from pipeline.captioners.vllm import VLLMCaptioner
-    from pipeline.config import CaptionConfig
-    from pipeline.encoders.models import resolve
-
-    config = CaptionConfig(store="-", caption_preset="scenes")
-    captioner = VLLMCaptioner(config, resolve(config.model))
-    caption = captioner([Image.new("RGB", (64, 64), "red")], [config.prompt], ["square"])[0]
-    if caption.caption is None:
-        raise RuntimeError(caption.error)
-    return caption.caption
-
-
-def encoder_encodes() -> str:
-    """The shape of a sentence's embedding by the encoder that presets take."""
-    from pipeline.encoders.models import is_installed, resolve
-    from pipeline.encoders.text import TextEncoder
-
-    if not is_installed(TEXT_ENCODER):
-        return "not tried: the encoder is not installed"
-    return str(tuple(TextEncoder(resolve(TEXT_ENCODER), "mean")(["a red circle"]).embeddings.shape))
-
-
-def _in_this_file(function: Callable[[], str]) -> str:
-    return f"from cluster import doctor; print(doctor.{function.__name__}())"
-
-
 DEEP = (
     Check(
         name="ray starts",
-        code=_in_this_file(ray_starts),
+        code="from pipeline.session import start_ray; start_ray(); import ray; "
+        "print(ray.cluster_resources())",
         mend="see /tmp/ray/session_latest/logs; is /tmp writable and /dev/shm at least 2 GiB?",
     ),
     Check(
         name="vllm captions",
-        code=_in_this_file(vllm_captions),
+        code="from PIL import Image; from pipeline.captioners.vllm import VLLMCaptioner; "
+        "from pipeline.config import CaptionConfig; from pipeline.encoders.models import resolve; "
+        "c = CaptionConfig(store='-', caption_preset='scenes'); engine = VLLMCaptioner(c, resolve(c.model)); "
+        "made = engine([Image.new('RGB', (64, 64), 'red')], [c.prompt], ['a'])[0]; "
+        "print(made.caption or made.error); raise SystemExit(made.caption is None)",
         mend="use --captioner transformers, and see the engine's own message above",
     ),
-    Check(name="encoder encodes", code=_in_this_file(encoder_encodes), mend=MEND_SETUP),
+    Check(
+        name="encoder encodes",
+        code="from pipeline.encoders.models import is_installed, resolve; "
+        f"from pipeline.encoders.text import TextEncoder; m = {TEXT_ENCODER!r}; "
+        "print(tuple(TextEncoder(resolve(m), 'mean')(['a red circle']).embeddings.shape) "
+        "if is_installed(m) else 'not tried: it is not installed')",
+        mend=MEND_SETUP,
+    ),
 )
 
 

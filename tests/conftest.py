@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,28 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 # Nothing is fetched: a test that needs the hub is a test that is wrong.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+RAY = "the session's Ray"
+
+
+@cache
+def group_of(file: str) -> str:
+    """Of test processes side by side one runs all files that need the session's Ray; any other file stays in
+    one, too."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return RAY if "ray_session" in text or "described:" in text else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.partition("::")[0])
+
+    return Groups(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 import time
@@ -9,6 +11,7 @@ from concurrent.futures import wait
 from dataclasses import asdict
 from typing import Any, NoReturn
 
+import psutil
 import pyarrow as pa
 
 from pipeline.captioners import prompts
@@ -38,6 +41,7 @@ from pipeline.stages.shard import (
 from pipeline.store import CAPTIONS, Store, locations
 
 WATCH_S = 2.0  # between two looks at an engine that works in a process of its own
+_PR_SET_CHILD_SUBREAPER = 36  # of prctl(2)
 SMALLEST = 4  # times that an engine's settings are halved before want of memory stops the run
 
 _PICTURES = pa.large_list(
@@ -122,6 +126,7 @@ class CaptionPictures:
         self._loading.begin()
         self._config = smaller(config, self._loading.smaller)
         self._thread = one_thread()
+        _adopt_orphans()
         try:
             self._captioner = self._thread.submit(build_captioner, self._config, model).result()
         except Exception as error:
@@ -184,9 +189,19 @@ class CaptionPictures:
 
 
 def _leave(error: BaseException) -> NoReturn:
-    """Ends this process, which alone gives back what a broken engine holds (memory of a GPU above all)."""
+    """Ends this process, which alone gives back what a broken engine holds (memory of a GPU above all), and
+    what the engine started: a worker whose engine died while it loaded does not end by itself (vLLM 0.29)."""
     print(f"the engine is started again after: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     os._exit(70)
+
+
+def _adopt_orphans() -> None:
+    """Makes processes whose parents die children of this one, where the system can (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def build_captioner(config: CaptionConfig, model: ModelRef) -> Captioner:

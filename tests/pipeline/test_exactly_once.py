@@ -270,9 +270,9 @@ def test_a_killed_engine_process_is_started_again(scenes: Path, tmp_path: Path, 
     while it loads and once at work, costs a shard, and no row."""
     # One picture at a time: between processes, what is batched together depends on their speed, and words on
     # what is batched.
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "RAY_ADDRESS": ""}
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "RAY_ADDRESS": "", "THIS_TEST": str(tmp_path)}
     common = ["caption", "--caption-preset", "scenes", "--engine-batch", "1", "--store"]
-    stores = [ingested(scenes, tmp_path / name, limit=192) for name in ("whole", "killed")]
+    stores = [ingested(scenes, tmp_path / name, limit=96) for name in ("whole", "killed")]
     assert run(nodes, [*common, str(stores[0])], **settings).wait(300) == 0
     driver = run(nodes, [*common, str(stores[1])], **settings)
     killed: set[int] = set()
@@ -294,6 +294,21 @@ def test_a_killed_engine_process_is_started_again(scenes: Path, tmp_path: Path, 
     assert driver.wait(300) == 0, driver.told()
     assert len(killed) == 3
     assert files_of(stores[1]) == files_of(stores[0])
+    assert not left_of(str(tmp_path)), "a worker of an engine that died while it loaded"
+
+
+def left_of(test: str) -> list[str]:
+    """Processes whose environment says that this test started them, once they have had time to end."""
+    deadline = time.monotonic() + 30
+    while True:
+        left = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("THIS_TEST") == test and process.status() != psutil.STATUS_ZOMBIE:
+                    left.append(process.name())
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.5)
 
 
 def test_a_full_disk_stops_with_a_clear_error_and_the_run_goes_on_when_there_is_room(
