@@ -170,7 +170,14 @@ def _ingested(folder: Path, options: argparse.Namespace) -> str:
 
     from cluster import cli
 
-    counts = ["--train-per-class", str(-(-options.rows // CLASSES)), "--val-per-class", "0"]
+    counts = [
+        "--task",
+        "relations",
+        "--train-per-class",
+        str(-(-options.rows // CLASSES)),
+        "--val-per-class",
+        "0",
+    ]
     script = str(ROOT / "examples" / "scenes" / "render.py")
     subprocess.run(
         [sys.executable, script, "--to", str(folder / "scenes"), *counts], check=True, stdout=sys.stderr

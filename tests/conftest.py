@@ -129,7 +129,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rendered image folder: 12 classes, 16 training and 8 validation pictures of each."""
     folder = tmp_path_factory.mktemp("scenes")
     script = ROOT / "examples" / "scenes" / "render.py"
-    counts = ["--train-per-class", "16", "--val-per-class", "8", "--workers", "1"]
+    counts = ["--task", "relations", "--train-per-class", "16", "--val-per-class", "8", "--workers", "1"]
     subprocess.run(
         [sys.executable, str(script), "--to", str(folder), *counts], check=True, capture_output=True
     )

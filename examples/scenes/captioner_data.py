@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from scene import (
     BACKGROUND_COLOURS,
     BACKGROUND_KINDS,
-    CLASSES,
     COLOURS,
+    RELATION_CLASSES,
     SHAPES,
     SIZES,
     TEXTURES,
@@ -86,7 +86,7 @@ def draw_lessons(start: int, count: int, seed: int, split: str) -> Lessons:
     patches = np.empty((count, GRID * GRID, len(PATCH_FIELDS)), np.int8)
     captions, labels = [], []
     for row, number in enumerate(range(start, start + count)):
-        label, index = CLASSES[number % len(CLASSES)], number // len(CLASSES)
+        label, index = RELATION_CLASSES[number % len(RELATION_CLASSES)], number // len(RELATION_CLASSES)
         raw, scene = thumbnail_of((seed, split, label, index, SIDE))
         images[row] = np.frombuffer(raw, np.uint8).reshape(SIDE, SIDE, 3)
         patches[row] = patch_answers(scene)
@@ -97,7 +97,9 @@ def draw_lessons(start: int, count: int, seed: int, split: str) -> Lessons:
 
 def sample_captions(count: int, seed: int) -> list[str]:
     """Captions alone, which cost no drawing: what the tokenizer learns its words from."""
-    numbers = ((CLASSES[i % len(CLASSES)], i // len(CLASSES)) for i in range(count))
+    numbers = (
+        (RELATION_CLASSES[i % len(RELATION_CLASSES)], i // len(RELATION_CLASSES)) for i in range(count)
+    )
     return [caption_of(sample_scene(seed, "captioner-words", label, index)) for label, index in numbers]
 
 

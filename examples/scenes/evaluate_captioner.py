@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the sibling modules,
 
 from draw import jpeg_of
 from PIL import Image
-from scene import CLASSES, caption_of, sample_scene
+from scene import RELATION_CLASSES, caption_of, sample_scene
 
 PROMPTS = {
     "without label": "Describe this image in detail.",
@@ -69,7 +69,9 @@ def held_out(count: int, seed: int) -> list[tuple[Image.Image, str, str]]:
     """Pictures, labels and true captions of a split that no training and no `render.py` ever uses."""
     result = []
     for i in range(count):
-        scene = sample_scene(seed, "captioner-test", CLASSES[i % len(CLASSES)], i // len(CLASSES))
+        scene = sample_scene(
+            seed, "captioner-test", RELATION_CLASSES[i % len(RELATION_CLASSES)], i // len(RELATION_CLASSES)
+        )
         picture = Image.open(io.BytesIO(jpeg_of(scene))).convert("RGB")
         result.append((picture, scene.label, caption_of(scene)))
     return result

@@ -19,20 +19,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the sibling modules, however this file is loaded
 
 from draw import write_picture
-from scene import CLASSES, Scene, attributes_of, caption_of
+from scene import TASKS, Scene, attributes_of, caption_of
 
 Job = tuple[int, str, str, int, str]
 
 
-def jobs_for(root: Path, counts: dict[str, int], seed: int) -> list[Job]:
+def jobs_for(root: Path, classes: Sequence[str], counts: dict[str, int], seed: int) -> list[Job]:
     """Every picture to draw; also makes the class folders."""
     for split in counts:
-        for label in CLASSES:
+        for label in classes:
             (root / split / label).mkdir(parents=True, exist_ok=True)
     return [
         (seed, split, label, index, str(root))
         for split, count in counts.items()
-        for label in CLASSES
+        for label in classes
         for index in range(count)
     ]
 
@@ -64,9 +64,14 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--to", type=Path, required=True, help="folder to write; made if missing")
     result.add_argument(
-        "--train-per-class", type=int, default=100, help="pictures of each of the 12 classes in train/"
+        "--task",
+        choices=tuple(TASKS),
+        default="kinds",
+        help="what a class is: the colour and shape of the first object (28), or what the two main objects "
+        "share and how they are arranged (12)",
     )
-    result.add_argument("--val-per-class", type=int, default=50, help="pictures of each class in val/")
+    result.add_argument("--train-per-class", type=int, default=50, help="pictures of each class in train/")
+    result.add_argument("--val-per-class", type=int, default=40, help="pictures of each class in val/")
     result.add_argument(
         "--seed", type=int, default=0, help="another seed, another data set; same seed, same bytes"
     )
@@ -79,10 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     started = time.perf_counter()
     counts = {"train": options.train_per_class, "val": options.val_per_class}
-    jobs = jobs_for(options.to, counts, options.seed)
+    classes = TASKS[options.task]
+    jobs = jobs_for(options.to, classes, counts, options.seed)
     count = write_truth(drawn(jobs, options.workers), options.to / "truth.jsonl")
     seconds = time.perf_counter() - started
-    print(f"{count} pictures of {len(CLASSES)} classes in {options.to} ({count / seconds:.0f} a second)")
+    print(f"{count} pictures of {len(classes)} classes in {options.to} ({count / seconds:.0f} a second)")
     return 0
 
 

@@ -23,11 +23,15 @@ BACKGROUND_COLOURS = tuple(
 BACKGROUND_KINDS = ("plain", "gradient", "striped", "grainy")
 SHARED = ("shape", "colour", "texture", "nothing")
 RELATIONS = {"side-by-side": "left of", "stacked": "above", "nested": "inside"}
-CLASSES = tuple(
+RELATION_CLASSES = tuple(
     f"{'all-different' if shared == 'nothing' else 'same-' + shared}-{arrangement}"
     for shared in SHARED
     for arrangement in RELATIONS
 )
+# A kind is a colour and a shape of the first object; all else is chance.
+KIND_COLOURS = ("red", "yellow", "green", "blue")
+KINDS = tuple(f"{colour}-{shape}" for colour in KIND_COLOURS for shape in SHAPES)
+TASKS = {"kinds": KINDS, "relations": RELATION_CLASSES}
 
 # Diameters in units of the image's shorter side. The gaps between the ranges keep the words decidable at 64
 # pixels.
@@ -83,6 +87,7 @@ class Scene:
     """Everything a drawing needs; `first` is the left, the upper or the inner one of the two main objects."""
 
     label: str
+    relation_class: str  # what the two main objects share, and how they are arranged; a label or chance
     width: int
     height: int
     first: Thing
@@ -96,7 +101,7 @@ class Scene:
 
     @property
     def arrangement(self) -> str:
-        return next(name for name in RELATIONS if self.label.endswith(name))
+        return next(name for name in RELATIONS if self.relation_class.endswith(name))
 
 
 def generator_for(seed: int, split: str, label: str, index: int) -> np.random.Generator:
@@ -105,15 +110,18 @@ def generator_for(seed: int, split: str, label: str, index: int) -> np.random.Ge
 
 
 def sample_scene(seed: int, split: str, label: str, index: int) -> Scene:
-    """The scene that belongs to these four values, always the same one."""
+    """The scene that belongs to these four values, always the same one; `label` is of any task."""
     rng = generator_for(seed, split, label, index)
+    relation_class = label if label in RELATION_CLASSES else _pick(rng, RELATION_CLASSES)
+    colour, _, shape = label.partition("-") if label in KINDS else ("", "", "")
     short, aspect = rng.uniform(80, 108), rng.uniform(1, 4 / 3)
     sides = [round(short), round(short * aspect)]
     width, height = sides if rng.random() < 0.5 else sides[::-1]
     room = (width / min(sides), height / min(sides))
-    first, second = _main_pair(rng, label, room)
+    first, second = _main_pair(rng, relation_class, room, colour, shape)
     return Scene(
         label=label,
+        relation_class=relation_class,
         width=width,
         height=height,
         first=first,
@@ -141,7 +149,9 @@ def attributes_of(scene: Scene) -> dict[str, Any]:
     """The same truth in fields, for whoever would rather count than read."""
     return {
         "arrangement": scene.arrangement,
-        "shared": next((name for name in SHARED if scene.label.startswith(f"same-{name}")), "nothing"),
+        "shared": next(
+            (name for name in SHARED if scene.relation_class.startswith(f"same-{name}")), "nothing"
+        ),
         "relation": RELATIONS[scene.arrangement],
         "first": _fields(scene.first),
         "second": _fields(scene.second),
@@ -163,17 +173,20 @@ def _fields(thing: Thing) -> dict[str, str]:
     return {"size": thing.size, "colour": thing.colour, "texture": thing.texture, "shape": thing.shape}
 
 
-def _two(rng: np.random.Generator, options: tuple[str, ...], same: bool) -> tuple[str, str]:
-    one = _pick(rng, options)
+def _two(rng: np.random.Generator, options: tuple[str, ...], same: bool, first: str = "") -> tuple[str, str]:
+    one = first or _pick(rng, options)
     return one, one if same else _pick(rng, tuple(o for o in options if o != one))
 
 
-def _main_pair(rng: np.random.Generator, label: str, room: tuple[float, float]) -> tuple[Thing, Thing]:
-    shapes = _two(rng, SHAPES, label.startswith("same-shape"))
-    colours = _two(rng, COLOURS, label.startswith("same-colour"))
-    textures = _two(rng, TEXTURES, label.startswith("same-texture"))
-    place = _nested if label.endswith("nested") else _beside
-    sizes, diameters, centres = place(rng, shapes, room, stacked=label.endswith("stacked"))
+def _main_pair(
+    rng: np.random.Generator, relation: str, room: tuple[float, float], colour: str, shape: str
+) -> tuple[Thing, Thing]:
+    """The main objects of a relation class; the first has the colour and shape that are named."""
+    shapes = _two(rng, SHAPES, relation.startswith("same-shape"), shape)
+    colours = _two(rng, COLOURS, relation.startswith("same-colour"), colour)
+    textures = _two(rng, TEXTURES, relation.startswith("same-texture"))
+    place = _nested if relation.endswith("nested") else _beside
+    sizes, diameters, centres = place(rng, shapes, room, stacked=relation.endswith("stacked"))
     first, second = (
         Thing(
             shapes[i],

@@ -21,7 +21,7 @@ import torch
 from captioner_data import PATCH_FIELDS, PROMPTS, Batch, Batches, draw_lessons, pixels_of, sample_captions
 from captioner_model import build_model, build_processor, build_tokenizer, export, start_well
 from muon import Muon
-from scene import CLASSES
+from scene import RELATION_CLASSES
 from torch import distributed, multiprocessing
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
@@ -160,7 +160,7 @@ def learn(rank: int, options: argparse.Namespace, meeting: str) -> None:
     # Splits of their own: no picture that `render.py` ever writes is among the lessons.
     lessons = draw_lessons(rank * share, share, options.seed, "captioner-train")
     held_out = None if rank else draw_lessons(0, 512, options.seed, "captioner-exam")
-    tokenizer = build_tokenizer(sample_captions(6000, options.seed), CLASSES)
+    tokenizer = build_tokenizer(sample_captions(6000, options.seed), RELATION_CLASSES)
     torch.manual_seed(options.seed)  # every process starts from the same weights
     trainee = Trainee(build_model(tokenizer))
     start_well(trainee.captioner, pixels_of(draw_lessons(0, 512, options.seed, "captioner-words").images))

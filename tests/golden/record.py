@@ -157,6 +157,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scenes, store = f"{folder}/scenes", f"{folder}/store"
         render = [str(ROOT / "examples" / "scenes" / "render.py"), "--to", scenes, "--train-per-class", "16"]
+        render += ["--task", "relations"]
         subprocess.run(
             [sys.executable, *render, "--val-per-class", "8", "--workers", "1"],
             check=True,

@@ -46,6 +46,12 @@ VIT: dict[str, Any] = {
 }
 # BatchNorm over few pictures magnifies the last bit, so that steps are small.
 RESNET: dict[str, Any] = {"backbone": "test_resnet", "batch_size": 48, "lr": 0.01}
+BALANCED: dict[str, Any] = {
+    "balance": "gradients",
+    "alignment_weight": 0.5,
+    "alignment_schedule": "cosine",
+    "alignment_until": 0.8,
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,10 @@ CASES = {
         [Part(VIT | {"alignment": "sigmoid", "text_projection": "pca"}, 2)]
     ),
     "bce": Case([Part(VIT | {"loss": "bce", "label_smoothing": 0.1, "clip_grad": 0.5}, 2)]),
+    "balanced": Case([Part(VIT | BALANCED | {"accumulate": 3}, 2)], {"accumulate": 1}),
+    "balanced, BatchNorm, accumulated": Case(
+        [Part(RESNET | BALANCED | {"accumulate": 2, "lr": 0.02}, 2)], {"accumulate": 4}
+    ),
     "BatchNorm": Case([Part(RESNET, 2)], {"accumulate": 2}),
     "BatchNorm, accumulated": Case([Part(RESNET | {"accumulate": 2}, 2)], {"accumulate": 4}),
     "BatchNorm, three workers": Case([Part(RESNET, 3)], {"accumulate": 3}),

@@ -140,7 +140,7 @@ def test_the_estimate_holds_within_a_quarter(tmp_path: Path) -> None:
     """A sample of a third of 3,072 pictures against describing them all, both with everything that a command
     costs."""
     script = ROOT / "examples" / "scenes" / "render.py"
-    counts = ["--train-per-class", "256", "--val-per-class", "0"]
+    counts = ["--task", "relations", "--train-per-class", "256", "--val-per-class", "0"]
     subprocess.run(
         [sys.executable, str(script), "--to", str(tmp_path / "in"), *counts],
         check=True,

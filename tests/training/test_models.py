@@ -181,6 +181,8 @@ EVERYTHING = {
     "learn_temperature": True,
     "clip_grad": 1.0,
     "text_projection": "learned",
+    "balance": "gradients",
+    "alignment_schedule": "linear",
 }
 
 

@@ -122,3 +122,64 @@ def test_the_sigmoids_bias_starts_at_the_share_of_matches(batch: int, negatives:
             z, goal(batch, False, torch.nn.functional.normalize(torch.randn(batch, 4096), dim=1))
         ).backward()
         assert task.bias.grad is not None and abs(float(task.bias.grad)) < 0.1
+
+
+@pytest.mark.parametrize("form", ["symmetric", "cosine"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_balanced_gradients_are_equally_long_at_the_feature(form: str, compiled: bool) -> None:
+    """Whatever the form's own scale: what classes and texts each do to the features, by autograd."""
+    task = task_of(balance="gradients", alignment_weight=0.25, alignment=form, head="linear")
+    torch.manual_seed(0)
+    images, classes = torch.randn(8, 3, 32, 32), torch.randint(100, (8,))
+    targets = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
+    inputs = align.Inputs(images, classes, goal(8, True, targets), weight=0.25)
+    kept: list[Tensor] = []
+    plain = task.features_and_logits
+
+    def keep(model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = plain(model, batch)
+        kept.append(features)
+        return features, logits
+
+    if compiled:
+        task.compile()
+        assert torch.isfinite(task(inputs)["balance"])
+        return
+    task.features_and_logits = keep
+    losses = task(inputs)
+    (both,) = torch.autograd.grad(losses["loss"], kept[0], retain_graph=True)
+    assert task.head is not None
+    features = kept[0].detach().requires_grad_()
+    entropy = task.criterion(align.backbones.classified(task.backbone, features), classes)
+    (of_classes,) = torch.autograd.grad(entropy, features)
+    of_texts = both - 0.75 * of_classes
+    torch.testing.assert_close((of_texts / 0.25).norm(), of_classes.norm(), rtol=1e-4, atol=0)
+    assert float(losses["loss"].detach()) == pytest.approx(
+        float(0.75 * losses["cross_entropy"] + 0.25 * losses["balance"] * losses["alignment"]), rel=1e-5
+    )
+
+
+def test_a_batch_without_texts_is_balanced_by_nothing() -> None:
+    task = task_of(balance="gradients", alignment_weight=0.25)
+    groups = torch.full((8,), -1)
+    none = Goal(TextGather(torch.zeros(8, 16), groups), *text_targets(groups))
+    inputs = align.Inputs(torch.randn(8, 3, 32, 32), torch.arange(8), none, weight=0.25)
+    losses = task(inputs)
+    losses["loss"].backward()
+    assert losses["balance"] == 1 and torch.isfinite(losses["loss"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.4, 0.4, 0.4, 0.4, 0.0]),
+        ("linear", [0.4, 0.3, 0.2, 0.1, 0.0]),
+        ("cosine", [0.4, 0.3414, 0.2, 0.0586, 0.0]),
+    ],
+)
+def test_the_weight_goes_as_its_schedule_says(schedule: str, expected: list[float]) -> None:
+    """Until four fifths of the training."""
+    task = task_of(alignment_schedule=schedule, alignment_until=0.8, alignment_weight=0.4)
+    weights = [task.alignment.weight_at(progress) for progress in (0.0, 0.2, 0.4, 0.6, 0.8)]
+    assert weights == pytest.approx(expected, abs=1e-4)
+    assert task.alignment.weight_at(1.0) == 0

@@ -41,6 +41,8 @@ class Draw:
     world: int
     batch_size: int
     """Of all workers together."""
+    progress: float = 0.0
+    """Share of the run's steps that are done."""
 
     @property
     def largest_share(self) -> int:

@@ -43,7 +43,8 @@ class Stepper:
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step) * group.get("lr_scale", 1.0)
-        draw = Draw(config.seed, step, self.rank, self.world, config.optim.batch_size)
+        done = step / max(1, self.steps)
+        draw = Draw(config.seed, step, self.rank, self.world, config.optim.batch_size, done)
         inputs = self.task.prepare(batch, self.views, draw)
         self.optimizer.zero_grad(set_to_none=True)
         # DDP takes the mean over workers; shares may differ by one image.

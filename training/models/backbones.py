@@ -272,8 +272,13 @@ def features_and_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
     """([b, F] the classifier's input, [b, C] logits) of images [b, 3, H, W]."""
     timm_model: Any = model
     features: Tensor = timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)
+    return features, classified(model, features)
+
+
+def classified(model: nn.Module, features: Tensor) -> Tensor:
+    """[b, C] logits of [b, F] features."""
     logits: Tensor = _classifier(model)(features)
-    return features, logits
+    return logits
 
 
 def num_features(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ from training.data.loader import Batch
 from training.data.mixing import text_targets as mixed_texts
 from training.data.negatives import Negatives
 from training.data.views import Draw, Views
+from training.engine.gradcache import frozen_statistics
 from training.evaluation import measures
 from training.losses import classification
 from training.losses.alignment import Form, TextGather, Texts, alignment_loss
+from training.losses.balance import gradient_ratio
 from training.models import backbones
 from training.models.heads import Kind, ProjectionHead, TextProjection
 from training.objectives.protocol import Description, Facts, Gradient, Losses, Objective, Precision
@@ -48,8 +51,19 @@ class Alignment:
     temperature: float = 0.2
     learn_temperature: bool = False
     text_dim: int = 0
+    balanced: bool = False
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    until: float = 1.0
     texts: int = 2
     """How many an image is told apart from, its own among them; what the sigmoid's bias starts from."""
+
+    def weight_at(self, progress: float) -> float:
+        """lambda when this share of the training is done."""
+        if progress >= self.until:
+            return 0.0
+        left = 1 - progress / self.until
+        shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+        return self.weight * shape[self.schedule]
 
 
 @dataclass(frozen=True)
@@ -75,13 +89,19 @@ class Inputs:
     goal: Goal | None = None
     """What the features aim at; None for the baseline."""
     gradient: Gradient | None = None
+    weight: float = 0.0
+    """lambda of this step."""
+    share: float = 1.0
+    """See `protocol.Task`; of the whole."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def part(self, rows: slice, gradient: Gradient | None) -> Inputs:
         """See `protocol.Inputs`."""
-        return Inputs(self.images[rows], self.classes[rows], None, gradient)
+        return replace(
+            self, images=self.images[rows], classes=self.classes[rows], goal=None, gradient=gradient
+        )
 
 
 class AlignTask(nn.Module):
@@ -100,6 +120,9 @@ class AlignTask(nn.Module):
         self.register_buffer("log_temperature", None, persistent=False)
         self.register_buffer("bias", None, persistent=False)
         self.negatives: Negatives | None = None
+        # Of a step in parts: pooled features of the parts, and (alignment, lambda, balance) of the whole.
+        self._pooled: list[Tensor] = []
+        self._joint: tuple[Tensor, float, Tensor | None]
         self.features_and_logits: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = (
             backbones.features_and_logits
         )
@@ -139,7 +162,13 @@ class AlignTask(nn.Module):
             goal = Goal(
                 gather, *mixed_texts(batch.columns["groups"], viewed.partner, viewed.weights), negatives
             )
-        return Inputs(viewed.images, viewed.classes, goal)
+        return Inputs(
+            viewed.images,
+            viewed.classes,
+            goal,
+            weight=self.alignment.weight_at(draw.progress),
+            share=draw.world * len(viewed.images) / draw.batch_size,
+        )
 
     def forward(self, inputs: Inputs, share: float = 1.0) -> Losses:
         """One step's losses, or those of a part of it.
@@ -152,14 +181,15 @@ class AlignTask(nn.Module):
 
         Returns:
             `loss` to differentiate, and for the log `cross_entropy`, `correct` ([b]) and with a goal
-            `alignment` (over the global batch).
+            `alignment` (over the global batch), and `balance` (its factor w) where gradients are balanced.
         """
         images, classes, gradient = inputs.images, inputs.classes, inputs.gradient
         features, logits = self.features_and_logits(self.backbone, images)
         entropy = self.criterion(logits.float(), classes)
         aimed = classes if classes.ndim == 1 else classes.argmax(1)
+        balanced = self.alignment.balanced and self.head is not None
         losses = {
-            "loss": share * entropy,
+            "loss": share * (1 - inputs.weight if balanced else 1) * entropy,
             "cross_entropy": entropy.detach(),
             "correct": logits.detach().argmax(1) == aimed,
         }
@@ -174,13 +204,29 @@ class AlignTask(nn.Module):
                 )
             else:  # every part uses every parameter, or DDP would wait for it
                 linear = linear + sum((0 * p).sum() for p in self.loss_parameters())
-            losses["loss"] = losses["loss"] + self.alignment.weight * linear
+            losses["loss"] = losses["loss"] + inputs.weight * linear
         else:
             assert inputs.goal is not None
             alignment = self.align(z, inputs.goal)
-            losses["loss"] = losses["loss"] + self.alignment.weight * alignment
             losses["alignment"] = alignment.detach()
+            if balanced:
+                (of_texts,) = torch.autograd.grad(alignment, features, retain_graph=True)
+                losses["balance"] = gradient_ratio(share * self._of_classes(features, classes), of_texts)
+                alignment = losses["balance"] * alignment
+            losses["loss"] = losses["loss"] + inputs.weight * alignment
         return losses
+
+    def _of_classes(self, features: Tensor, classes: Tensor) -> Tensor:
+        """[b, F] gradient of the classification loss with respect to the features alone.
+
+        By a pass of its own through the classifier, since a compiled backbone gives features and logits out
+        of one graph.
+        """
+        features = features.detach().requires_grad_()
+        with torch.enable_grad():
+            entropy = self.criterion(backbones.classified(self.backbone, features).float(), classes)
+            (gradient,) = torch.autograd.grad(entropy, features)
+        return gradient
 
     def align(self, z_bd: Tensor, goal: Goal) -> Tensor:
         """The alignment loss of [b, d] projected features (see `losses.alignment.alignment_loss`)."""
@@ -217,21 +263,48 @@ class AlignTask(nn.Module):
         if self.head is None:
             return None
         features, _ = self.features_and_logits(self.backbone, inputs.images)
+        if self.alignment.balanced:
+            self._pooled.append(features)
         projected: Tensor = self.head(features)
         return projected
 
     def contrast(self, features: Tensor, inputs: Inputs) -> Tensor:
-        """See `align`."""
+        """See `align`; balanced where it is to be."""
         assert inputs.goal is not None
-        return self.align(features, inputs.goal)
+        alignment = self.align(features, inputs.goal)
+        self._joint = (alignment.detach(), inputs.weight, None)
+        if not self.alignment.balanced:
+            return alignment
+        (of_projected,) = torch.autograd.grad(alignment, features, retain_graph=True)
+        balance = self._balance_of_parts(of_projected, inputs)
+        self._joint = (alignment.detach(), inputs.weight, balance)
+        return balance * alignment
+
+    def _balance_of_parts(self, of_projected: Tensor, inputs: Inputs) -> Tensor:
+        """As in `forward`, from the pooled features of the parts, each with its own batch statistics."""
+        assert self.head is not None
+        pooled, self._pooled = self._pooled, []
+        of_classes: list[Tensor] = []
+        of_texts: list[Tensor] = []
+        sizes = [len(part) for part in pooled]
+        rows = (torch.split(of_projected, sizes), torch.split(inputs.classes, sizes))
+        split = zip(pooled, *rows, strict=True)
+        for part, projected, classes in split:
+            share = inputs.share * len(part) / len(inputs)
+            of_classes.append(share * self._of_classes(part, classes))
+            part = part.detach().requires_grad_()
+            with frozen_statistics(self.head):
+                of_texts += torch.autograd.grad(self.head(part), part, projected)
+        return gradient_ratio(torch.cat(of_classes), torch.cat(of_texts))
 
     def joined(self, sums: Losses, contrast: Tensor) -> Losses:
         """The losses of a whole batch."""
-        return {
-            **sums,
-            "alignment": contrast,
-            "loss": sums["cross_entropy"] + self.alignment.weight * contrast,
-        }
+        alignment, weight, balance = self._joint
+        losses = {**sums, "alignment": alignment, "loss": sums["cross_entropy"] + weight * contrast}
+        if balance is not None:
+            losses["loss"] = (1 - weight) * sums["cross_entropy"] + weight * contrast
+            losses["balance"] = balance
+        return losses
 
     def compile(self) -> None:
         """The backbone: the loss differs from step to step in what it is given, and takes little."""
@@ -452,6 +525,9 @@ def build_task(config: TrainConfig, classes: int, dim: int, text_dim: int = 0) -
         form=config.method.alignment,
         temperature=config.method.temperature,
         learn_temperature=config.method.learn_temperature,
+        balanced=config.method.balance == "gradients",
+        schedule=config.method.alignment_schedule,
+        until=config.method.alignment_until,
         text_dim=text_dim,
         texts=config.optim.batch_size + config.method.store_negatives,
     )

@@ -72,6 +72,14 @@ class AlignSettings(MethodSettings):
 
     alignment_weight: float = 0.3
     """lambda of L = L_CE + lambda L_align; 0 is the plain baseline."""
+    balance: Literal["none", "gradients"] = "none"
+    """gradients: L = (1 - lambda) L_CE + lambda w L_align, where w makes both gradients equally long at the
+    feature before the classifier, anew in each step; lambda then means the same for every backbone and data
+    set."""
+    alignment_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How lambda goes to 0 until --alignment-until; constant: not before."""
+    alignment_until: float = 1.0
+    """Share of the training's steps after which lambda is 0."""
     alignment: Literal["symmetric", "image-to-text", "sigmoid", "cosine"] = "symmetric"
     """Form of L_align: InfoNCE both ways (the paper's), one way, SigLIP's pairwise sigmoid, or 2 - 2 cos
     without negatives."""
@@ -125,7 +133,12 @@ class AlignSettings(MethodSettings):
         faults = below(0, self, "projection_dim", "store_negatives")
         if self.alignment_weight < 0:
             faults.append(f"alignment_weight={self.alignment_weight}: must be 0 (the baseline) or more.")
-        faults += no_share(self, "whitening", "class_shrinkage")
+        faults += no_share(self, "whitening", "class_shrinkage", "alignment_until")
+        if self.balance == "gradients" and self.alignment_weight >= 1:
+            faults.append(
+                f"alignment_weight={self.alignment_weight}: must be below 1 with --balance gradients, where "
+                "it is the alignment's share."
+            )
         if self.temperature <= 0:
             faults.append(f"temperature={self.temperature}: must be above 0, such as 0.2.")
         if self.alignment == "cosine" and (self.store_negatives or self.learn_temperature):
