@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.errors import SettingsError
 
@@ -19,13 +20,16 @@ class DoctorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The main job on the embedded default: scenes, captions, embeddings, sweep, three seeds, page."""
+    """The main job on the embedded default: scenes, captions, embeddings, sweep, five seeds, page."""
 
     to: str = "runs/demo"
     """Folder of everything that the demo makes; the same folder again goes on where it stopped."""
-    train_per_class: int = 60
-    """Training pictures of each of the 12 classes."""
-    val_per_class: int = 40
+    task: Literal["kinds", "relations"] = "kinds"
+    """What the scenes' classes are: kinds that descriptions tell apart, or relations that they do not help
+    with."""
+    train_per_class: int = 40
+    """Training pictures of each class (28 kinds, or 12 relations)."""
+    val_per_class: int = 30
     """Validation pictures of each class."""
     epochs: int = 0
     """Epochs of each training; 0: the recipe's."""

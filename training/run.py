@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -84,7 +85,7 @@ def _trained(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    _drop_cut_record(filesystem, path)
+    _drop_useless_record(filesystem, path)
     metric = metric_named(config.objective)
     # The best of what is exported, and the latest: Ray keeps both.
     kept = CheckpointConfig(
@@ -189,7 +190,7 @@ def _latest(run: str) -> Iterator[str | None]:
             yield folder
         return
     try:
-        checkpoint.find(run)  # of a run whose record was cut, see below
+        checkpoint.find(run)  # of a run whose record was useless, see below
     except MissingError:
         yield None
         return
@@ -197,17 +198,21 @@ def _latest(run: str) -> Iterator[str | None]:
         yield folder
 
 
-def _drop_cut_record(filesystem: fs.FileSystem, path: str) -> None:
-    """Ray writes its record of a run's checkpoints in place. One that a kill or a full disk cut short would
-    end every later start; the checkpoints themselves say as much."""
+def _drop_useless_record(filesystem: fs.FileSystem, path: str) -> None:
+    """Ray keeps a record of a run's checkpoints. One that a kill or a full disk cut short, or that names a
+    checkpoint which is gone, would end every later start; the checkpoints themselves say as much."""
     record = f"{path}/checkpoint_manager_snapshot.json"
     if filesystem.get_file_info(record).type != fs.FileType.File:
         return
     with filesystem.open_input_stream(record, compression=None) as stream:
-        text = bytes(stream.read())
+        text = bytes(stream.read()).decode(errors="replace")
     try:
         json.loads(text)
+        named = [f"{path}/{name}" for name in re.findall(r'"checkpoint_dir_name": ?"([^"]+)"', text)]
+        useless = any(info.type == fs.FileType.NotFound for info in filesystem.get_file_info(named))
     except ValueError:
+        useless = True
+    if useless:
         filesystem.delete_file(record)
 
 

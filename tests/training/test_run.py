@@ -205,10 +205,11 @@ def test_wrong_settings_end_with_2_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("record_is", ["cut", "of a checkpoint that is gone"])
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
-    tmp_path: Path, make_store: Callable[..., Path], ray_session: None
+    tmp_path: Path, make_store: Callable[..., Path], ray_session: None, record_is: str
 ) -> None:
-    """Though the kill cut Ray's record of the checkpoints, and one of them."""
+    """Though Ray's record of the checkpoints is useless, and one of them cut."""
     make_store(tmp_path / "store", train=60, val=30)
     run = tmp_path / "run"
     command = [
@@ -242,7 +243,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     before = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert 2 <= len(before) < 16
     record = run / "checkpoint_manager_snapshot.json"
-    record.write_text(record.read_text()[:-20])
+    record.write_text(
+        record.read_text()[:-20]
+        if record_is == "cut"
+        else record.read_text().replace(
+            '"checkpoint_dir_name":"checkpoint_', '"checkpoint_dir_name":"gone_', 1
+        )
+    )
     shutil.copytree(checkpoint.find(str(run)), run / "checkpoint-cut")
     (run / "checkpoint-cut" / checkpoint.STATE).write_text("{")
     assert main(command) == 0
