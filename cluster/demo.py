@@ -18,7 +18,7 @@ from collections.abc import Callable
 from cluster import cli
 from cluster.config import DemoConfig
 
-SWEEP_EPOCHS = "8"  # to see the sweep work; what is compared is trained for as long as the recipe says
+SWEEP_EPOCHS = "6"  # to see the sweep work; what is compared is trained for as long as the recipe says
 
 
 def run(config: DemoConfig) -> int:

@@ -79,7 +79,7 @@ PRESETS: dict[str, _Settings] = {
     "scenes": {
         "backbone": "test_resnet",
         "image_size": 48,
-        "epochs": 48,
+        "epochs": 32,
         "batch_size": 16,
         "lr": 2e-3,
         "weight_decay": 0.05,

@@ -1,8 +1,8 @@
 """Draw labelled scenes as an ordinary image folder, with the true caption of every picture beside it.
 
 Run `python examples/scenes/render.py --to /tmp/scenes`; it writes train/, val/ and truth.jsonl below that
-folder. A core draws some 300 pictures a second at about 3 kB each, so the default 1,800 pictures take a few
-seconds.
+folder. A core draws some 300 pictures a second at about 3 kB each, so the default 2,520 pictures take some
+ten seconds.
 """
 
 from __future__ import annotations

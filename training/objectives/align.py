@@ -89,8 +89,8 @@ class Inputs:
     goal: Goal | None = None
     """What the features aim at; None for the baseline."""
     gradient: Gradient | None = None
-    weight: float = 0.0
-    """lambda of this step."""
+    weight: float | None = None
+    """lambda of this step; None: as at the beginning."""
     share: float = 1.0
     """See `protocol.Task`; of the whole."""
 
@@ -188,8 +188,9 @@ class AlignTask(nn.Module):
         entropy = self.criterion(logits.float(), classes)
         aimed = classes if classes.ndim == 1 else classes.argmax(1)
         balanced = self.alignment.balanced and self.head is not None
+        weight = self._weight(inputs)
         losses = {
-            "loss": share * (1 - inputs.weight if balanced else 1) * entropy,
+            "loss": share * (1 - weight if balanced else 1) * entropy,
             "cross_entropy": entropy.detach(),
             "correct": logits.detach().argmax(1) == aimed,
         }
@@ -204,7 +205,7 @@ class AlignTask(nn.Module):
                 )
             else:  # every part uses every parameter, or DDP would wait for it
                 linear = linear + sum((0 * p).sum() for p in self.loss_parameters())
-            losses["loss"] = losses["loss"] + inputs.weight * linear
+            losses["loss"] = losses["loss"] + weight * linear
         else:
             assert inputs.goal is not None
             alignment = self.align(z, inputs.goal)
@@ -213,8 +214,11 @@ class AlignTask(nn.Module):
                 (of_texts,) = torch.autograd.grad(alignment, features, retain_graph=True)
                 losses["balance"] = gradient_ratio(share * self._of_classes(features, classes), of_texts)
                 alignment = losses["balance"] * alignment
-            losses["loss"] = losses["loss"] + inputs.weight * alignment
+            losses["loss"] = losses["loss"] + weight * alignment
         return losses
+
+    def _weight(self, inputs: Inputs) -> float:
+        return self.alignment.weight if inputs.weight is None else inputs.weight
 
     def _of_classes(self, features: Tensor, classes: Tensor) -> Tensor:
         """[b, F] gradient of the classification loss with respect to the features alone.
@@ -263,7 +267,7 @@ class AlignTask(nn.Module):
         if self.head is None:
             return None
         features, _ = self.features_and_logits(self.backbone, inputs.images)
-        if self.alignment.balanced:
+        if self.alignment.balanced and self.training:
             self._pooled.append(features)
         projected: Tensor = self.head(features)
         return projected
@@ -272,12 +276,13 @@ class AlignTask(nn.Module):
         """See `align`; balanced where it is to be."""
         assert inputs.goal is not None
         alignment = self.align(features, inputs.goal)
-        self._joint = (alignment.detach(), inputs.weight, None)
+        weight = self._weight(inputs)
+        self._joint = (alignment.detach(), weight, None)
         if not self.alignment.balanced:
             return alignment
         (of_projected,) = torch.autograd.grad(alignment, features, retain_graph=True)
         balance = self._balance_of_parts(of_projected, inputs)
-        self._joint = (alignment.detach(), inputs.weight, balance)
+        self._joint = (alignment.detach(), weight, balance)
         return balance * alignment
 
     def _balance_of_parts(self, of_projected: Tensor, inputs: Inputs) -> Tensor:
