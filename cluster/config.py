@@ -27,9 +27,9 @@ class DemoConfig:
     task: Literal["kinds", "relations"] = "kinds"
     """What the scenes' classes are: kinds that descriptions tell apart, or relations that they do not help
     with."""
-    train_per_class: int = 40
+    train_per_class: int = 16
     """Training pictures of each class (28 kinds, or 12 relations)."""
-    val_per_class: int = 30
+    val_per_class: int = 20
     """Validation pictures of each class."""
     epochs: int = 0
     """Epochs of each training; 0: the recipe's."""

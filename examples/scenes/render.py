@@ -67,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
         "--task",
         choices=tuple(TASKS),
         default="kinds",
-        help="what a class is: the colour and shape of the first object (28), or what the two main objects "
-        "share and how they are arranged (12)",
+        help="what a class is: the colour and shape of what lies inside another object (28), or what the two "
+        "main objects share and how they are arranged (12)",
     )
     result.add_argument("--train-per-class", type=int, default=50, help="pictures of each class in train/")
     result.add_argument("--val-per-class", type=int, default=40, help="pictures of each class in val/")

@@ -28,7 +28,7 @@ RELATION_CLASSES = tuple(
     for shared in SHARED
     for arrangement in RELATIONS
 )
-# A kind is a colour and a shape of the first object; all else is chance.
+# A kind is the colour and the shape of what lies inside another object; all else is chance.
 KIND_COLOURS = ("red", "yellow", "green", "blue")
 KINDS = tuple(f"{colour}-{shape}" for colour in KIND_COLOURS for shape in SHAPES)
 TASKS = {"kinds": KINDS, "relations": RELATION_CLASSES}
@@ -112,8 +112,10 @@ def generator_for(seed: int, split: str, label: str, index: int) -> np.random.Ge
 def sample_scene(seed: int, split: str, label: str, index: int) -> Scene:
     """The scene that belongs to these four values, always the same one; `label` is of any task."""
     rng = generator_for(seed, split, label, index)
-    relation_class = label if label in RELATION_CLASSES else _pick(rng, RELATION_CLASSES)
-    colour, _, shape = label.partition("-") if label in KINDS else ("", "", "")
+    relation_class, colour, shape = label, "", ""
+    if label in KINDS:
+        relation_class = _pick(rng, tuple(name for name in RELATION_CLASSES if name.endswith("nested")))
+        colour, _, shape = label.partition("-")
     short, aspect = rng.uniform(80, 108), rng.uniform(1, 4 / 3)
     sides = [round(short), round(short * aspect)]
     width, height = sides if rng.random() < 0.5 else sides[::-1]
