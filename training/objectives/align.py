@@ -288,7 +288,7 @@ class AlignTask(nn.Module):
     def _balance_of_parts(self, of_projected: Tensor, inputs: Inputs) -> Tensor:
         """As in `forward`, from the pooled features of the parts, each with its own batch statistics."""
         assert self.head is not None
-        pooled, self._pooled = self._pooled, []
+        pooled, self._pooled = [part.float() for part in self._pooled], []  # no autocast here
         of_classes: list[Tensor] = []
         of_texts: list[Tensor] = []
         sizes = [len(part) for part in pooled]
