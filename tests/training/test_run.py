@@ -212,6 +212,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     """Though Ray's record of the checkpoints is useless, and one of them cut."""
     make_store(tmp_path / "store", train=60, val=30)
     run = tmp_path / "run"
+    record = run / "checkpoint_manager_snapshot.json"  # Ray's, written a moment after the checkpoint
     command = [
         "train",
         "--store",
@@ -234,7 +235,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     )
     deadline = time.monotonic() + 240
     while child.poll() is None and time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 2:
+        written = (run / "metrics.jsonl").exists() and record.exists()
+        if written and len((run / "metrics.jsonl").read_text().splitlines()) >= 2:
             break
         time.sleep(0.05)
     assert child.poll() is None, "killed while it trains"
@@ -242,7 +244,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     child.wait()
     before = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert 2 <= len(before) < 16
-    record = run / "checkpoint_manager_snapshot.json"
     record.write_text(
         record.read_text()[:-20]
         if record_is == "cut"
