@@ -126,11 +126,10 @@ def dealt(store: str, place: Path) -> tuple[str, str]:
     from pipeline.store import Store
 
     opened = Store(store)
-    noted = place / "variants.json"
-    if noted.exists():
-        own, other = json.loads(noted.read_text())
-        return own, other
-    own = opened.only_variant("embeddings")
+    noted = place / "own.txt"  # before there are others
+    if not noted.exists():
+        noted.write_text(opened.only_variant("embeddings"))
+    own = noted.read_text()
     captions = str(opened.variant("embeddings", own)["captions"])
     by_class: dict[int, list[tuple[str, str]]] = {}
     for shard in opened.split_shards("train"):
@@ -151,9 +150,7 @@ def dealt(store: str, place: Path) -> tuple[str, str]:
     verb("import-captions", str(file), "--store", store, "--max-failure-rate", "1")
     new = next(name for name in opened.variants("captions") if name != captions)
     verb("embed", "--store", store, "--captions", new, "--max-failure-rate", "1")
-    other = next(name for name in opened.variants("embeddings") if name != own)
-    noted.write_text(json.dumps([own, other]))
-    return own, other
+    return own, next(name for name in opened.variants("embeddings") if name != own)
 
 
 def compare(name: str, store: str, place: Path, recipe: list[str], options: argparse.Namespace) -> list[Row]:

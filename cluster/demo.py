@@ -14,9 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 from cluster import cli
 from cluster.config import DemoConfig
+from pipeline.errors import OtherSettingsError
 
 SWEEP_EPOCHS = "6"  # to see the sweep work; what is compared is trained for as long as the recipe says
 
@@ -25,6 +27,7 @@ def run(config: DemoConfig) -> int:
     """Runs the steps in order; stops at the first that fails and returns its exit code."""
     root = os.path.abspath(config.to)
     os.makedirs(root, exist_ok=True)
+    _check_as_begun(config, root)
     seconds: dict[str, float] = {}
     with _PeakMemory() as memory:
         for name, step in _steps(config, root).items():
@@ -109,6 +112,32 @@ def _steps(config: DemoConfig, root: str) -> dict[str, Callable[[], int]]:
         "evaluate": verb("evaluate", f"{root}/seeds/test_resnet-w0.5-d0-s1"),
         "report": verb("report", f"{root}/sweep", f"{root}/seeds", "--html", f"{root}/report.html"),
     }
+
+
+def _check_as_begun(config: DemoConfig, root: str) -> None:
+    """Pictures that are drawn stay: other settings need another folder.
+
+    Raises:
+        OtherSettingsError: it was begun otherwise, or by a release that did not say how.
+    """
+    file, settings = f"{root}/settings.json", {k: v for k, v in asdict(config).items() if k != "to"}
+    if not os.path.isfile(file):
+        if os.path.isfile(f"{root}/scenes/truth.jsonl"):
+            message = f"to={config.to}: was begun by an earlier release; pass another --to, or delete it."
+            raise OtherSettingsError(message)
+        with open(file, "w", encoding="utf-8") as stream:
+            json.dump(settings, stream, indent=2)
+        return
+    with open(file, encoding="utf-8") as stream:
+        begun = json.load(stream)
+    if begun != settings:
+        lines = [f"to={config.to}: was begun with other settings; pass those again, or another --to."]
+        lines += [
+            f"  {name}: {begun.get(name)} then, {value} now"
+            for name, value in settings.items()
+            if begun.get(name) != value
+        ]
+        raise OtherSettingsError("\n".join(lines))
 
 
 def _render(config: DemoConfig, root: str) -> int:

@@ -90,7 +90,6 @@ QUICK = (
     Check(name="mlflow", code="from mlflow.version import VERSION; print(VERSION)", mend=MEND_SETUP),
 )
 
-
 DEEP = (
     Check(
         name="ray starts",

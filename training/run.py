@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
@@ -85,7 +84,7 @@ def _trained(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    _drop_useless_record(filesystem, path)
+    _drop_useless_record(config.run)
     metric = metric_named(config.objective)
     # The best of what is exported, and the latest: Ray keeps both.
     kept = CheckpointConfig(
@@ -185,35 +184,29 @@ def _latest(run: str) -> Iterator[str | None]:
 
     from training.engine import checkpoint
 
-    if (recorded := ray.train.get_checkpoint()) is not None:
-        with recorded.as_directory() as folder:
-            yield folder
-        return
-    try:
-        checkpoint.find(run)  # of a run whose record was useless, see below
-    except MissingError:
-        yield None
-        return
-    with checkpoint.opened(run) as folder:
+    recorded = ray.train.get_checkpoint()  # none, too, where the record was useless: see below
+    with ExitStack() as stack:
+        folder = None
+        with suppress(MissingError):
+            folder = stack.enter_context(
+                checkpoint.opened(run) if recorded is None else recorded.as_directory()
+            )
         yield folder
 
 
-def _drop_useless_record(filesystem: fs.FileSystem, path: str) -> None:
+def _drop_useless_record(run: str) -> None:
     """Ray keeps a record of a run's checkpoints. One that a kill or a full disk cut short, or that names a
     checkpoint which is gone, would end every later start; the checkpoints themselves say as much."""
-    record = f"{path}/checkpoint_manager_snapshot.json"
-    if filesystem.get_file_info(record).type != fs.FileType.File:
-        return
-    with filesystem.open_input_stream(record, compression=None) as stream:
-        text = bytes(stream.read()).decode(errors="replace")
+    name = "checkpoint_manager_snapshot.json"
+    filesystem, path = locations.resolve(run)
     try:
-        json.loads(text)
-        named = [f"{path}/{name}" for name in re.findall(r'"checkpoint_dir_name": ?"([^"]+)"', text)]
+        record = read_json(run, name) or {"checkpoint_results": []}
+        named = [f"{path}/{result['checkpoint_dir_name']}" for result in record["checkpoint_results"]]
         useless = any(info.type == fs.FileType.NotFound for info in filesystem.get_file_info(named))
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         useless = True
     if useless:
-        filesystem.delete_file(record)
+        filesystem.delete_file(f"{path}/{name}")
 
 
 class _Reporter:

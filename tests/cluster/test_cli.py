@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli, doctor, jobs
+from cluster import cli, demo, doctor, jobs
 from cluster.__main__ import main as cluster_main
 from pipeline.__main__ import main as pipeline_main
 from training.__main__ import main as training_main
@@ -140,6 +140,21 @@ def test_the_doctor_finds_this_environment_well_and_speaks_json(capsys: pytest.C
     assert {states[name] for name in needed} == {"ok"}
     details = {finding["name"]: finding["detail"] for finding in told["findings"]}
     assert "red" in details["vllm captions"] and details["encoder encodes"] == "(1, 384)"
+
+
+def test_a_demo_goes_on_as_it_was_begun_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures of one task would pass for those of another."""
+    monkeypatch.setattr(demo, "_steps", lambda config, root: {})
+    command = ["demo", "--to", str(tmp_path / "demo")]
+    assert cluster_main(command) == cluster_main(command) == 0
+    assert cluster_main([*command, "--task", "relations"]) == 2
+    assert "task: kinds then, relations now" in capsys.readouterr().err
+    (tmp_path / "old" / "scenes").mkdir(parents=True)
+    (tmp_path / "old" / "scenes" / "truth.jsonl").touch()
+    assert cluster_main(["demo", "--to", str(tmp_path / "old")]) == 2
+    assert "begun by an earlier release" in capsys.readouterr().err
 
 
 def test_a_missing_part_comes_with_its_mend() -> None:

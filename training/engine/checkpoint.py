@@ -122,7 +122,7 @@ def find(run: str, which: str = "last") -> str:
     states: dict[str, dict[str, Any]] = {}
     for path in paths:
         with contextlib.suppress(ValueError):  # a kill cut it, in a release that wrote in place
-            states[path] = json.loads(_read(filesystem, f"{path}/{STATE}"))
+            states[path] = read_state(locations.join(run, path.rpartition("/")[2]))
     if which == "best":  # among the ends of epochs: between them nothing is evaluated
         states = {path: state for path, state in states.items() if state["history"] and not state["sums"]}
     if not states:
@@ -150,11 +150,6 @@ def opened(run: str, which: str = "last") -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         fs.copy_files(path, folder, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
         yield folder
-
-
-def _read(filesystem: fs.FileSystem, path: str) -> bytes:
-    with filesystem.open_input_stream(path, compression=None) as stream:
-        return bytes(stream.read())
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -275,15 +275,12 @@ class AlignTask(nn.Module):
     def contrast(self, features: Tensor, inputs: Inputs) -> Tensor:
         """See `align`; balanced where it is to be."""
         assert inputs.goal is not None
-        alignment = self.align(features, inputs.goal)
-        weight = self._weight(inputs)
-        self._joint = (alignment.detach(), weight, None)
-        if not self.alignment.balanced:
-            return alignment
-        (of_projected,) = torch.autograd.grad(alignment, features, retain_graph=True)
-        balance = self._balance_of_parts(of_projected, inputs)
-        self._joint = (alignment.detach(), weight, balance)
-        return balance * alignment
+        alignment, balance = self.align(features, inputs.goal), None
+        if self.alignment.balanced:
+            (of_projected,) = torch.autograd.grad(alignment, features, retain_graph=True)
+            balance = self._balance_of_parts(of_projected, inputs)
+        self._joint = (alignment.detach(), self._weight(inputs), balance)
+        return alignment if balance is None else balance * alignment
 
     def _balance_of_parts(self, of_projected: Tensor, inputs: Inputs) -> Tensor:
         """As in `forward`, from the pooled features of the parts, each with its own batch statistics."""
@@ -305,11 +302,13 @@ class AlignTask(nn.Module):
     def joined(self, sums: Losses, contrast: Tensor) -> Losses:
         """The losses of a whole batch."""
         alignment, weight, balance = self._joint
-        losses = {**sums, "alignment": alignment, "loss": sums["cross_entropy"] + weight * contrast}
-        if balance is not None:
-            losses["loss"] = (1 - weight) * sums["cross_entropy"] + weight * contrast
-            losses["balance"] = balance
-        return losses
+        rest = 1 if balance is None else 1 - weight
+        losses = {
+            **sums,
+            "alignment": alignment,
+            "loss": rest * sums["cross_entropy"] + weight * contrast,
+        }
+        return losses if balance is None else {**losses, "balance": balance}
 
     def compile(self) -> None:
         """The backbone: the loss differs from step to step in what it is given, and takes little."""
