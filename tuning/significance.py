@@ -60,7 +60,7 @@ def paired(trials: list[dict[str, Any]], *, which: str = "last", confidence: flo
         if not seeds or cell.is_baseline:
             continue
         differences = [method[seed] - baseline[seed] for seed in seeds]
-        mean, half = statistics.fmean(differences), _half_width(differences, confidence)
+        mean, half = statistics.fmean(differences), half_width(differences, confidence)
         comparisons.append(
             Paired(
                 cell=cell,
@@ -76,7 +76,8 @@ def paired(trials: list[dict[str, Any]], *, which: str = "last", confidence: flo
     return comparisons
 
 
-def _half_width(differences: list[float], level: float) -> float:
+def half_width(differences: list[float], level: float) -> float:
+    """Of the Student interval of the mean of paired differences; infinite for fewer than two."""
     from scipy.stats import t
 
     if len(differences) < 2:

@@ -48,13 +48,21 @@ class Case:
     form: Form
     content: str
     fixed: bool = False
+    grading: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.form}-{self.content}{'-fixed' if self.fixed else ''}"
+        graded = f"-graded{self.grading}" if self.grading else ""
+        return f"{self.form}-{self.content}{'-fixed' if self.fixed else ''}{graded}"
 
 
 CASES = [Case(v, c) for v in FORMS for c in CONTENTS if (v, c) != ("cosine", "negatives")]
 CASES += [Case(v, "everything", fixed=True) for v in FORMS if v != "cosine"]
+CASES += [
+    Case(v, content, grading=0.3)
+    for v in FORMS
+    if v != "cosine"
+    for content in ("plain", "duplicates", "one-sided", "none", "mixup", "10", "3")
+]
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ class Model(nn.Module):
     def __init__(self, case: Case, text_dim: int) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.form = case.form
+        self.form, self.grading = case.form, case.grading
         self.head = nn.Linear(FEATURES, DIM, bias=False)
         self.text = TextProjection(TEXT_DIM, DIM) if text_dim != DIM else None
         # DDP waits for parameters that nothing uses, so there are none.
@@ -170,6 +178,7 @@ class Model(nn.Module):
             form=self.form,
             negatives=negatives,
             bias=self.offset(),
+            grading=self.grading,
         )
 
 
@@ -195,11 +204,22 @@ def explicit(model: Model, features: Tensor, batch: Batch) -> Tensor:
             if g in [group[j] for j in text] and w > 0:
                 found[g] = found.get(g, 0) + w
         aims.append({g: w / sum(found.values()) for g, w in found.items()})
+    pull = {(i, j): aims[i].get(group[j], 0.0) for i in range(len(image)) for j in text}
+    if model.grading is not None:
+        own = {g: text[group.index(g)] for g in group if g >= 0}
+        near = {(g, j): math.exp((own[g] @ text[j] - 1) / model.grading) for g in own for j in text}
+        if model.form != "sigmoid":
+            near = {(g, j): value / sum(near[g, k] for k in text) for (g, j), value in near.items()}
+        pull = {(i, j): sum(w * near[g, j] for g, w in aims[i].items()) for i, j in pull}
     images = [i for i in range(len(image)) if aims[i]]
     zero = 0 * features.sum()
     if not images:
         return zero
-    mass = {(i, j): aims[i].get(group[j], 0.0) / group.count(group[j]) for i in images for j in text}
+    mass = {
+        (i, j): pull[i, j] / (group.count(group[j]) if model.grading is None else 1)
+        for i in images
+        for j in text
+    }
     further: dict[int, list[Tensor]] = {i: [] for i in images}
     if batch.negatives is not None:
         for raw, g in zip(batch.negatives.targets_Bd, batch.negatives.groups_B.tolist(), strict=True):
@@ -225,7 +245,7 @@ def explicit(model: Model, features: Tensor, batch: Batch) -> Tensor:
     if model.form == "sigmoid":
         for i in images:
             for j in text:
-                q = aims[i].get(group[j], 0.0)
+                q = pull[i, j]
                 p = 1 / (1 + torch.exp(-logit[i, j]))
                 loss = loss - (q * p.log() + (1 - q) * (1 - p).log()) / len(images)
             for value in further[i]:
@@ -351,6 +371,18 @@ def test_perfect_alignment_of_equal_captions_costs_the_entropy_of_their_share_an
     assert pushed.grad is not None and pushed.grad.abs().max() < 1e-4, "nothing left to push"
 
 
+def test_graded_positives_lie_between_the_own_text_alone_and_all_alike() -> None:
+    batch = batch_of(Case("symmetric", "plain"))
+    image = nn.functional.normalize(batch.features[:, :DIM], dim=-1)
+    own = (batch.targets, batch.weights, TAU)
+    sharp, flat = (alignment_loss(image, batch.texts, *own, grading=at) for at in (1e-3, 1e3))
+    torch.testing.assert_close(sharp, alignment_loss(image, batch.texts, *own))
+    alike = replace(batch.texts, groups_B=0 * batch.texts.groups_B)
+    torch.testing.assert_close(
+        flat, alignment_loss(image, alike, 0 * batch.targets, *own[1:]), rtol=1e-3, atol=0
+    )
+
+
 def test_an_images_own_text_from_the_store_is_no_negative() -> None:
     image, texts = torch.eye(4)[:1], Texts(torch.eye(4)[:1], torch.tensor([0]))
     same = Texts(texts.targets_Bd.repeat(50, 1), torch.zeros(50, dtype=torch.int64))
@@ -374,6 +406,9 @@ def test_what_a_variant_has_no_use_for_is_refused() -> None:
         alignment_loss(*arguments, form="cosine", negatives=texts)
     with pytest.raises(ValueError, match="symmetric: has no bias"):
         alignment_loss(*arguments, bias=0.0)
+    for wrong in ({"form": "cosine"}, {"negatives": texts}):
+        with pytest.raises(ValueError, match="grading: goes with neither"):
+            alignment_loss(*arguments, grading=0.1, **wrong)
     with pytest.raises(ValueError, match="2 texts, but size=1"):
         TextGather(torch.eye(2), torch.arange(2), 1)
 

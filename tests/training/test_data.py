@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from training.config import TrainConfig
 from training.data import text_targets
 from training.data.augment import Augment, random_box
 from training.data.decoder import DecoderSpec
-from training.data.loader import Batch, Loader, ThreadDecoding
+from training.data.loader import Batch, Kept, Loader, ThreadDecoding
 from training.data.order import Rows, Sequence
 from training.data.text_targets import _group
 
@@ -146,6 +146,27 @@ def test_evaluation_sees_every_row_once_whatever_the_workers(tmp_path: Path, mak
         tuple(sample) for share in batches for batch in share for sample in batch.samples[:, 1:3].tolist()
     ]
     assert len(seen) == len(set(seen)) == 23
+
+
+def test_evaluation_keeps_its_batches_where_they_fit(tmp_path: Path, make_store: MakeStore) -> None:
+    store = Store(str(make_store(tmp_path / "s", val=23)))
+    order, made = Rows(store, "val").in_order(), []
+
+    def make() -> Iterator[Batch]:
+        for batch in loader(store, None).evaluate(order, 4, 0, 1):
+            made.append(batch)
+            yield batch
+
+    size = sum(batch.nbytes for batch in make())
+    for limit, times in ((size, 1), (size - 1, 3)):
+        kept = Kept(make, limit)
+        next(iter(kept))  # who leaves early leaves nothing half kept
+        made.clear()
+        passes = [list(kept) for _ in range(3)]
+        assert len(made) == 6 * times
+        for batches in passes:
+            torch.testing.assert_close([b.images for b in batches], [b.images for b in passes[0]])
+            assert [b.samples.tolist() for b in batches] == [b.samples.tolist() for b in passes[0]]
 
 
 def test_evaluation_shows_the_same_batches_whatever_the_workers(

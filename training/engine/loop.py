@@ -3,7 +3,7 @@ brings the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from training.config import TrainConfig
 from training.data.decoder import DecoderSpec
-from training.data.loader import Decoding
+from training.data.loader import Batch, Decoding, Kept
 from training.engine import checkpoint
 from training.engine.build import Run
 from training.engine.distributed import agree_on_buffers
@@ -59,6 +59,7 @@ def fit(
     run = Run.of(config, device, rank, resume_from, decode)
     task, loader, sequence, stepper, state = run.task, run.loader, run.sequence, run.stepper, run.state
     watch = Watch(config, run.store, device, rank, state, stepper.steps)
+    judged = Kept(lambda: loader.evaluate(run.eval_rows.in_order(), EVALUATED, rank, run.world))
 
     def take(now: checkpoint.State) -> Callable[[], checkpoint.Snapshot]:
         return lambda: checkpoint.Snapshot.take(task, run.optimizer, run.ema, now)
@@ -78,9 +79,9 @@ def fit(
                 report(None, take(watch.state(step + 1)))
         means = watch.epoch_means(stop)
         agree_on_buffers(task, run.ema)
-        evaluated = evaluate(run, task)
+        evaluated = evaluate(run, task, judged)
         if run.ema is not None:
-            averaged = evaluate(run, run.ema.module)
+            averaged = evaluate(run, run.ema.module, judged)
             evaluated |= {f"ema_{name}": value for name, value in averaged.items() if name != "eval_images"}
         metrics = means | evaluated | {"epoch": epoch, "step": stop, "lr": stepper.learning_rate(stop - 1)}
         state = watch.end_epoch(stop, metrics)
@@ -89,12 +90,12 @@ def fit(
 
 
 @torch.inference_mode()
-def evaluate(run: Run, task: Any) -> Metrics:
-    """What the evaluator of a task, or of its moving average, finds over the eval split; each row counts
-    once."""
+def evaluate(run: Run, task: Any, judged: Iterable[Batch]) -> Metrics:
+    """What the evaluator of a task, or of its moving average, finds over this worker's batches of the eval
+    split; each row counts once."""
     task.eval()
     evaluator = task.evaluator(run.device)
-    for host_batch in run.loader.evaluate(run.eval_rows.in_order(), EVALUATED, run.rank, run.world):
+    for host_batch in judged:
         batch = host_batch.to(run.device)
         evaluator.add(batch, run.stepper.views.norm(batch.images), run.stepper.precision)
     sums = evaluator.sums()

@@ -92,6 +92,7 @@ def alignment_loss(
     form: Form = "symmetric",
     negatives: Texts | None = None,
     bias: Tensor | float | None = None,
+    grading: float | None = None,
 ) -> Tensor:
     """The alignment loss of the global batch.
 
@@ -107,6 +108,11 @@ def alignment_loss(
       group.
     - cosine: 2 - 2 z.t of an image and its targets, no negatives (GPT4Image's option `byol`).
 
+    Graded positives: an image aims at every text, the more the likelier that is to its own: with texts t of
+    unit length and the image's own text u, by softmax(u.t / grading) over the batch's texts, and for the
+    sigmoid by exp((u.t - 1) / grading). Mixed images mix those (soft targets, as in SoftCLIP, arXiv
+    2303.17561).
+
     Args:
         image_bd: [b, d] unit-length projected features, with gradient. b may differ between processes, and be
             0.
@@ -118,6 +124,8 @@ def alignment_loss(
         negatives: N further texts, equal on all processes: more columns of an image's row, but for those of
             the row's own targets. They take no part in the text-to-image direction.
         bias: of the sigmoid's logits; a tensor with gradient when it is learned. None: 0.
+        grading: temperature of graded positives, above 0; None: an image aims at texts of its own groups
+            alone.
 
     Returns:
         Scalar in float32 (float64 for float64 input): its value is the loss of the global batch, equal on all
@@ -125,12 +133,16 @@ def alignment_loss(
         exact gradient.
 
     Raises:
-        ValueError: negatives for cosine, or a bias for another form than sigmoid.
+        ValueError: negatives for cosine, or with graded positives, of which they have no share; grading for
+            cosine; a bias for another form than sigmoid.
     """
     if negatives is not None and form == "cosine":
         message = (
             "form=cosine: has no negatives, as it compares nothing; leave them out, or use another form."
         )
+        raise ValueError(message)
+    if grading is not None and (negatives is not None or form == "cosine"):
+        message = "grading: goes with neither further negatives nor form=cosine; leave it out."
         raise ValueError(message)
     if bias is not None and form != "sigmoid":
         message = f"form={form}: has no bias, as a softmax would cancel it; leave it out, or use sigmoid."
@@ -138,7 +150,7 @@ def alignment_loss(
     with torch.autocast(image_bd.device.type, enabled=False):
         dtype = torch.promote_types(image_bd.dtype, torch.float32)
         z_bd, weights_bK = image_bd.to(dtype), target_weights_bK.to(dtype)
-        matches_bB = _matches(texts, target_groups_bK, weights_bK, divided=form != "sigmoid")
+        matches_bB = _matches(texts, target_groups_bK, weights_bK, divided=form != "sigmoid", grading=grading)
         taking_part = matches_bB.sum(1) > 0
         if form == "cosine":
             aimed_bd = matches_bB @ texts.targets_Bd.to(dtype)
@@ -166,9 +178,11 @@ def alignment_loss(
         return value + (share - share.detach())
 
 
-def _matches(texts: Texts, groups_bK: Tensor, weights_bK: Tensor, *, divided: bool) -> Tensor:
+def _matches(
+    texts: Texts, groups_bK: Tensor, weights_bK: Tensor, *, divided: bool, grading: float | None
+) -> Tensor:
     """[b, B] how far each image aims at each text: its group's weight, `divided` among the group's texts or
-    not.
+    not; or graded by similarity.
 
     Weights of groups that have no text go to the image's other groups; rows of images without any text are
     zero.
@@ -179,9 +193,22 @@ def _matches(texts: Texts, groups_bK: Tensor, weights_bK: Tensor, *, divided: bo
         same = (groups_b[:, None] == texts.groups_B[None, :]) & (groups_b >= 0)[:, None]
         count_b1 = same.sum(1, keepdim=True)
         weights_b1 = torch.where(count_b1 > 0, weights_b[:, None], 0)
-        matches += torch.where(same, weights_b1 / count_b1.clamp_min(1) if divided else weights_b1, 0)
+        if grading is not None:
+            own = same.to(matches.dtype) / count_b1.clamp_min(1)
+            matches += weights_b1 * _graded(own, texts, grading, divided=divided)
+        else:
+            matches += torch.where(same, weights_b1 / count_b1.clamp_min(1) if divided else weights_b1, 0)
         total_b1 += weights_b1
     return matches.div_(torch.where(total_b1 > 0, total_b1, 1))
+
+
+def _graded(own_bB: Tensor, texts: Texts, grading: float, *, divided: bool) -> Tensor:
+    """[b, B] how near every text is to an image's own, which `own_bB` averages; constants, also where texts
+    are projected by a learned map."""
+    targets_Bd = texts.targets_Bd.detach().to(own_bB.dtype)
+    nearness_bB = own_bB @ targets_Bd @ targets_Bd.T / grading
+    nearness_bB = nearness_bB.masked_fill(~texts.valid_B, _lowest(nearness_bB))
+    return nearness_bB.softmax(1) if divided else (nearness_bB - 1 / grading).exp()
 
 
 def _logits(scaled_bd: Tensor, texts: Texts, bias: Tensor | float | None) -> Tensor:

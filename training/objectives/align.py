@@ -54,6 +54,8 @@ class Alignment:
     balanced: bool = False
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     until: float = 1.0
+    grading: float | None = None
+    """Temperature of graded positives, if they are graded."""
     texts: int = 2
     """How many an image is told apart from, its own among them; what the sigmoid's bias starts from."""
 
@@ -250,6 +252,7 @@ class AlignTask(nn.Module):
             form=form,
             negatives=negatives,
             bias=self.bias,
+            grading=self.alignment.grading,
         )
 
     @torch.no_grad()
@@ -532,6 +535,7 @@ def build_task(config: TrainConfig, classes: int, dim: int, text_dim: int = 0) -
         balanced=config.method.balance == "gradients",
         schedule=config.method.alignment_schedule,
         until=config.method.alignment_until,
+        grading=config.method.similarity_temperature if config.method.positives == "similar" else None,
         text_dim=text_dim,
         texts=config.optim.batch_size + config.method.store_negatives,
     )

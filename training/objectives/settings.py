@@ -97,8 +97,12 @@ class AlignSettings(MethodSettings):
     class_shrinkage: float = 0.0
     """Draw a picture's target towards the mean text of its class, 0 (its own caption alone) to 1 (the mean
     alone): averages away what captions say of all but the class."""
-    positives: Literal["caption", "class"] = "caption"
-    """What an image is not told apart from: texts of equal captions, or all texts of its class."""
+    positives: Literal["caption", "class", "similar"] = "caption"
+    """What an image is not told apart from: texts of equal captions, all texts of its class, or every text in
+    so far as it is like its own (soft targets)."""
+    similarity_temperature: float = 0.1
+    """With --positives similar: how fast a text counts less the less it is like an image's own (softmax of
+    cosine / this)."""
     head: Literal["mlp", "linear"] = "mlp"
     """Projection head on the pooled feature."""
     temperature: float = 0.2
@@ -139,8 +143,28 @@ class AlignSettings(MethodSettings):
                 f"alignment_weight={self.alignment_weight}: must be below 1 with --balance gradients, where "
                 "it is the alignment's share."
             )
-        if self.temperature <= 0:
-            faults.append(f"temperature={self.temperature}: must be above 0, such as 0.2.")
+        for name, value in (("temperature", 0.2), ("similarity_temperature", 0.1)):
+            if getattr(self, name) <= 0:
+                faults.append(f"{name}={getattr(self, name)}: must be above 0, such as {value}.")
+        if self.positives == "similar":
+            faults += [
+                f"positives=similar: {why}."
+                for wrong, why in (
+                    (
+                        self.alignment == "cosine",
+                        "has no meaning for --alignment cosine, which tells nothing apart",
+                    ),
+                    (
+                        self.store_negatives,
+                        "goes with no --store-negatives, of which each may be like an image's own",
+                    ),
+                    (
+                        self.text_projection == "learned",
+                        "needs texts that stay as they are; use --text-projection pca",
+                    ),
+                )
+                if wrong
+            ]
         if self.alignment == "cosine" and (self.store_negatives or self.learn_temperature):
             faults.append(
                 "alignment=cosine: has neither negatives nor a temperature; leave the flags for them out."

@@ -1,0 +1,260 @@
+"""Ablations: many short trainings of one plan, several at a time, paired over seeds.
+
+Run `python benchmarks/ablation.py PLAN.toml --to TABLE.jsonl [--processes N] [--minutes M]`. A plan names
+sets (stores), backbones and arms, each as settings of `gpt4image train` by their names; see benchmarks/plans.
+Each training is the product's own loop (`training.engine.loop.fit`) in a process of its own, without Ray:
+what is measured is the method. A row is written as soon as it is there and is not computed again; tables are
+printed at the end.
+
+A stage with `choose = true` is a search: of its arms the one with the highest mean becomes, for its set and
+backbone, the recipe of the stages after it. So the baseline is tuned before anything is compared with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+Settings = dict[str, Any]
+Row = dict[str, Any]
+MEASURED = ("top1", "train_top1", "steps", "seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training; `settings` hold those of the set, the backbone and the arm."""
+
+    stage: str
+    set: str
+    backbone: str
+    arm: str
+    seed: int
+    settings: Settings
+
+    @property
+    def key(self) -> str:
+        """What a row is known by: another value of any setting is another row."""
+        return json.dumps([self.set, self.settings, self.seed], sort_keys=True)
+
+
+def main() -> int:
+    """Works the plan off and prints its tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", help="a TOML file")
+    parser.add_argument("--to", required=True, help="table of JSON lines; goes on where it stopped")
+    parser.add_argument("--stores", default=".", help="folder that the plan's stores lie in")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no training after this time")
+    parser.add_argument("--set", nargs="*", default=[], help="only these sets")
+    parser.add_argument("--watch", action="store_true", help="a line on stderr for every training")
+    options = parser.parse_args()
+    plan = tomllib.loads(Path(options.plan).read_text())
+    table = Path(options.to)
+    rows: dict[str, Row] = {}
+    if table.exists():
+        rows = {row["key"]: row for row in map(json.loads, table.read_text().splitlines())}
+    work(plan, rows, table, options)
+    print("\n".join(tables(plan, rows, options)))
+    return 0
+
+
+def work(plan: Settings, rows: dict[str, Row], table: Path, options: argparse.Namespace) -> None:
+    """Every training that has no row yet, as soon as the searches that it waits for are done."""
+    begun, running = time.monotonic(), {}
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // options.processes)
+    with ProcessPoolExecutor(options.processes, context, prepare, (threads,)) as pool:
+        failed: set[str] = set()
+        while True:
+            if (time.monotonic() - begun) / 60 < options.minutes:
+                known = rows.keys() | failed | {job.key for job in running.values()}
+                for job in itertools.islice(
+                    (job for job in ready(plan, rows, options) if job.key not in known),
+                    options.processes - len(running),
+                ):
+                    running[pool.submit(train, job, options.stores)] = job
+            if not running:
+                return
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                job = running.pop(future)
+                if (row := outcome(job, future)) is None:
+                    failed.add(job.key)
+                    continue
+                rows[job.key] = row
+                with table.open("a") as lines:
+                    lines.write(json.dumps(row) + "\n")
+                if options.watch:
+                    told = f"{row['top1']:6.2f}  train {row['train_top1']:6.2f}  {row['seconds']:5.0f} s"
+                    name = f"{job.set:14}{job.backbone:14}{job.arm:24}{job.seed:>3}"
+                    print(name + told, file=sys.stderr, flush=True)
+
+
+def outcome(job: Job, future: Future[Row]) -> Row | None:
+    """The row of a training, or None, said on stderr, where it failed."""
+    try:
+        found = future.result()
+    except Exception as error:
+        print(f"{job.set} {job.backbone} {job.arm} {job.seed}: {error}", file=sys.stderr, flush=True)
+        return None
+    return {
+        "key": job.key,
+        **{name: getattr(job, name) for name in ("stage", "set", "backbone", "arm", "seed")},
+        **found,
+    }
+
+
+def ready(plan: Settings, rows: dict[str, Row], options: argparse.Namespace) -> Iterator[Job]:
+    """All trainings whose recipe is settled, seed after seed, so that a cut table compares like with like."""
+    chosen: dict[tuple[str, str], Settings] = {}
+    waiting: set[tuple[str, str]] = set()
+    for stage in plan["stages"]:
+        jobs = [
+            job for job in of_stage(plan, stage, chosen, options) if (job.set, job.backbone) not in waiting
+        ]
+        yield from jobs
+        if stage.get("choose"):
+            for place in dict.fromkeys((job.set, job.backbone) for job in jobs):
+                mine = [job for job in jobs if (job.set, job.backbone) == place]
+                if all(job.key in rows for job in mine):
+                    chosen[place] = chosen.get(place, {}) | stage["arms"][best(mine, rows)]
+                else:
+                    waiting.add(place)
+
+
+def best(jobs: list[Job], rows: dict[str, Row]) -> str:
+    """The arm with the highest mean top-1."""
+    scores: dict[str, list[float]] = {}
+    for job in jobs:
+        scores.setdefault(job.arm, []).append(rows[job.key]["top1"])
+    return max(scores, key=lambda arm: statistics.fmean(scores[arm]))
+
+
+def of_stage(
+    plan: Settings,
+    stage: Settings,
+    chosen: dict[tuple[str, str], Settings],
+    options: argparse.Namespace,
+) -> Iterator[Job]:
+    """The trainings of a stage with the recipes as chosen so far."""
+    sets = [name for name in stage.get("sets", plan["sets"]) if not options.set or name in options.set]
+    places = [
+        (name, backbone)
+        for name, backbone in itertools.product(sets, stage.get("backbones", plan["backbones"]))
+        if backbone in plan["sets"][name].get("backbones", plan["backbones"])
+    ]
+    for seed, (name, backbone), (arm, settings) in itertools.product(
+        stage["seeds"], places, stage["arms"].items()
+    ):
+        settled = {
+            **plan.get("common", {}),
+            **plan["backbones"][backbone],
+            **{key: value for key, value in plan["sets"][name].items() if key != "backbones"},
+            **chosen.get((name, backbone), {}),
+            **settings,
+        }
+        yield Job(stage["name"], name, backbone, arm, seed, settled)
+
+
+def prepare(threads: int) -> None:
+    """A worker's share of the cores; it is killed with its parent's interrupt, without a word."""
+    import signal
+
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(threads)
+
+
+def train(job: Job, stores: str) -> Row:
+    """Trains here and gives what the last epoch found."""
+    import torch
+
+    from training.config import TrainConfig
+    from training.engine import loop
+    from training.presets import preset
+
+    settings = dict(job.settings)
+    control = settings.pop("control", "")
+    store = str(Path(stores) / settings.pop("store"))
+    base = preset(settings.pop("preset", "small-64"))
+    config = TrainConfig.of(**base | settings | {"store": store, "seed": job.seed, "workers": 1})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    begun = time.monotonic()
+    with replaced(control):
+        history = loop.fit(config, device, 0, None, lambda metrics, take: None)
+    last = history[-1]
+    return {
+        "top1": last["top1"],
+        "train_top1": last["train_top1"],
+        "loss": last["loss"],
+        "steps": last["step"],
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+
+
+def replaced(control: str) -> Any:
+    """Class means of nothing: `random` unit vectors in their place, or `dealt`, each to another class. Both
+    keep the loss and the second head, and take the meaning away."""
+    from contextlib import nullcontext
+    from unittest.mock import patch
+
+    import numpy as np
+
+    from training.data import text_targets
+
+    original = text_targets._class_means
+
+    def means(*arguments: Any) -> Any:
+        found = original(*arguments)
+        if control == "dealt":
+            return np.roll(found, 1 + len(found) // 3, axis=0)
+        return np.random.default_rng(0).standard_normal(found.shape).astype(np.float32) / math.sqrt(
+            found.shape[1]
+        )
+
+    return patch.object(text_targets, "_class_means", means) if control else nullcontext()
+
+
+def tables(plan: Settings, rows: dict[str, Row], options: argparse.Namespace) -> list[str]:
+    """For each stage, set and backbone its arms: mean top-1, and the difference to the first arm with the
+    95 % Student interval of the mean over paired seeds."""
+    from tuning.significance import half_width
+
+    lines = []
+    jobs = [job for job in ready(plan, rows, options) if job.key in rows]
+    for stage, name, backbone in dict.fromkeys((job.stage, job.set, job.backbone) for job in jobs):
+        lines.append(f"{stage}: {name}, {backbone}")
+        here = [job for job in jobs if (job.stage, job.set, job.backbone) == (stage, name, backbone)]
+        first = {job.seed: rows[job.key]["top1"] for job in here if job.arm == here[0].arm}
+        for arm in dict.fromkeys(job.arm for job in here):
+            found = {job.seed: rows[job.key] for job in here if job.arm == arm}
+            mean = {part: statistics.fmean(row[part] for row in found.values()) for part in MEASURED}
+            line = f"  {arm:26}{mean['top1']:7.2f}  n={len(found)}  train {mean['train_top1']:6.2f}"
+            paired = [row["top1"] - first[seed] for seed, row in found.items() if seed in first]
+            if paired and arm != here[0].arm:
+                gain, half = statistics.fmean(paired), half_width(paired, 0.95)
+                line += f"  {gain:+6.2f} [{gain - half:+.2f}, {gain + half:+.2f}]"
+            lines.append(f"{line}  {mean['steps']:.0f} steps, {mean['seconds']:.0f} s")
+    return lines
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
