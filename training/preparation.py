@@ -18,6 +18,9 @@ from training.run_folder import read_json
 if TYPE_CHECKING:
     from training.objectives.protocol import Facts
 
+FEW_STEPS = 1000
+"""A plain network gained until 2,000 to 6,000 on sets of some hundred to some thousand pictures."""
+
 
 def default_run(config: TrainConfig) -> str:
     """A new folder below runs/, named by what differs between runs, by the time and by chance."""
@@ -57,9 +60,26 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     facts = check(config)
     for note in objective_of(config).notes(config, Store(config.store), facts):
         print(f"train: {note}", file=sys.stderr)
+    if note := _few_steps(config):
+        print(f"train: {note}", file=sys.stderr)
     if config.model.pretrained and not config.model.brings_weights and not _has_checkpoint(config.run):
         weights.fetch_weights(config.model.backbone)
     return config.but(**facts.found), facts.variants
+
+
+def _few_steps(config: TrainConfig) -> str:
+    """What to say of a training that is too short to compare anything by (docs/evidence.md), or nothing."""
+    from training.data.order import Rows
+
+    pictures = len(Rows(Store(config.store), config.data.train_split))
+    steps = pictures * config.optim.epochs // config.optim.batch_size
+    if steps >= FEW_STEPS or config.model.pretrained or config.preset == "smoke":
+        return ""
+    per_epoch = max(1, pictures // config.optim.batch_size)
+    return (
+        f"{steps} steps in all are few for a network that starts from nothing; pass --epochs "
+        f"{-(-FEW_STEPS // per_epoch)} or more, or a smaller --batch-size."
+    )
 
 
 def _has_checkpoint(run: str) -> bool:

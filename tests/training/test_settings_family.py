@@ -169,6 +169,19 @@ def test_a_run_records_which_embeddings_it_found_and_goes_on_with_them(
         preparation.prepare(parse_train([*flags, "--embeddings", "another"]))
 
 
+def test_a_training_of_few_steps_says_how_many_epochs_would_do(
+    tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "store", train=24)
+    flags = ["--store", str(store), "--batch-size", "12", "--alignment-weight", "0"]
+    preparation.prepare(parse_train([*flags, "--epochs", "5"]))
+    said = capsys.readouterr().err
+    assert "10 steps in all are few" in said and "--epochs 500" in said
+    preparation.prepare(parse_train([*flags, "--epochs", "500"]))
+    preparation.prepare(parse_train(["--preset", "smoke", *flags]))
+    assert "steps" not in capsys.readouterr().err
+
+
 def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(
     tmp_path: Path, two_embeddings: Path
 ) -> None:
