@@ -22,17 +22,17 @@ check: setup  ## format, lint and types
 
 # What starts clusters and engines has the machine to itself: beside each other two such tests starve.
 PYTEST := $(BIN)/python -m pytest -q --durations=10
-QUICK := $(PYTEST) -n 2 --no-loadscope-reorder -m 'not slow and not gpu'
+TWO := $(PYTEST) -n 2
 
 test: check  ## everything but what needs a GPU
-	@$(QUICK)
-	@$(PYTEST) -m 'slow and not gpu'
+	@$(TWO) -m 'not alone and not gpu'
+	@$(PYTEST) -m 'alone and not gpu'
 
 gpu: setup  ## what needs a CUDA device
 	@$(BIN)/python -m pytest -q -m gpu
 
-quick: check  ## without what starts Ray clusters, engines or trainings
-	@$(QUICK)
+quick: check  ## without what takes long or starts Ray clusters and engines
+	@$(TWO) -m 'not slow and not alone and not gpu'
 
 format: setup  ## rewrite the code in the house format
 	@$(BIN)/ruff format .

@@ -71,7 +71,7 @@ def _few_steps(config: TrainConfig) -> str:
     """What to say of a training that is too short to compare anything by (docs/evidence.md), or nothing."""
     from training.data.order import Rows
 
-    pictures = len(Rows(Store(config.store), config.data.train_split))
+    pictures = len(Rows(Store(config.store), config.data.train_split)) * config.data.epoch_repeats
     steps = pictures * config.optim.epochs // config.optim.batch_size
     if steps >= FEW_STEPS or config.model.pretrained or config.preset == "smoke":
         return ""

@@ -121,7 +121,7 @@ def test_submit_without_a_job_server_says_how_to_start_one(capsys: pytest.Captur
     assert "ray start --head" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_doctor_finds_this_environment_well_and_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cluster_main(["doctor", "--deep", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

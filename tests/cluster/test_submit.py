@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -80,7 +81,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             time.sleep(0.5)
         yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     finally:
-        child.send_signal(signal.SIGTERM)
+        # `ray start --block` gives each of its processes half a minute to end.
+        for process in psutil.Process(child.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        child.kill()
         child.wait(timeout=60)
 
 

@@ -32,7 +32,7 @@ def test_the_losses_are_the_recorded_ones(name: str, tmp_path: Path) -> None:
         assert found["weights"] == expected["weights"], AGAIN
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_described_store_is_the_recorded_one(described: Path) -> None:
     """Every byte of every row on the kind of machine that recorded it; elsewhere another caption may win by a
     rounding."""

@@ -13,7 +13,7 @@ from PIL import Image
 from cluster import cli
 from pipeline.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 DATA = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason=f"no photographs at {DATA}: this test needs that folder"
@@ -43,7 +43,7 @@ def test_small_photographs_with_imported_captions(
         "--backbones",
         "test_resnet",
         "--epochs",
-        "2",
+        "1",
         "--eval-split",
         "test",
     ]

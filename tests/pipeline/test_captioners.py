@@ -17,7 +17,7 @@ from pipeline.encoders.models import resolve
 from pipeline.sources import images
 from pipeline.store import Store
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture(scope="module")

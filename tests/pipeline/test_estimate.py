@@ -135,7 +135,7 @@ def test_an_estimate_needs_something_to_describe() -> None:
         EstimateConfig(caption_preset="scenes")
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_estimate_holds_within_a_quarter(tmp_path: Path) -> None:
     """A sample of a third of 3,072 pictures against describing them all, both with everything that a command
     costs."""

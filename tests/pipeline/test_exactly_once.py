@@ -32,7 +32,7 @@ from pipeline.store import Store, lock
 from tests.nodes import ROOT, Driver, TwoNodes
 from tests.stores import ingest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 # Small shards: 36 of them, so that there are many moments between the first and the last.
 SHARD_ROWS = "8"
 # Two engines: while one is struck the other goes on. They have a core each; one alone, with a core too,
@@ -271,8 +271,8 @@ def test_a_killed_engine_process_is_started_again(scenes: Path, tmp_path: Path, 
     # One picture at a time: between processes, what is batched together depends on their speed, and words on
     # what is batched.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "RAY_ADDRESS": "", "THIS_TEST": str(tmp_path)}
-    common = ["caption", "--caption-preset", "scenes", "--engine-batch", "1", "--store"]
-    stores = [ingested(scenes, tmp_path / name, limit=96) for name in ("whole", "killed")]
+    common = ["caption", "--caption-preset", "scenes", "--engine-batch", "1", *ONE_ENGINE, "--store"]
+    stores = [ingested(scenes, tmp_path / name, limit=48) for name in ("whole", "killed")]
     assert run(nodes, [*common, str(stores[0])], **settings).wait(300) == 0
     driver = run(nodes, [*common, str(stores[1])], **settings)
     killed: set[int] = set()
@@ -358,7 +358,7 @@ def test_an_object_store_that_goes_away_stops_the_run_and_it_goes_on_when_it_is_
     client = boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"])
     remote = fs.S3FileSystem(endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1")
     fs.copy_files(str(fresh), "pictures/away", destination_filesystem=remote)
-    command = [sys.executable, "-m", "pipeline", *DESCRIBE, f"{bucket}/away"]
+    command = [sys.executable, "-m", "pipeline", *DESCRIBE, f"{bucket}/away", *ONE_ENGINE]
     driver = subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
     while driver.poll() is None and not any(
         "receipts" in key["Key"]
@@ -372,9 +372,8 @@ def test_an_object_store_that_goes_away_stops_the_run_and_it_goes_on_when_it_is_
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
     try:
-        again = [*command, *ONE_ENGINE]
         done = subprocess.run(
-            again, cwd=ROOT, env=os.environ | settings, text=True, capture_output=True, check=False
+            command, cwd=ROOT, env=os.environ | settings, text=True, capture_output=True, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stderr.count("caption ") > 0

@@ -275,7 +275,7 @@ def test_of_several_variants_one_must_be_named(tmp_path: Path, make_store: Make)
     assert "Name it." in text and not any("caption" in card for card in cards)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_page_of_a_described_store_counts_what_the_store_counts(described: Path, tmp_path: Path) -> None:
     store = Store(str(described))
     captions = str(store.variants("captions")[0])
@@ -289,7 +289,7 @@ def test_the_page_of_a_described_store_counts_what_the_store_counts(described: P
     assert json.dumps(store.variant("captions", captions)["prompt"]) in text.replace("&#34;", '"')
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_hundred_thousand_rows_are_paged_in_bounded_time_and_size(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     rng = np.random.default_rng(0)

@@ -596,7 +596,7 @@ def test_a_server_that_drops_pictures_is_told(server: FaultyServer) -> None:
     assert target.spent_tokens == 2 * 100 + 13
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_vllm_server_and_transformers_say_the_same(
     served: Callable[..., OpenAICaptioner], pictures: list[Image.Image]
 ) -> None:
@@ -618,7 +618,7 @@ def test_a_vllm_server_and_transformers_say_the_same(
     assert target.retries == 0
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_store_is_described_through_a_server_and_twice_does_no_work(
     vllm_server: str,
     scenes: Path,
@@ -673,7 +673,7 @@ def test_a_store_is_described_through_a_server_and_twice_does_no_work(
     assert "serves scenes; pass --model" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_sampled_captions_depend_on_their_row_alone(
     served: Callable[..., OpenAICaptioner], pictures: list[Image.Image]
 ) -> None:
@@ -686,7 +686,7 @@ def test_sampled_captions_depend_on_their_row_alone(
     assert target(pictures[2:4], [PROMPT] * 2, ["e", "f"]) != found[2:]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_vllm_server_refuses_a_wrong_key_and_a_wrong_model(
     vllm_server: str, served: Callable[..., OpenAICaptioner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -702,7 +702,7 @@ def test_a_vllm_server_refuses_a_wrong_key_and_a_wrong_model(
         assert "27182" not in str(caught.value)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_vllm_server_refuses_a_long_prompt_alone(
     served: Callable[..., OpenAICaptioner], pictures: list[Image.Image]
 ) -> None:

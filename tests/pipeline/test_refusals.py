@@ -77,7 +77,7 @@ print(json.dumps([calls, [caption.error for caption in found], [caption.error fo
 """
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_prompt_too_long_for_the_real_engine_costs_its_own_row_and_few_calls() -> None:
     done = subprocess.run(
         [sys.executable, "-c", REFUSED], cwd=ROOT, capture_output=True, text=True, check=False

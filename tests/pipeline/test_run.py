@@ -20,7 +20,8 @@ from pipeline.__main__ import main
 from pipeline.store import Store, lock
 
 Folder = Callable[..., Path]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
+ONE_ENGINE = ["--replicas", "1", "--engine-cores", "1"]  # is up sooner than two, and computes the same
 DESCRIBE, CAPTION = ([verb, "--caption-preset", "scenes"] for verb in ("describe", "caption"))
 
 
@@ -67,10 +68,8 @@ def test_describe_again_does_no_work(
 
 def test_another_prompt_is_another_variant_and_leaves_the_first_alone(described: Path, scenes: Path) -> None:
     before = files(described, receipts=True)
-    assert (
-        main([*CAPTION, "--store", str(described), "--prompt", "Describe this image of {label} in detail."])
-        == 0
-    )
+    prompt = ["--prompt", "Describe this image of {label} in detail."]
+    assert main([*CAPTION, "--store", str(described), *prompt, *ONE_ENGINE]) == 0
     store = Store(str(described))
     names = store.variants("captions")
     assert len(names) == 2
@@ -99,6 +98,7 @@ def test_killed_half_way_and_started_again_gives_the_files_of_an_uninterrupted_r
         str(store),
         "--shard-rows",
         "64",
+        *ONE_ENGINE,
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     child = subprocess.Popen(

@@ -188,7 +188,7 @@ def test_every_kind_of_source_gives_the_same_rows(
     assert plan(config).dataset == opened.dataset
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["folder", "webdataset", "jsonl"])
 def test_pictures_by_reference_are_fetched_where_they_are(
     kind: str, pictures: Pictures, tmp_path: Path, bucket: str, ray_session: None
@@ -208,7 +208,7 @@ def test_parquet_pictures_cannot_be_stored_by_reference(pictures: Pictures, tmp_
         plan(SourceConfig(images=as_parquet(pictures, tmp_path), store="unused", pack=False))
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_large_pictures_are_shrunk_before_they_are_packed(tmp_path: Path, ray_session: None) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     Image.new("RGB", (600, 300), "red").save(tmp_path / "in" / "a" / "large.png")
@@ -224,7 +224,7 @@ def test_large_pictures_are_shrunk_before_they_are_packed(tmp_path: Path, ray_se
     )
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_retry_reads_a_mended_picture_at_its_place(
     pictures: Pictures, tmp_path: Path, ray_session: None
 ) -> None:

@@ -194,7 +194,7 @@ class DeadlyCaptionPictures(CaptionPictures):
         self._captioner = DeadlyCaptioner(self._config, model)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_pictures_that_kill_the_engine_are_put_aside_by_the_real_chain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
 ) -> None:

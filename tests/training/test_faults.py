@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.nodes import Driver, TwoNodes
 from training.engine import checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 # 57 rows in batches of 12: epochs end inside a batch, most checkpoints lie inside an epoch.
 RECIPE = [
     "--preset",

@@ -62,6 +62,17 @@ def test_every_sample_comes_once_an_epoch_whatever_the_workers(
     assert len(whole) == 4 * 57 and len(seen) == steps * batch
 
 
+def test_an_epoch_of_several_passes_has_the_batches_of_as_many_epochs(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
+    rows = rows_of(tmp_path / "s", make_store, train=57)
+    single = Sequence(rows, seed=3, window=2, batch=10, repeats=2)
+    several = Sequence(rows, seed=3, window=2, batch=10, repeats=2, epoch_repeats=3)
+    assert several.epoch_samples == 3 * single.epoch_samples and several.steps(2) == single.steps(6)
+    for step in range(several.steps(2)):
+        np.testing.assert_array_equal(several.share(step, 0, 1), single.share(step, 0, 1))
+
+
 def test_a_step_is_the_same_batch_for_any_number_of_workers_and_from_any_start(
     tmp_path: Path, make_store: MakeStore
 ) -> None:

@@ -240,7 +240,7 @@ def test_a_baseline_is_one_whatever_its_axes(method: Callable[..., str]) -> None
     assert list(plots._ticks(cells, 1).values()) == ["-2", "2", "10"]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_it_is_trained_by_several_workers_and_swept(
     ray_session: None, tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

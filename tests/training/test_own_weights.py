@@ -260,7 +260,7 @@ def test_names_of_runs_have_no_slashes_and_stay_apart() -> None:
     assert folder.startswith(f"runs/{names[0]}-w0.3-d4-s0-") and folder.count("/") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_train_records_what_it_started_from_and_goes_on_without_it(
     tmp_path: Path, make_store: Callable[..., Path], ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -277,7 +277,7 @@ def test_an_early_run_is_exported_whatever_the_store_holds_by_now(
     assert main(["evaluate", str(folder), "--no-retrieval"]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_command_of_an_early_release_ends_its_run(
     tmp_path: Path, make_store: Callable[..., Path], ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

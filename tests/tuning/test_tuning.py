@@ -140,7 +140,7 @@ def test_a_folder_that_is_no_sweep_is_told(tmp_path: Path, capsys: pytest.Captur
     assert "gpt4image tune" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_sweep_trains_tracks_exports_resumes_and_reports(
     ray_session: None, tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,7 +206,7 @@ def test_a_sweep_trains_tracks_exports_resumes_and_reports(
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_sweep_on_an_object_store_with_a_trial_that_diverges_exports_the_best_of_the_others(
     ray_session: None,
     bucket: str,

@@ -62,14 +62,24 @@ class Sequence:
     by."""
 
     def __init__(
-        self, rows: Rows, *, seed: int, window: int, batch: int, repeats: int = 1, by: Deal = "shard"
+        self,
+        rows: Rows,
+        *,
+        seed: int,
+        window: int,
+        batch: int,
+        repeats: int = 1,
+        epoch_repeats: int = 1,
+        by: Deal = "shard",
     ) -> None:
-        self.batch, self.epoch_samples, self.by = batch, len(rows), by
+        self.batch, self.by = batch, by
+        self.epoch_samples = len(rows) * epoch_repeats
         self._rows, self._seed, self._window, self._repeats = rows, seed, window, repeats
         self._passes: dict[int, Array] = {}
 
     def steps(self, epochs: int) -> int:
-        """Steps after which that many epochs are done. An epoch is as many samples as there are rows."""
+        """Steps after which that many epochs are done. An epoch is as many samples as there are rows, times
+        `epoch_repeats`."""
         return math.ceil(epochs * self.epoch_samples / self.batch)
 
     def share(self, step: int, rank: int, world: int) -> Array:
@@ -84,7 +94,7 @@ class Sequence:
         return np.array_split(_sorted(whole), world)[rank]
 
     def _slice(self, start: int, stop: int) -> Array:
-        length = self.epoch_samples * self._repeats
+        length = len(self._rows) * self._repeats
         parts = []
         while start < stop:
             number, offset = divmod(start, length)

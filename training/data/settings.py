@@ -39,6 +39,9 @@ class DataSettings(Deciding):
     """Probability of cutmix where both are set."""
     repeats: int = 1
     """Views of a picture in a batch (repeated augmentation); an epoch keeps its number of images."""
+    epoch_repeats: int = 1
+    """Passes over the train split that count as one epoch; more than 1 where the split is so small that
+    evaluating and saving after every pass takes longer than training."""
 
     @property
     def mixes(self) -> bool:
@@ -53,7 +56,7 @@ class DataSettings(Deciding):
     def faults(self) -> list[str]:
         """See `Settings.faults`."""
         return [
-            *below(1, self, "shuffle_shards", "repeats"),
+            *below(1, self, "shuffle_shards", "repeats", "epoch_repeats"),
             *below(0, self, "color_jitter", "mixup", "cutmix"),
             *no_share(self, "flip", "crop_scale", "erase", "mix_prob", "mix_switch_prob"),
         ]

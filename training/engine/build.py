@@ -91,6 +91,7 @@ class Run:
             window=config.data.shuffle_shards,
             batch=config.optim.batch_size,
             repeats=config.data.repeats,
+            epoch_repeats=config.data.epoch_repeats,
             by=by,
         )
         ahead = lookahead(
@@ -115,7 +116,7 @@ class Run:
             rank=rank,
             world=world,
             steps=sequence.steps(config.optim.epochs),
-            warmup_steps=round(config.optim.warmup_epochs * len(train_rows) / config.optim.batch_size),
+            warmup_steps=round(config.optim.warmup_epochs * sequence.epoch_samples / config.optim.batch_size),
             precision=precision,
         )
         return cls(

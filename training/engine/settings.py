@@ -13,7 +13,7 @@ class OptimSettings(Deciding):
     """Length, optimizer, schedule, classification loss, averaging of weights."""
 
     epochs: int = 40
-    """Passes over the train split."""
+    """Passes over the train split (of --epoch-repeats each)."""
     batch_size: int = 128
     """Images a step over all workers together, and the batch that the alignment contrasts."""
     accumulate: int = 1
