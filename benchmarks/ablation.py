@@ -60,24 +60,34 @@ def main() -> int:
     parser.add_argument("plan", help="a TOML file")
     parser.add_argument("--to", required=True, help="table of JSON lines; goes on where it stopped")
     parser.add_argument("--stores", default=".", help="folder that the plan's stores lie in")
-    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no training after this time")
-    parser.add_argument("--set", nargs="*", default=[], help="only these sets")
-    parser.add_argument("--watch", action="store_true", help="a line on stderr for every training")
+    add_flags(parser)
     options = parser.parse_args()
     plan = tomllib.loads(Path(options.plan).read_text())
-    table = Path(options.to)
-    rows: dict[str, Row] = {}
-    if table.exists():
-        rows = {row["key"]: row for row in map(json.loads, table.read_text().splitlines())}
-    work(plan, rows, table, options)
-    print("\n".join(tables(plan, rows, options)))
+    rows = work(plan, Path(options.to), options)
+    print("\n".join(tables(comparisons(plan, rows, options))))
     return 0
 
 
-def work(plan: Settings, rows: dict[str, Row], table: Path, options: argparse.Namespace) -> None:
-    """Every training that has no row yet, as soon as the searches that it waits for are done."""
-    begun, running = time.monotonic(), {}
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Of any script that works a plan off."""
+    parser.add_argument("--set", nargs="*", default=[], help="only these sets")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="trainings at a time (default: a core each)",
+    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no training after this time")
+
+
+def work(plan: Settings, table: Path, options: argparse.Namespace) -> dict[str, Row]:
+    """Every training that has no row yet, as soon as the searches that it waits for are done; all rows by
+    their keys."""
+    rows: dict[str, Row] = {}
+    if table.exists():
+        rows = {row["key"]: row for row in map(json.loads, table.read_text().splitlines())}
+    begun = time.monotonic()
+    running: dict[Future[Row], Job] = {}
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // options.processes)
     with ProcessPoolExecutor(options.processes, context, prepare, (threads,)) as pool:
@@ -85,13 +95,12 @@ def work(plan: Settings, rows: dict[str, Row], table: Path, options: argparse.Na
         while True:
             if (time.monotonic() - begun) / 60 < options.minutes:
                 known = rows.keys() | failed | {job.key for job in running.values()}
-                for job in itertools.islice(
-                    (job for job in ready(plan, rows, options) if job.key not in known),
-                    options.processes - len(running),
-                ):
+                free = options.processes - len(running)
+                waiting = (job for job in ready(plan, rows, options) if job.key not in known)
+                for job in itertools.islice(waiting, free):
                     running[pool.submit(train, job, options.stores)] = job
             if not running:
-                return
+                return rows
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 job = running.pop(future)
@@ -101,10 +110,9 @@ def work(plan: Settings, rows: dict[str, Row], table: Path, options: argparse.Na
                 rows[job.key] = row
                 with table.open("a") as lines:
                     lines.write(json.dumps(row) + "\n")
-                if options.watch:
-                    told = f"{row['top1']:6.2f}  train {row['train_top1']:6.2f}  {row['seconds']:5.0f} s"
-                    name = f"{job.set:14}{job.backbone:14}{job.arm:24}{job.seed:>3}"
-                    print(name + told, file=sys.stderr, flush=True)
+                told = f"{row['top1']:6.2f}  train {row['train_top1']:6.2f}  {row['seconds']:5.0f} s"
+                name = f"{job.set:14}{job.backbone:14}{job.arm:26}{job.seed:>3}"
+                print(name + told, file=sys.stderr, flush=True)
 
 
 def outcome(job: Job, future: Future[Row]) -> Row | None:
@@ -192,13 +200,13 @@ def train(job: Job, stores: str) -> Row:
     from training.presets import preset
 
     settings = dict(job.settings)
-    control = settings.pop("control", "")
+    control, rival = settings.pop("control", ""), settings.pop("similar_labels", 0.0)
     store = str(Path(stores) / settings.pop("store"))
     base = preset(settings.pop("preset", "small-64"))
     config = TrainConfig.of(**base | settings | {"store": store, "seed": job.seed, "workers": 1})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begun = time.monotonic()
-    with replaced(control):
+    with replaced(control), labelled(config, rival):
         history = loop.fit(config, device, 0, None, lambda metrics, take: None)
     last = history[-1]
     return {
@@ -235,26 +243,73 @@ def replaced(control: str) -> Any:
     return patch.object(text_targets, "_class_means", means) if control else nullcontext()
 
 
-def tables(plan: Settings, rows: dict[str, Row], options: argparse.Namespace) -> list[str]:
-    """For each stage, set and backbone its arms: mean top-1, and the difference to the first arm with the
+def labelled(config: Any, share: float) -> Any:
+    """A rival without a second head: `share` of each label's mass goes to classes by the similarity of their
+    mean texts (TeS, arXiv 2304.01489), at temperature 0.1, in place of uniform smoothing."""
+    from contextlib import nullcontext
+    from unittest.mock import patch
+
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional
+
+    from pipeline.store import Store
+    from training.data import text_targets
+    from training.losses import classification
+
+    if not share:
+        return nullcontext()
+    store = Store(config.store)
+    means = torch.from_numpy(
+        text_targets._class_means(store, store.only_variant("embeddings"), config.data.train_split)
+    )
+    unit = functional.normalize(means - means.mean(0), dim=1)
+    soft = share * (unit @ unit.T / 0.1).softmax(1) + (1 - share) * torch.eye(len(unit))
+
+    class SimilarLabels(nn.Module):
+        def forward(self, logits: Tensor, classes: Tensor) -> Tensor:
+            targets = (
+                soft.to(logits.device)[classes] if classes.ndim == 1 else classes @ soft.to(logits.device)
+            )
+            return functional.cross_entropy(logits, targets)
+
+    return patch.object(classification, "criterion", lambda name, smoothing: SimilarLabels())
+
+
+def comparisons(plan: Settings, rows: dict[str, Row], options: argparse.Namespace) -> list[Row]:
+    """For each stage, set, backbone and arm: means over seeds, and the difference to the first arm with the
     95 % Student interval of the mean over paired seeds."""
     from tuning.significance import half_width
 
-    lines = []
+    found = []
     jobs = [job for job in ready(plan, rows, options) if job.key in rows]
-    for stage, name, backbone in dict.fromkeys((job.stage, job.set, job.backbone) for job in jobs):
-        lines.append(f"{stage}: {name}, {backbone}")
-        here = [job for job in jobs if (job.stage, job.set, job.backbone) == (stage, name, backbone)]
+    for place in dict.fromkeys((job.stage, job.set, job.backbone) for job in jobs):
+        here = [job for job in jobs if (job.stage, job.set, job.backbone) == place]
         first = {job.seed: rows[job.key]["top1"] for job in here if job.arm == here[0].arm}
         for arm in dict.fromkeys(job.arm for job in here):
-            found = {job.seed: rows[job.key] for job in here if job.arm == arm}
-            mean = {part: statistics.fmean(row[part] for row in found.values()) for part in MEASURED}
-            line = f"  {arm:26}{mean['top1']:7.2f}  n={len(found)}  train {mean['train_top1']:6.2f}"
-            paired = [row["top1"] - first[seed] for seed, row in found.items() if seed in first]
+            mine = {job.seed: rows[job.key] for job in here if job.arm == arm}
+            row = dict(zip(("stage", "set", "backbone"), place, strict=True)) | {"arm": arm}
+            row |= {part: statistics.fmean(each[part] for each in mine.values()) for part in MEASURED}
+            row["values"] = {seed: round(each["top1"], 2) for seed, each in mine.items()}
+            paired = [each["top1"] - first[seed] for seed, each in mine.items() if seed in first]
             if paired and arm != here[0].arm:
-                gain, half = statistics.fmean(paired), half_width(paired, 0.95)
-                line += f"  {gain:+6.2f} [{gain - half:+.2f}, {gain + half:+.2f}]"
-            lines.append(f"{line}  {mean['steps']:.0f} steps, {mean['seconds']:.0f} s")
+                row["gain"], half = statistics.fmean(paired), half_width(paired, 0.95)
+                row |= {"low": row["gain"] - half, "high": row["gain"] + half}
+            found.append(row)
+    return found
+
+
+def tables(found: list[Row]) -> list[str]:
+    """A line an arm, below the name of its stage, set and backbone."""
+    lines = []
+    for place, rows in itertools.groupby(found, lambda row: (row["stage"], row["set"], row["backbone"])):
+        lines.append(f"{place[0]}: {place[1]}, {place[2]}")
+        for row in rows:
+            line = f"  {row['arm']:26}{row['top1']:7.2f}  n={len(row['values'])}"
+            line += f"  train {row['train_top1']:6.2f}"
+            if "gain" in row:
+                line += f"  {row['gain']:+6.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+            lines.append(f"{line}  {row['steps']:.0f} steps, {row['seconds']:.0f} s")
     return lines
 
 

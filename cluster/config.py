@@ -27,7 +27,7 @@ class DemoConfig:
     task: Literal["kinds", "relations"] = "kinds"
     """What the scenes' classes are: kinds that descriptions tell apart, or relations that they do not help
     with."""
-    train_per_class: int = 16
+    train_per_class: int = 8
     """Training pictures of each class (28 kinds, or 12 relations)."""
     val_per_class: int = 20
     """Validation pictures of each class."""

@@ -20,7 +20,7 @@ from cluster import cli
 from cluster.config import DemoConfig
 from pipeline.errors import OtherSettingsError
 
-SWEEP_EPOCHS = "6"  # to see the sweep work; what is compared is trained for as long as the recipe says
+SWEEP_EPOCHS = "4"  # to see the sweep work; what is compared is trained for as long as the recipe says
 
 
 def run(config: DemoConfig) -> int:
