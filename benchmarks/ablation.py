@@ -48,8 +48,11 @@ class Job:
 
     @property
     def key(self) -> str:
-        """What a row is known by: another value of any setting is another row."""
-        return json.dumps([self.set, self.settings, self.seed], sort_keys=True)
+        """What a row is known by: another value of any setting, the recipe's too, is another row."""
+        from training.presets import preset
+
+        recipe = preset(self.settings.get("preset", "small-64"))
+        return json.dumps([self.set, recipe | self.settings, self.seed], sort_keys=True)
 
 
 def main() -> int:
@@ -198,6 +201,7 @@ def train(job: Job, stores: str) -> Row:
     from training.config import TrainConfig
     from training.engine import loop
     from training.presets import preset
+    from training.run_folder import headline
 
     settings = dict(job.settings)
     control, rival = settings.pop("control", ""), settings.pop("similar_labels", 0.0)
@@ -206,11 +210,11 @@ def train(job: Job, stores: str) -> Row:
     config = TrainConfig.of(**base | settings | {"store": store, "seed": job.seed, "workers": 1})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begun = time.monotonic()
-    with replaced(control), labelled(config, rival):
+    with replaced(control, job.seed), labelled(config, rival):
         history = loop.fit(config, device, 0, None, lambda metrics, take: None)
     last = history[-1]
     return {
-        "top1": last["top1"],
+        "top1": headline(last),
         "train_top1": last["train_top1"],
         "loss": last["loss"],
         "steps": last["step"],
@@ -218,11 +222,11 @@ def train(job: Job, stores: str) -> Row:
     }
 
 
-def replaced(control: str) -> Any:
-    """Class means that mean nothing: `random` unit vectors in their place, or `permuted` among the classes
-    at random. Both keep the loss and the second head; the second keeps the texts' geometry, too, but not
-    which class is like which. (A shift of all classes by the same number would keep that: where classes are
-    pairs of attributes it takes like to like.)"""
+def replaced(control: str, seed: int) -> Any:
+    """Class means that mean nothing, drawn anew for each seed: `random` vectors of the same mean and spread
+    in their place, or `permuted` so that no class has its own. Both keep the loss and the second head; the
+    second keeps the texts' geometry, too, but not which class is like which. (A shift of all classes by the
+    same number would keep that: where classes are pairs of attributes it takes like to like.)"""
     from contextlib import nullcontext
     from unittest.mock import patch
 
@@ -234,11 +238,15 @@ def replaced(control: str) -> Any:
 
     def means(*arguments: Any) -> Any:
         found = original(*arguments)
+        rng = np.random.default_rng(seed)
         if control == "permuted":
-            return found[np.random.default_rng(0).permutation(len(found))]
-        return np.random.default_rng(0).standard_normal(found.shape).astype(np.float32) / math.sqrt(
-            found.shape[1]
-        )
+            order = rng.permutation(len(found))
+            while (order == np.arange(len(found))).any():
+                order = rng.permutation(len(found))
+            return found[order]
+        centre = found.mean(0)
+        drawn = rng.standard_normal(found.shape) * (found - centre).std() + centre
+        return drawn.astype(np.float32)
 
     return patch.object(text_targets, "_class_means", means) if control else nullcontext()
 
@@ -285,14 +293,15 @@ def comparisons(plan: Settings, rows: dict[str, Row], options: argparse.Namespac
     jobs = [job for job in ready(plan, rows, options) if job.key in rows]
     for place in dict.fromkeys((job.stage, job.set, job.backbone) for job in jobs):
         here = [job for job in jobs if (job.stage, job.set, job.backbone) == place]
-        first = {job.seed: rows[job.key]["top1"] for job in here if job.arm == here[0].arm}
+        reference = next(iter(next(s for s in plan["stages"] if s["name"] == place[0])["arms"]))
+        first = {job.seed: rows[job.key]["top1"] for job in here if job.arm == reference}
         for arm in dict.fromkeys(job.arm for job in here):
             mine = {job.seed: rows[job.key] for job in here if job.arm == arm}
             row = dict(zip(("stage", "set", "backbone"), place, strict=True)) | {"arm": arm}
             row |= {part: statistics.fmean(each[part] for each in mine.values()) for part in MEASURED}
             row["values"] = {seed: round(each["top1"], 2) for seed, each in mine.items()}
             paired = [each["top1"] - first[seed] for seed, each in mine.items() if seed in first]
-            if paired and arm != here[0].arm:
+            if len(paired) > 1 and arm != reference:
                 row["gain"], half = statistics.fmean(paired), half_width(paired, 0.95)
                 row |= {"low": row["gain"] - half, "high": row["gain"] + half}
             found.append(row)

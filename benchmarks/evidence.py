@@ -3,7 +3,7 @@ mean nothing, paired over seeds.
 
 Run `python benchmarks/evidence.py [--full] [--work DIR]`. The default, ten minutes on two cores: the demo's
 task, three seeds (plans/scenes.toml). With --full also a second backbone, a task that texts do not help with,
-other targets and a rival, five seeds (plans/full.toml, two hours). Scenes are drawn and described by the
+other targets and a rival, five seeds (plans/full.toml, three hours). Scenes are drawn and described by the
 shipped captioner, other pictures than the demo's. Everything is kept in --work: the same command goes on
 where it stopped. What was tuned, and on which pictures, is in docs/evidence.md.
 """
@@ -22,7 +22,7 @@ import ablation
 import record
 
 ROOT = ablation.ROOT
-SEED = 7  # of the pictures; the demo's have seed 0
+SEED = 8  # of the pictures; the demo's have seed 0, those of the search 7
 VAL_PER_CLASS = 30
 
 
@@ -54,10 +54,10 @@ def main() -> int:
         ablation.tables(comparisons),
         ("torch", "timm"),
         save=options.save,
-        value=round(means[0]["gain"], 2) if means else None,
+        value=round(means[0]["gain"], 2) if means and "gain" in means[0] else None,
         unit="points of top-1, class means against baseline, scenes",
         goal=0,
-        holds=bool(means) and means[0]["low"] > 0,
+        holds=bool(means) and (means[0].get("low") or 0) > 0,
         rows=comparisons,
     )
     return 0

@@ -60,14 +60,12 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     facts = check(config)
     for note in objective_of(config).notes(config, Store(config.store), facts):
         print(f"train: {note}", file=sys.stderr)
-    if note := _few_steps(config):
-        print(f"train: {note}", file=sys.stderr)
     if config.model.pretrained and not config.model.brings_weights and not _has_checkpoint(config.run):
         weights.fetch_weights(config.model.backbone)
     return config.but(**facts.found), facts.variants
 
 
-def _few_steps(config: TrainConfig) -> str:
+def few_steps(config: TrainConfig) -> str:
     """What to say of a training that is too short to compare anything by (docs/evidence.md), or nothing."""
     from training.data.order import Rows
 
@@ -75,10 +73,10 @@ def _few_steps(config: TrainConfig) -> str:
     steps = pictures * config.optim.epochs // config.optim.batch_size
     if steps >= FEW_STEPS or config.model.pretrained or config.preset == "smoke":
         return ""
-    per_epoch = max(1, pictures // config.optim.batch_size)
+    enough = -(-FEW_STEPS * config.optim.batch_size // pictures)
     return (
-        f"{steps} steps in all are few for a network that starts from nothing; pass --epochs "
-        f"{-(-FEW_STEPS // per_epoch)} or more, or a smaller --batch-size."
+        f"{steps} steps in all are few for a network that starts from nothing; pass --epochs {enough} or "
+        "more, or a smaller --batch-size."
     )
 
 

@@ -194,6 +194,13 @@ PRESETS: dict[str, _Settings] = {
 }
 
 
+FORMER: dict[str, _Settings] = {
+    "small-64": {"batch_size": 128, "lr": 1e-3, "epochs": 40, "crop_scale": 0.35},
+    "small-32": {"batch_size": 128, "lr": 1e-3, "epochs": 40},
+    "small-32-resnet": {"batch_size": 128, "lr": 1e-3, "epochs": 40},
+}
+"""What recipes said before they were searched: a run that was begun with them goes on with them."""
+
 ABOUT = f"Recipes: {', '.join(PRESETS)}; each is shown by --preset NAME --help."
 
 

@@ -59,6 +59,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
         recorded, finished = read_json(config.run, "config.json"), read_json(config.run, "result.json")
         if recorded is not None:  # perhaps another driver's, which has ended just now
             config = run_folder.resumed(config, recorded)
+        elif progress and (note := preparation.few_steps(config)):
+            print(f"train: {note}", file=sys.stderr)
         if finished is not None:
             return finished
         return _trained(config, variants, callbacks, progress)

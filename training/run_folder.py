@@ -20,6 +20,7 @@ from pipeline.store import Store, files, locations
 from training import tracking
 from training.config import TrainConfig
 from training.objectives.settings import SHORT_LOSSES, Metric, metric_named
+from training.presets import FORMER, PRESETS
 from training.settings import flat
 
 Recorded = dict[str, Any]
@@ -117,6 +118,10 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
     then = then.but(store=address(then.store))
     plain, given, before = TrainConfig.defaults(config.objective), flat(config), flat(then)
     open_ = {name for name in plain if name not in recorded and given[name] == plain[name]}
+    recipe = PRESETS.get(config.preset, {})
+    for name, value in FORMER.get(config.preset, {}).items():  # the recipe says something else now
+        if recorded.get("preset") == config.preset and recorded.get(name) == value:
+            open_ |= {name} if given[name] == recipe.get(name) else set()
     for name in config.method.left_open:
         if not given[name]:
             open_.add(name)

@@ -80,6 +80,14 @@ CASES = {
     "every variant of the loss: sigmoid": Case(
         [Part(VIT | {"alignment": "sigmoid", "text_projection": "pca"}, 2)]
     ),
+    "graded positives, two passes an epoch": Case(
+        [
+            Part(
+                VIT | {"positives": "similar", "text_projection": "pca", "epochs": 1} | {"epoch_repeats": 2},
+                2,
+            )
+        ]
+    ),
     "bce": Case([Part(VIT | {"loss": "bce", "label_smoothing": 0.1, "clip_grad": 0.5}, 2)]),
     "balanced": Case([Part(VIT | BALANCED | {"accumulate": 3}, 2)], {"accumulate": 1}),
     "balanced, BatchNorm, accumulated": Case(

@@ -23,6 +23,7 @@ from training.__main__ import main, parse_train
 from training.config import TrainConfig
 from training.data import text_targets
 from training.engine import checkpoint, loop
+from training.presets import FORMER
 from training.settings import Deciding, Free, flat
 from training.tracking.journal import Journal
 
@@ -170,16 +171,37 @@ def test_a_run_records_which_embeddings_it_found_and_goes_on_with_them(
 
 
 def test_a_training_of_few_steps_says_how_many_epochs_would_do(
-    tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, make_store: Callable[..., Path]
 ) -> None:
     store = make_store(tmp_path / "store", train=24)
-    flags = ["--store", str(store), "--batch-size", "12", "--alignment-weight", "0"]
-    preparation.prepare(parse_train([*flags, "--epochs", "5"]))
-    said = capsys.readouterr().err
-    assert "10 steps in all are few" in said and "--epochs 500" in said
-    preparation.prepare(parse_train([*flags, "--epochs", "500"]))
-    preparation.prepare(parse_train(["--preset", "smoke", *flags]))
-    assert "steps" not in capsys.readouterr().err
+    flags = ["--store", str(store), "--batch-size", "10", "--alignment-weight", "0"]
+    said = preparation.few_steps(parse_train([*flags, "--epochs", "5", "--epoch-repeats", "2"]))
+    assert said.startswith("24 steps in all are few") and "--epochs 209 or more" in said
+    enough = [*flags, "--epochs", "209", "--epoch-repeats", "2"]
+    assert not preparation.few_steps(parse_train(enough))
+    assert not preparation.few_steps(parse_train(["--preset", "smoke", *flags]))
+
+
+def test_a_run_begun_with_a_recipe_that_says_something_else_now_goes_on_with_it(tmp_path: Path) -> None:
+    now = parse_train(["--store", str(tmp_path), "--run", str(tmp_path / "run"), "--alignment-weight", "0"])
+    then = now.but(**FORMER["small-64"])
+    recorded = run_folder.written(then, "contents")
+    assert run_folder.resumed(now, recorded) == then != now
+    with pytest.raises(ValueError, match=r"lr: 0\.001 then, 0\.002 now"):
+        run_folder.resumed(now.but(lr=2e-3), recorded)
+    with pytest.raises(ValueError, match="epochs: 41 then, 50 now"):
+        run_folder.resumed(now, run_folder.written(then.but(epochs=41), "contents"))
+
+
+def test_graded_positives_are_refused_where_they_mean_nothing() -> None:
+    for wrong in (
+        {"alignment": "cosine"},
+        {"store_negatives": 8},
+        {"text_projection": "learned"},
+        {"similarity_temperature": 0.0},
+    ):
+        with pytest.raises(ValueError, match=r"positives=similar|similarity_temperature=0"):
+            TrainConfig.of(store="s", positives="similar", **wrong)
 
 
 def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(

@@ -13,7 +13,7 @@ class OptimSettings(Deciding):
     """Length, optimizer, schedule, classification loss, averaging of weights."""
 
     epochs: int = 40
-    """Passes over the train split (of --epoch-repeats each)."""
+    """Each is --epoch-repeats passes over the train split."""
     batch_size: int = 128
     """Images a step over all workers together, and the batch that the alignment contrasts."""
     accumulate: int = 1

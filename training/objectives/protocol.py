@@ -75,7 +75,8 @@ class Evaluator(Protocol):
     number of them."""
 
     def add(self, batch: Batch, images: Tensor, precision: Precision) -> None:
-        """Takes in a batch; `images` are its pictures, normalised."""
+        """Takes in a batch; `images` are its pictures, normalised. The batch is seen again after the next
+        epoch: it is not to be changed in place."""
         ...
 
     def sums(self) -> Tensor:

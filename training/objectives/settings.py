@@ -41,7 +41,7 @@ class Metric:
 class AlignGrid(Grid):
     """Weight x dimension; the baseline has no dimension."""
 
-    alignment_weights: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
+    alignment_weights: tuple[float, ...] = (0.0, 0.1, 0.3, 0.9)
     """Weights to try; 0 is the baseline and is trained once for each backbone and seed, whatever the
     dimensions."""
     projection_dims: tuple[int, ...] = (128, 0)
