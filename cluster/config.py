@@ -27,7 +27,7 @@ class DemoConfig:
     task: Literal["kinds", "relations"] = "kinds"
     """What the scenes' classes are: kinds that descriptions tell apart, or relations that they do not help
     with."""
-    train_per_class: int = 8
+    train_per_class: int = 7
     """Training pictures of each class (28 kinds, or 12 relations)."""
     val_per_class: int = 20
     """Validation pictures of each class."""
@@ -36,9 +36,9 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         small = [
-            f"{n}={getattr(self, n)}: must be at least 8."
+            f"{n}={getattr(self, n)}: must be at least 4."
             for n in ("train_per_class", "val_per_class")
-            if getattr(self, n) < 8
+            if getattr(self, n) < 4
         ]
         if small:
             raise SettingsError("\n".join(small))
