@@ -77,7 +77,7 @@ PRESETS: dict[str, _Settings] = {
         "batch_size": 32,
         "warmup_epochs": 0.0,
     },
-    # The embedded default: six pictures a class. No flips: "left of" must stay true. Searched as a baseline
+    # The embedded default: seven pictures a class. No flips: "left of" must stay true. Searched as a baseline
     # (docs/evidence.md); after every fourth pass it is evaluated, which takes as long as two passes train.
     "scenes": {
         "backbone": "test_resnet",
