@@ -1,6 +1,6 @@
 """`demo`: the main job on the embedded default, from pictures to the page, in one process and one Ray.
 
-Draws scenes, describes them with the shipped captioner, sweeps two backbones, compares five fresh seeds,
+Draws scenes, describes them with the shipped captioner, sweeps two backbones, compares five seeds,
 writes report.html. About twelve minutes on two cores; the same command again goes on where it stopped, or
 finds all done.
 """

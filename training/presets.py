@@ -78,7 +78,7 @@ PRESETS: dict[str, _Settings] = {
         "warmup_epochs": 0.0,
     },
     # The embedded default: seven pictures a class. No flips: "left of" must stay true. Searched as a baseline
-    # (docs/evidence.md); after every fourth pass it is evaluated, which takes as long as two passes train.
+    # (docs/evidence.md); after every fourth pass it is evaluated, which takes as long as three passes train.
     "scenes": {
         "backbone": "test_resnet",
         "image_size": 48,

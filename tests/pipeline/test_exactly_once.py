@@ -271,8 +271,8 @@ def test_a_killed_engine_process_is_started_again(scenes: Path, tmp_path: Path, 
     # One picture at a time: between processes, what is batched together depends on their speed, and words on
     # what is batched.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "RAY_ADDRESS": "", "THIS_TEST": str(tmp_path)}
-    common = ["caption", "--caption-preset", "scenes", "--engine-batch", "1", *ONE_ENGINE, "--store"]
-    stores = [ingested(scenes, tmp_path / name, limit=48) for name in ("whole", "killed")]
+    common = ["caption", "--caption-preset", "scenes", "--engine-batch", "1", "--store"]
+    stores = [ingested(scenes, tmp_path / name, limit=96) for name in ("whole", "killed")]
     assert run(nodes, [*common, str(stores[0])], **settings).wait(300) == 0
     driver = run(nodes, [*common, str(stores[1])], **settings)
     killed: set[int] = set()
