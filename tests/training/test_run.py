@@ -229,14 +229,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     shutil.copytree(checkpoint.find(str(run)), run / "checkpoint-cut")
     (run / "checkpoint-cut" / checkpoint.STATE).write_text("{")
     after = killed_after(len(before) + 2, command, run)
-    assert after[: len(before)] == before, "no epoch was trained again"
+    # The kill may have come between an epoch's metrics and its checkpoint: that one is trained again.
+    assert after[: len(before) - 1] == before[:-1], "no epoch but the last was trained again"
     named = '"checkpoint_dir_name":"checkpoint_'
     assert named in record.read_text()
     record.write_text(record.read_text().replace(named, named.replace("checkpoint_", "gone_"), 1))
     assert main(command) == 0
     history = epochs_of(run)
     assert [m["epoch"] for m in history] == list(range(1, 25))
-    assert history[: len(after)] == after
+    assert history[: len(after) - 1] == after[:-1]
 
 
 def epochs_of(run: Path) -> list[dict[str, float]]:
