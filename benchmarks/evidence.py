@@ -2,7 +2,7 @@
 mean nothing, paired over seeds.
 
 Run `python benchmarks/evidence.py [--full] [--work DIR]`. The default, ten minutes on two cores: the demo's
-task, three seeds (plans/scenes.toml). With --full also a second backbone, a task that texts do not help with,
+task, five seeds (plans/scenes.toml). With --full also a second backbone, a task that texts do not help with,
 other targets and a rival, five seeds (plans/full.toml, three hours). Scenes are drawn and described by the
 shipped captioner, other pictures than the demo's. Everything is kept in --work: the same command goes on
 where it stopped. What was tuned, and on which pictures, is in docs/evidence.md.
