@@ -66,9 +66,9 @@ def main() -> int:
     add_flags(parser)
     options = parser.parse_args()
     plan = tomllib.loads(Path(options.plan).read_text())
-    rows = work(plan, Path(options.to), options)
+    rows, missing = work(plan, Path(options.to), options)
     print("\n".join(tables(comparisons(plan, rows, options))))
-    return 0
+    return int(missing > 0)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -83,12 +83,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no training after this time")
 
 
-def work(plan: Settings, table: Path, options: argparse.Namespace) -> dict[str, Row]:
+def work(plan: Settings, table: Path, options: argparse.Namespace) -> tuple[dict[str, Row], int]:
     """Every training that has no row yet, as soon as the searches that it waits for are done; all rows by
-    their keys."""
+    their keys, and how many are missing: those that failed, and those that there was no time for."""
     rows: dict[str, Row] = {}
     if table.exists():
-        rows = {row["key"]: row for row in map(json.loads, table.read_text().splitlines())}
+        whole = table.read_text().rpartition("\n")[0]  # a kill may have cut the last line
+        rows = {row["key"]: row for row in map(json.loads, whole.splitlines())}
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     begun = time.monotonic()
     running: dict[Future[Row], Job] = {}
     context = multiprocessing.get_context("spawn")
@@ -103,7 +105,10 @@ def work(plan: Settings, table: Path, options: argparse.Namespace) -> dict[str, 
                 for job in itertools.islice(waiting, free):
                     running[pool.submit(train, job, options.stores)] = job
             if not running:
-                return rows
+                missing = sum(job.key not in rows for job in ready(plan, rows, options))
+                if missing:
+                    print(f"{missing} trainings have no row; the same command goes on", file=sys.stderr)
+                return rows, missing
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 job = running.pop(future)

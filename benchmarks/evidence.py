@@ -44,7 +44,7 @@ def main() -> int:
     for given in plan["sets"].values():
         draw(given, work)
     options.stores = str(work)
-    rows = ablation.work(plan, work / "rows.jsonl", options)
+    rows, missing = ablation.work(plan, work / "rows.jsonl", options)
     comparisons = ablation.comparisons(plan, rows, options)
     means = [each for each in comparisons if each["arm"] == "class means" and each["set"] == "scenes"]
     record.publish(
@@ -60,7 +60,7 @@ def main() -> int:
         holds=bool(means) and (means[0].get("low") or 0) > 0,
         rows=comparisons,
     )
-    return 0
+    return int(missing > 0)
 
 
 def draw(settings: dict[str, Any], work: Path) -> None:
@@ -68,6 +68,7 @@ def draw(settings: dict[str, Any], work: Path) -> None:
     from cluster import cli
 
     task, per_class = settings.pop("task"), settings.pop("train_per_class")
+    settings["store"] += f"-{per_class}-s{SEED}"  # others have another folder, and other rows
     images, store = work / f"{settings['store']}-images", work / settings["store"]
     if not (images / "truth.jsonl").exists():
         command = [sys.executable, str(ROOT / "examples" / "scenes" / "render.py"), "--to", str(images)]

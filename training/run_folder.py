@@ -118,10 +118,10 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
     then = then.but(store=address(then.store))
     plain, given, before = TrainConfig.defaults(config.objective), flat(config), flat(then)
     open_ = {name for name in plain if name not in recorded and given[name] == plain[name]}
-    recipe = PRESETS.get(config.preset, {})
-    for name, value in FORMER.get(config.preset, {}).items():  # the recipe says something else now
-        if recorded.get("preset") == config.preset and recorded.get(name) == value:
-            open_ |= {name} if given[name] == recipe.get(name) else set()
+    if "epoch_repeats" not in recorded and recorded.get("preset") == config.preset:
+        # Begun when the recipe said something else; what it says now was not asked for.
+        former, recipe = FORMER.get(config.preset, {}), PRESETS.get(config.preset, {})
+        open_ |= {n for n in former if recorded.get(n) == former[n] and given[n] == recipe.get(n)}
     for name in config.method.left_open:
         if not given[name]:
             open_.add(name)
