@@ -199,17 +199,6 @@ def test_a_run_begun_with_a_recipe_that_says_something_else_now_goes_on_with_it(
         run_folder.resumed(now, run_folder.written(then, "contents"))
 
 
-def test_graded_positives_are_refused_where_they_mean_nothing() -> None:
-    for wrong in (
-        {"alignment": "cosine"},
-        {"store_negatives": 8},
-        {"text_projection": "learned"},
-        {"similarity_temperature": 0.0},
-    ):
-        with pytest.raises(ValueError, match=r"positives=similar|similarity_temperature=0"):
-            TrainConfig.of(store="s", positives="similar", **wrong)
-
-
 def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(
     tmp_path: Path, two_embeddings: Path
 ) -> None:
