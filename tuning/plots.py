@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +33,8 @@ def lengths_plot(store: Store, captions: str, most_shards: int = 200) -> str:
 def curves_plot(trials: list[dict[str, Any]]) -> str:
     """The metric by epoch: a panel a backbone; baselines grey, others by the first axis."""
     backbones = sorted({trial["config"]["backbone"] for trial in trials})
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(5.2 * len(backbones), 3.0, len(backbones))
     colours: dict[str, str] = {}
     for panel, backbone in zip([axes] if len(backbones) == 1 else list(axes), backbones, strict=True):
@@ -54,6 +57,7 @@ def curves_plot(trials: list[dict[str, Any]]) -> str:
             labels.add(label)
         panel.set_title(backbone, fontsize=10)
         panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_ylabel(judged_by(trials[0]["config"]).axis)
         if labels - {""}:
             panel.legend(fontsize=8, frameon=False)
@@ -121,9 +125,14 @@ def _ticks(cells: Iterable[Cell], axis: int) -> dict[Any, str]:
 def paired_plot(result: Paired) -> str:
     """A line a seed from baseline to method."""
     figure, axes = _figure(3.2, 2.6)
-    for seed, baseline, method in zip(result.seeds, result.baseline, result.method, strict=True):
+    for baseline, method in zip(result.baseline, result.method, strict=True):
         axes.plot([0, 1], [baseline, method], marker="o", color=BLUE, linewidth=1.2)
-        axes.annotate(f"seed {seed}", (1, method), xytext=(6, -3), textcoords="offset points", fontsize=8)
+    low, high = axes.get_ylim()
+    place = -math.inf
+    for method, seed in sorted(zip(result.method, result.seeds, strict=True)):
+        place = max(method, place + 0.06 * (high - low))  # where values are close, one name above the other
+        axes.annotate(f"seed {seed}", (1, place), xytext=(6, -3), textcoords="offset points", fontsize=8)
+    axes.set_ylim(low, max(high, place + 0.05 * (high - low)))  # or the last name would be left out
     axes.set_xticks([0, 1], ["baseline", result.cell.words.replace(", ", "\n")])
     axes.set_xlim(-0.2, 1.5)
     axes.set_ylabel(result.metric.axis)
