@@ -269,6 +269,9 @@ class EmbedSettings:
     long_captions: Literal["cut", "split"] = "cut"
     """Captions beyond the encoder's limit: cut at it, or split at sentences into parts whose vectors are
     averaged."""
+    each_caption: bool = False
+    """Of several captions a picture, keep the vector of each beside their mean, so that training can draw one
+    (`train --several-captions draw`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,8 +323,8 @@ class ImportConfig:
     """Captions that were made elsewhere."""
 
     file: tyro.conf.Positional[str]
-    """JSONL of {"path", "caption"}, or a .pth list of strings in torchvision's ImageFolder order of one
-    split."""
+    """JSONL of {"path", "caption"}, or "captions", a list of several, for each picture; or a .pth list of
+    strings in torchvision's ImageFolder order of one split."""
     store: str
     """Folder of a store that `ingest` filled."""
     split: str = "train"

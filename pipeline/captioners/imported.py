@@ -1,5 +1,5 @@
-"""Captions made elsewhere, read from a file: JSONL of {"path", "caption"}, or the paper's list of strings by
-position.
+"""Captions made elsewhere, read from a file: JSONL of {"path", "caption"} (or "captions", a list of several),
+or the paper's list of strings by position.
 
 The GPT4Image release ships `minigpt4_caption_imagenet_train_0_1281166.pth`: item i belongs to item i of
 torchvision's `ImageFolder(train)`. Matching by position goes wrong silently, so the length is checked and
@@ -15,14 +15,18 @@ from collections.abc import Sequence
 from pipeline.errors import SettingsError
 from pipeline.store import locations
 
+Captions = tuple[str, ...]
+"""Of one picture."""
 
-def read_jsonl(path: str) -> dict[str, str]:
+
+def read_jsonl(path: str) -> dict[str, Captions]:
     """Captions by path.
 
     Raises:
-        ValueError: a line is not an object with the strings "path" and "caption", or a path occurs twice.
+        ValueError: a line is not an object with the string "path" and the string "caption" or the list of
+            strings "captions", or a path occurs twice.
     """
-    captions: dict[str, str] = {}
+    captions: dict[str, Captions] = {}
     with open(path, "rb") as lines:
         for number, raw in enumerate(lines, start=1):
             try:
@@ -35,26 +39,31 @@ def read_jsonl(path: str) -> dict[str, str]:
             key, caption = _parse_line(line, f"{path}:{number}")
             if captions.setdefault(key, caption) != caption:
                 message = (
-                    f"{path}:{number}: a second, different caption for {key!r}; keep one line a picture."
+                    f"{path}:{number}: a second, different caption for {key!r}; keep one line a picture, "
+                    'with all of its captions as "captions": ["...", "..."].'
                 )
                 raise SettingsError(message)
     return captions
 
 
-def _parse_line(line: str, where: str) -> tuple[str, str]:
+def _parse_line(line: str, where: str) -> tuple[str, Captions]:
     try:
         row = json.loads(line)
-        key, caption = row["path"], row["caption"]
+        key, found = row["path"], row["captions"] if "captions" in row else row["caption"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         message = f'{where}: not an object with "path" and "caption" ({type(error).__name__}: {error}).'
         raise SettingsError(message) from None
-    if not isinstance(key, str) or not isinstance(caption, str):
-        message = f'{where}: "path" and "caption" must be strings.'
+    several = found if "captions" in row else [found]
+    if not isinstance(several, list) or not all(isinstance(part, str) for part in [key, *several]):
+        message = f'{where}: "path" and "caption" must be strings, and "captions" a list of strings.'
         raise SettingsError(message)
-    return key, caption
+    if "captions" in row and "caption" in row:
+        message = f'{where}: has both "caption" and "captions"; keep one of them.'
+        raise SettingsError(message)
+    return key, tuple(several)
 
 
-def matched(captions: dict[str, str], known: set[str]) -> dict[str, str]:
+def matched(captions: dict[str, Captions], known: set[str]) -> dict[str, Captions]:
     """Captions by the store's ids: by the path as it is written, else with `./` and `\\` understood, else as
     it is written."""
 
@@ -64,7 +73,7 @@ def matched(captions: dict[str, str], known: set[str]) -> dict[str, str]:
         plain = posixpath.normpath(path.replace("\\", "/"))
         return plain if plain in known else path
 
-    by_id: dict[str, str] = {}
+    by_id: dict[str, Captions] = {}
     for path, caption in captions.items():
         if by_id.setdefault(key_of(path), caption) != caption:
             message = (
@@ -74,7 +83,7 @@ def matched(captions: dict[str, str], known: set[str]) -> dict[str, str]:
     return by_id
 
 
-def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str, str]:
+def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str, Captions]:
     """Captions of a .pth list, matched to `ids` in ImageFolder order.
 
     Args:
@@ -105,7 +114,8 @@ def read_positional(path: str, ids: Sequence[str], label_depth: int) -> dict[str
             "folder?"
         )
         raise SettingsError(message)
-    return dict(zip(sorted(ids, key=lambda key: image_folder_key(key, label_depth)), captions, strict=True))
+    in_order = sorted(ids, key=lambda key: image_folder_key(key, label_depth))
+    return {key: (caption,) for key, caption in zip(in_order, captions, strict=True)}
 
 
 def image_folder_key(key: str, label_depth: int) -> tuple[str, str, str]:

@@ -30,10 +30,11 @@ SENTENCE_END = re.compile(r"(?<=[.!?;])\s+")
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """embeddings: [N, D] float16 of unit length; tokens: [N] before any cut; truncated: [N], whether some of
-    it was left out."""
+    """embeddings: [N, D] float16 of unit length; each: [N] of [texts, D], the vectors of a list's texts
+    alone; tokens: [N] before any cut; truncated: [N], whether some of it was left out."""
 
     embeddings: npt.NDArray[np.float16]
+    each: list[npt.NDArray[np.float16]]
     tokens: list[int]
     truncated: list[bool]
 
@@ -79,10 +80,12 @@ class TextEncoder:
         """
         inputs: list[list[int]] = []
         owners: list[int] = []
+        places: list[int] = []  # of an input among all texts
         tokens, truncated = [0] * len(text_lists), [False] * len(text_lists)
-        all_texts = [text for texts in text_lists for text in texts]
-        owner_of = [owner for owner, texts in enumerate(text_lists) for _ in texts]
-        for owner, text, ids in zip(owner_of, all_texts, self._ids(all_texts), strict=True):
+        all_texts = [text for own in text_lists for text in own]
+        owner_of = [owner for owner, own in enumerate(text_lists) for _ in own]
+        texts = zip(owner_of, all_texts, self._ids(all_texts), strict=True)
+        for place, (owner, text, ids) in enumerate(texts):
             tokens[owner] += len(ids)
             fitting = [ids]
             if len(ids) > self.max_tokens:
@@ -92,11 +95,15 @@ class TextEncoder:
                 fitting = self._ids(pieces, cut=True)
             inputs += fitting
             owners += [owner] * len(fitting)
-        sums = np.zeros((len(text_lists), self.dim), dtype=np.float32)
-        np.add.at(sums, owners, self._embeddings(inputs))
-        norms = np.linalg.norm(sums, axis=1, keepdims=True)
-        embeddings = (sums / np.maximum(norms, 1e-12)).astype(np.float16)
-        return Encoded(embeddings=embeddings, tokens=tokens, truncated=truncated)
+            places += [place] * len(fitting)
+        vectors = self._embeddings(inputs)
+        ends = np.cumsum([len(own) for own in text_lists])[:-1]
+        return Encoded(
+            embeddings=_means(vectors, owners, len(text_lists)),
+            each=np.split(_means(vectors, places, len(all_texts)), ends) if text_lists else [],
+            tokens=tokens,
+            truncated=truncated,
+        )
 
     def _ids(self, texts: list[str], *, cut: bool = False) -> list[list[int]]:
         if not texts:
@@ -167,6 +174,15 @@ class TextEncoder:
             "input_ids": torch.from_numpy(tokens).to(self._device),
             "attention_mask": torch.from_numpy(mask).to(self._device),
         }
+
+
+def _means(vectors: npt.NDArray[np.float32], owners: list[int], count: int) -> npt.NDArray[np.float16]:
+    """[count, D] normalised means of the vectors that each owns."""
+    sums = np.zeros((count, vectors.shape[1]), dtype=np.float32)
+    np.add.at(sums, owners, vectors)
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)
+    means: npt.NDArray[np.float16] = (sums / np.maximum(norms, 1e-12)).astype(np.float16)
+    return means
 
 
 def _batches(lengths: list[int], most: int, device: str) -> list[tuple[int, int]]:

@@ -30,6 +30,7 @@ class EmbedCaptions:
         self._encoder = self._thread.submit(load).result()
         self._store = Store(config.store)
         self._caption_variant, self._variant = caption_variant, variant
+        self._each = config.each_caption
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo. Out: those of `Done`."""
@@ -56,6 +57,7 @@ class EmbedCaptions:
                 "embedding": encoded.embeddings[n],
                 "tokens": encoded.tokens[n],
                 "truncated": encoded.truncated[n],
+                **({"each": encoded.each[n].ravel()} if self._each else {}),
             }
             for n, (row, _) in enumerate(good)
         }
@@ -73,7 +75,7 @@ class EmbedCaptions:
             "embeddings",
             self._variant,
             shard,
-            embeddings_table(rows, self._encoder.dim),
+            embeddings_table(rows, self._encoder.dim, each=self._each),
             seconds=time.monotonic() - start,
             attempt=before.attempt + 1 if before else 1,
             source=of.checksum,

@@ -7,10 +7,12 @@ import hashlib
 import os
 import sys
 import time
+from typing import Any
 
 import pyarrow as pa
 
 from pipeline.captioners import imported
+from pipeline.captioners.imported import Captions
 from pipeline.config import ImportConfig
 from pipeline.errors import SettingsError
 from pipeline.sources.entries import ALL_SPLIT_NAMES
@@ -34,10 +36,14 @@ def import_captions(config: ImportConfig) -> str:
         raise SettingsError(message)
     with open(config.file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    settings = {"engine": "imported", "file": os.path.basename(config.file), "sha256": digest}
+    name = os.path.basename(config.file)
+    settings: dict[str, str | int] = {"engine": "imported", "file": name, "sha256": digest}
     if _positional(config.file) and config.split != "train":
         # The same list matched to other pictures; train's came first and has no such entry.
         settings["split"] = config.split
+    several = max(len(_trimmed(found)) for found in captions.values())
+    if several > 1:  # of one there is no word, for the names of earlier variants
+        settings["captions_per_image"] = several
     variant = variant_name(f"imported-{os.path.basename(config.file).split('.')[0]}", settings)
     store.write_variant("captions", variant, {**settings, "versions": {}})
     done = store.receipts("captions", variant)
@@ -46,7 +52,7 @@ def import_captions(config: ImportConfig) -> str:
             continue
         start = time.monotonic()
         keys = store.read_shard("images", "", shard, ["id", "error"]).to_pylist()
-        rows = [_row(key["id"], key["error"], captions.get(key["id"]), settings["file"]) for key in keys]
+        rows = [_row(key["id"], key["error"], captions.get(key["id"], ()), name) for key in keys]
         table = pa.Table.from_pylist(rows, schema=CAPTIONS)
         # A picture that was mended since then has its caption now.
         if shard not in done or not store.read_shard("captions", variant, shard).equals(table):
@@ -64,16 +70,21 @@ def import_captions(config: ImportConfig) -> str:
     return variant
 
 
-def _row(key: str, image_error: str | None, caption: str | None, file: str) -> dict[str, str | None]:
+def _row(key: str, image_error: str | None, captions: Captions, file: str) -> dict[str, Any]:
     if image_error is not None:
         return {"id": key, "error": f"no picture: {image_error}"}
-    trimmed = " ".join((caption or "").split())
+    trimmed = _trimmed(captions)
     if not trimmed:
         return {"id": key, "error": f"no caption for it in {file}: add one and import again"}
-    return {"id": key, "caption": trimmed}
+    return {"id": key, "caption": trimmed[0], "others": trimmed[1:] or None}
 
 
-def _read(config: ImportConfig, store: Store) -> dict[str, str]:
+def _trimmed(captions: Captions) -> list[str]:
+    """Without line breaks, without empty ones."""
+    return [text for text in (" ".join(caption.split()) for caption in captions) if text]
+
+
+def _read(config: ImportConfig, store: Store) -> dict[str, Captions]:
     if not os.path.isfile(config.file):
         message = f"file={config.file}: no such file."
         raise SettingsError(message)

@@ -79,6 +79,7 @@ class EmbedVariant:
     revision: str
     pooling: Literal["", "mean", "cls", "clip", "siglip"]
     long_captions: Literal["cut", "split"] = "cut"  # the first stores do not name it
+    each_caption: bool = False
 
     @classmethod
     def of(cls, config: EmbedConfig, model: ModelRef) -> EmbedVariant:
@@ -96,8 +97,11 @@ class EmbedVariant:
         return EmbedConfig(**_shared(EmbedSettings, self), **_shared(EmbedRuntime, runtime))
 
     def record(self) -> dict[str, Any]:
-        """What variant.json says of it."""
-        return asdict(self)
+        """What variant.json says of it; `each_caption` where it is so, for the names of earlier variants."""
+        record = asdict(self)
+        if not self.each_caption:
+            del record["each_caption"]
+        return record
 
     @property
     def name(self) -> str:

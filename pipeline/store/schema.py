@@ -44,8 +44,13 @@ CAPTIONS = pa.schema(
 )
 
 
-def embeddings_schema(dim: int) -> pa.Schema:
-    """Schema of an embedding shard whose vectors have `dim` components of unit length, in float16."""
+EACH = pa.field("each", pa.list_(pa.float16()), nullable=False)
+"""Of a picture with several captions: the vectors of all, one behind the other; empty for failed rows."""
+
+
+def embeddings_schema(dim: int, *, each: bool = False) -> pa.Schema:
+    """Schema of an embedding shard whose vectors have `dim` components of unit length, in float16; with
+    `each` the vector of every caption stands beside their mean."""
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
@@ -55,20 +60,25 @@ def embeddings_schema(dim: int) -> pa.Schema:
             pa.field("tokens", pa.int32()),
             pa.field("truncated", pa.bool_()),
             pa.field("error", pa.string()),
+            *([EACH] if each else []),
         ]
     )
 
 
-def embeddings_table(rows: list[dict[str, Any]], dim: int) -> pa.Table:
+def embeddings_table(rows: list[dict[str, Any]], dim: int, *, each: bool = False) -> pa.Table:
     """An embedding shard from rows with `id` and `error`; without one also `embedding`, `tokens`,
-    `truncated`."""
+    `truncated`, and with `each` that: [captions * dim]."""
     embeddings = np.zeros((len(rows), dim), dtype=np.float16)
     for index, row in enumerate(rows):
         if row["error"] is None:
             embeddings[index] = row["embedding"]
     columns = [pa.array([row.get(name) for row in rows], type=kind) for name, kind in _EMBEDDING_SCALARS]
     nested = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), dim)
-    return pa.table([columns[0], nested, *columns[1:]], schema=embeddings_schema(dim))
+    columns = [columns[0], nested, *columns[1:]]
+    if each:
+        vectors = [np.empty(0) if row["error"] is not None else row["each"] for row in rows]
+        columns.append(pa.array([np.asarray(of, np.float16) for of in vectors], type=EACH.type))
+    return pa.table(columns, schema=embeddings_schema(dim, each=each))
 
 
 _EMBEDDING_SCALARS = (
@@ -150,7 +160,7 @@ def check_table(stage: Stage, table: pa.Table, columns: list[str] | None = None)
             else pa.list_(pa.float16(), 1)
         )
         width = column_type.list_size if pa.types.is_fixed_size_list(column_type) else 1
-        expected = embeddings_schema(width)
+        expected = embeddings_schema(width, each=EACH.name in table.column_names)
     else:
         expected = IMAGES if stage == "images" else CAPTIONS
     if columns is not None:

@@ -20,6 +20,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.store import Store
+from tests.stores import several_captions
 from training.config import TrainConfig
 from training.engine import checkpoint, loop
 from training.objectives import align
@@ -37,6 +39,7 @@ SHARED: dict[str, Any] = {
     "alignment_weight": 1.0,
     "checkpoint_steps": 1,
     "loader_workers": 1,
+    "embeddings": "test",
 }
 VIT: dict[str, Any] = {
     "backbone": "test_vit",
@@ -85,6 +88,16 @@ CASES = {
             Part(
                 VIT | {"positives": "similar", "text_projection": "pca", "epochs": 1} | {"epoch_repeats": 2},
                 2,
+            )
+        ]
+    ),
+    "one of several captions, some dropped": Case(
+        [
+            Part(
+                VIT
+                | {"embeddings": "several", "several_captions": "draw", "caption_dropout": 0.3}
+                | {"text_projection": "pca", "repeats": 2, "head": "narrow"},
+                3,
             )
         ]
     ),
@@ -145,7 +158,9 @@ def folder_of(root: Path, name: str) -> Path:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Path]) -> str:
     """57 rows, so that shares are uneven and epochs end inside a batch."""
-    return str(make_store(tmp_path_factory.mktemp("parity") / "store", train=57, val=6))
+    folder = make_store(tmp_path_factory.mktemp("parity") / "store", train=57, val=6)
+    several_captions(Store(str(folder)))
+    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,8 @@ def test_several_captions_have_one_vector_between_them(minilm: TextEncoder) -> N
     mean = parts.embeddings.astype(np.float32).mean(0)
     np.testing.assert_allclose(both.embeddings[0].astype(np.float32), mean / np.linalg.norm(mean), atol=2e-3)
     assert both.tokens[0] == sum(parts.tokens)
+    assert [len(vectors) for vectors in both.each] == [2, 1]
+    np.testing.assert_allclose(both.each[0], parts.embeddings, atol=2e-3)
 
 
 def cost(lengths: list[int], cuts: list[tuple[int, int]]) -> int:

@@ -59,6 +59,7 @@ EMBED = {
     "encoder_revision": "c2",
     "pooling": "cls",
     "long_captions": "split",
+    "each_caption": True,
 }
 # Of how a stage runs: nothing of it may reach a variant. Batches and placement change results by rounding at
 # most.

@@ -47,6 +47,8 @@ class Targets:
     """All pictures of a class are positives of each other, and not those of equal captions alone."""
     trained: frozenset[int] = frozenset()
     """Shards of the split that is trained on: of no others classes are looked at."""
+    several: int = 0
+    """Captions a picture has at most, where one is drawn in each pass; 0: their mean is the target."""
 
     @property
     def needs_classes(self) -> bool:
@@ -54,8 +56,8 @@ class Targets:
         return self.by_class or self.class_means is not None
 
     def without_classes(self) -> Targets:
-        """The same for judging: there a picture has its own caption."""
-        return replace(self, class_means=None, shrinkage=0.0, by_class=False)
+        """The same for judging: there a picture has its own caption, or the mean of all of its own."""
+        return replace(self, class_means=None, shrinkage=0.0, by_class=False, several=0)
 
     def project(self, embeddings: Array, classes: Array | None = None) -> Array:
         """[n, D] unit-length text embeddings to [n, dim] unit-length text targets in float32.
@@ -91,16 +93,40 @@ def of_config(config: TrainConfig, store: Store) -> Targets:
         center=method.center_texts,
         whitening=method.whitening,
     )
-    if method.class_shrinkage == 0 and method.positives == "caption":
+    several = _several(store, targets) if method.several_captions == "draw" else 0
+    if method.class_shrinkage == 0 and method.positives == "caption" and not several:
         return targets
     means = _class_means(store, targets.embeddings, split) if method.class_shrinkage else None
     return replace(
         targets,
+        several=several,
         shrinkage=method.class_shrinkage,
         class_means=means,
         by_class=method.positives == "class",
         trained=frozenset(store.split_shards(split)),
     )
+
+
+def _several(store: Store, targets: Targets) -> int:
+    """Captions a picture has at most.
+
+    Raises:
+        SettingsError: there is one each, or their vectors were not kept.
+    """
+    most = int(store.variant("captions", targets.captions).get("captions_per_image", 1))
+    if most == 1:
+        message = (
+            f"several_captions=draw: the captions {targets.captions} are one a picture; leave the flag out, "
+            "or make several (`caption --captions-per-image 3 --temperature 0.7`)."
+        )
+        raise SettingsError(message)
+    if not store.variant("embeddings", targets.embeddings).get("each_caption"):
+        message = (
+            f"several_captions=draw: the embeddings {targets.embeddings} hold means only; make others with "
+            f"`embed --each-caption --captions {targets.captions} --store {store.uri}`."
+        )
+        raise SettingsError(message)
+    return most
 
 
 def load(
@@ -148,15 +174,21 @@ def load(
 
 @dataclass(frozen=True)
 class TextColumns:
-    """Columns `targets` and `groups` (see `columns.Columns`)."""
+    """Columns `targets` and `groups`, and of a split that is trained on with one of several captions
+    `each_target` and `each_group` (see `columns.Columns`)."""
 
     targets: Targets
 
     def read(self, store: Store, shard: int, ids: pa.ChunkedArray) -> dict[str, Array]:
         """[n, d] float32 text targets of unit length, zero where there is no text, and [n] int64 groups, -1
-        there."""
+        there; the same of each of k captions, [n, k, d] and [n, k]."""
         targets, groups = target_columns(self.targets, store, shard, ids)
-        return {"targets": targets, "groups": groups}
+        found = {"targets": targets, "groups": groups}
+        if self.targets.several and shard in self.targets.trained:
+            found |= dict(
+                zip(("each_target", "each_group"), each_columns(self.targets, store, shard), strict=True)
+            )
+        return found
 
 
 def target_columns(
@@ -188,6 +220,37 @@ def target_columns(
         texts = zip(captions["caption"].to_pylist(), captions["others"].to_pylist(), strict=True)
         groups = np.array([_group(caption, others) for caption, others in texts], dtype=np.int64)
     return targets, np.where(present, groups, -1)
+
+
+def each_columns(settings: Targets, store: Store, shard: int) -> tuple[Array, Array]:
+    """([n, k, d] float32 text targets, [n, k] int64 groups) of all captions of a shard's pictures; zero and
+    -1 where a picture has fewer than k."""
+    captions = store.read_shard("captions", settings.captions, shard, ["caption", "others"])
+    lists = captions["others"].to_pylist()
+    texts = zip(captions["caption"].to_pylist(), (others or [] for others in lists), strict=True)
+    table = store.read_shard("embeddings", settings.embeddings, shard, ["embedding", "each"])
+    width, each = table["embedding"].type.list_size, table["each"].combine_chunks()
+    begins = each.offsets.to_numpy()
+    counts = np.diff(begins) // width  # none where there was no caption to embed
+    vectors = each.values.to_numpy(zero_copy_only=False)[begins[0] : begins[-1]].reshape(-1, width)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    places = np.arange(len(rows)) - np.repeat((begins[:-1] - begins[0]) // width, counts)
+    classes = _classes(store, shard) if settings.needs_classes else None
+    targets = np.zeros((len(counts), settings.several, settings.dim), np.float32)
+    groups = np.full(targets.shape[:2], -1, np.int64)
+    if len(rows):
+        targets[rows, places] = settings.project(vectors, None if classes is None else classes[rows])
+    if settings.by_class and classes is not None:
+        groups[rows, places] = classes[rows]
+    else:
+        own = [
+            _group(text, None)
+            for (first, others), n in zip(texts, counts, strict=True)
+            if n
+            for text in [first, *others]
+        ]
+        groups[rows, places] = own
+    return targets, groups
 
 
 def _group(caption: str | None, others: list[str] | None) -> int:

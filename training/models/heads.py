@@ -12,7 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["linear", "mlp"]
+Kind = Literal["linear", "mlp", "narrow"]
+"""narrow: the paper's, whose hidden layer is no wider than the backbone's feature. At 2 d, beside a backbone
+of some hundred thousand parameters, the head is as large as what it is to teach."""
 
 
 class ProjectionHead(nn.Module):
@@ -24,7 +26,7 @@ class ProjectionHead(nn.Module):
         if kind == "linear":
             self.layers = nn.Linear(num_features, dim, bias=False)
         else:
-            hidden = 2 * dim
+            hidden = 2 * dim if kind == "mlp" else min(2 * dim, num_features)
             norm = nn.BatchNorm1d(hidden) if batch_norm else nn.Identity()
             self.layers = nn.Sequential(
                 nn.Linear(num_features, hidden, bias=not batch_norm), norm, nn.ReLU(), nn.Linear(hidden, dim)

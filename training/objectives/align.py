@@ -23,6 +23,7 @@ from training.data.columns import Array
 from training.data.loader import Batch
 from training.data.mixing import text_targets as mixed_texts
 from training.data.negatives import Negatives
+from training.data.order import shares
 from training.data.views import Draw, Views
 from training.engine.gradcache import frozen_statistics
 from training.evaluation import measures
@@ -56,6 +57,8 @@ class Alignment:
     until: float = 1.0
     grading: float | None = None
     """Temperature of graded positives, if they are graded."""
+    dropout: float = 0.0
+    """Share of pictures without a text in a pass."""
     texts: int = 2
     """How many an image is told apart from, its own among them; what the sigmoid's bias starts from."""
 
@@ -153,7 +156,8 @@ class AlignTask(nn.Module):
         labels are mixed."""
         gather = None
         if self.head is not None:
-            gather = TextGather(batch.columns["targets"], batch.columns["groups"], draw.largest_share)
+            targets, groups = self._texts(batch, draw.seed)
+            gather = TextGather(targets, groups, draw.largest_share)
         draw.begin(0)
         viewed = views(batch.images, batch.labels, draw)
         goal = None
@@ -161,9 +165,7 @@ class AlignTask(nn.Module):
             negatives = (
                 self.negatives.draw(draw.step, viewed.images.device) if self.negatives is not None else None
             )
-            goal = Goal(
-                gather, *mixed_texts(batch.columns["groups"], viewed.partner, viewed.weights), negatives
-            )
+            goal = Goal(gather, *mixed_texts(groups, viewed.partner, viewed.weights), negatives)
         return Inputs(
             viewed.images,
             viewed.classes,
@@ -171,6 +173,20 @@ class AlignTask(nn.Module):
             weight=self.alignment.weight_at(draw.progress),
             share=draw.world * len(viewed.images) / draw.batch_size,
         )
+
+    def _texts(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+        """([b, d] targets, [b] groups) of a batch: of several captions one, and of some pictures none."""
+        targets, groups = batch.columns["targets"], batch.columns["groups"]
+        if "each_target" in batch.columns:
+            targets, groups = one_of_several(
+                batch.columns["each_target"],
+                batch.columns["each_group"],
+                shares(seed, "caption", batch.samples),
+            )
+        if self.alignment.dropout:
+            dropped = shares(seed, "dropout", batch.samples) < self.alignment.dropout
+            groups = groups.masked_fill(torch.from_numpy(dropped).to(groups.device), -1)
+        return targets, groups
 
     def forward(self, inputs: Inputs, share: float = 1.0) -> Losses:
         """One step's losses, or those of a part of it.
@@ -365,6 +381,15 @@ class Evaluator:
         return found | ({"retrieval_rank": ranks / ranked} if ranked else {})
 
 
+def one_of_several(each_bkd: Tensor, groups_bk: Tensor, shares_b: Array) -> tuple[Tensor, Tensor]:
+    """([b, d], [b]) of the caption that a draw in [0, 1) falls on, all of a picture's being equally likely; a
+    picture without any keeps none."""
+    count = (groups_bk >= 0).sum(1)
+    drawn = (torch.from_numpy(shares_b).to(count.device) * count).long()
+    rows = torch.arange(len(drawn), device=drawn.device)
+    return each_bkd[rows, drawn], groups_bk[rows, drawn]
+
+
 def caption_ranks(z_bd: Tensor, texts_bd: Tensor, groups_b: Tensor) -> Tensor:
     """Rank, from 1, of each picture's own caption among the different captions of the batch; pictures without
     one have none."""
@@ -416,7 +441,7 @@ class Align(Objective):
 
     def rebuild(self, config: TrainConfig, weights: dict[str, Tensor], classes: int) -> AlignTask:
         """Its widths are those of the weights."""
-        last = {"mlp": "head.layers.3.weight", "linear": "head.layers.weight"}[config.method.head]
+        last = "head.layers.weight" if config.method.head == "linear" else "head.layers.3.weight"
         dim = len(weights[last]) if last in weights else 0
         text = weights.get("text_projection.weight")
         task = build_task(config.but(pretrained=False), classes, dim, 0 if text is None else text.shape[1])
@@ -536,6 +561,7 @@ def build_task(config: TrainConfig, classes: int, dim: int, text_dim: int = 0) -
         schedule=config.method.alignment_schedule,
         until=config.method.alignment_until,
         grading=config.method.similarity_temperature if config.method.positives == "similar" else None,
+        dropout=config.method.caption_dropout,
         text_dim=text_dim,
         texts=config.optim.batch_size + config.method.store_negatives,
     )

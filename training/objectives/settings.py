@@ -103,8 +103,14 @@ class AlignSettings(MethodSettings):
     similarity_temperature: float = 0.1
     """With --positives similar: how fast a text counts less the less it is like an image's own (softmax of
     cosine / this)."""
-    head: Literal["mlp", "linear"] = "mlp"
-    """Projection head on the pooled feature."""
+    several_captions: Literal["average", "draw"] = "average"
+    """Of several captions a picture: their mean vector is the target, or one of them, drawn anew in each pass
+    (needs embeddings made with --each-caption)."""
+    caption_dropout: float = 0.0
+    """Share of pictures that count for classification only in a pass, drawn anew in each."""
+    head: Literal["mlp", "narrow", "linear"] = "mlp"
+    """Projection head on the pooled feature: the paper's two layers with 2 d between them, the same with no
+    more than the feature's width between them, or one linear map."""
     temperature: float = 0.2
     """tau of the alignment loss (the paper: 0.2 for ResNets, 0.05 for ViTs)."""
     learn_temperature: bool = False
@@ -137,7 +143,15 @@ class AlignSettings(MethodSettings):
         faults = below(0, self, "projection_dim", "store_negatives")
         if self.alignment_weight < 0:
             faults.append(f"alignment_weight={self.alignment_weight}: must be 0 (the baseline) or more.")
-        faults += no_share(self, "whitening", "class_shrinkage", "alignment_until")
+        faults += no_share(self, "whitening", "class_shrinkage", "alignment_until", "caption_dropout")
+        if self.caption_dropout == 1:
+            faults.append(
+                "caption_dropout=1: leaves no picture a text; the baseline is --alignment-weight 0."
+            )
+        if self.several_captions == "draw" and self.store_negatives:
+            faults.append(
+                "several_captions=draw: goes with no --store-negatives, which are means of all captions."
+            )
         if self.balance == "gradients" and self.alignment_weight >= 1:
             faults.append(
                 f"alignment_weight={self.alignment_weight}: must be below 1 with --balance gradients, where "
