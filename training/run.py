@@ -101,6 +101,9 @@ def _trained(
             "num_workers": (config.place.min_workers, config.place.workers),
             "elastic_resize_monitor_interval_s": config.place.resize_seconds,
         }
+        # What Ray takes for free may lie on a node of whose death it has not heard yet: it looks again after
+        # this, and not after a minute of waiting for that node.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": flat(config), "run_id": run_id},
