@@ -61,14 +61,10 @@ def ingested(images: Path, store: Path, limit: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(fresh: Path, nodes: TwoNodes) -> dict[str, str]:
-    return files_of(described(fresh, nodes, "uninterrupted"))
-
-
-def described(fresh: Path, nodes: TwoNodes, name: str) -> Path:
-    store = fresh.parent / name
+    store = fresh.parent / "uninterrupted"
     shutil.copytree(fresh, store)
-    assert run(nodes, [*DESCRIBE, str(store)]).wait(300) == 0
-    return store
+    assert run(nodes, [*DESCRIBE, str(store), *ONE_ENGINE]).wait(600) == 0
+    return files_of(store)
 
 
 def run(nodes: TwoNodes, arguments: list[str], **settings: str) -> Driver:
@@ -213,7 +209,7 @@ def describe_under_blows(
             if driver.poll() is None and strike(victim, nodes, driver):
                 struck[victim] += 1
                 blows.pop(0)
-        code = driver.poll() if blows else driver.wait(300)
+        code = driver.poll() if blows else driver.wait(600)
         if code == 0:
             return
         if code is not None:  # a user would give the same command again
@@ -260,7 +256,7 @@ def test_of_two_runs_at_the_same_time_one_is_refused_and_the_other_ends_as_ever(
     store = fresh.parent / "two-at-once"
     shutil.copytree(fresh, store)
     drivers = [run(nodes, [*DESCRIBE, str(store), *ONE_ENGINE]) for _ in range(2)]
-    assert sorted(driver.wait(400) for driver in drivers) == [0, 2], [driver.told() for driver in drivers]
+    assert sorted(driver.wait(600) for driver in drivers) == [0, 2], [driver.told() for driver in drivers]
     assert files_of(store) == uninterrupted
     check_rows(store)
 
@@ -271,10 +267,9 @@ def test_a_killed_engine_process_is_started_again(scenes: Path, tmp_path: Path, 
     # One picture at a time: between processes, what is batched together depends on their speed, and words on
     # what is batched.
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "RAY_ADDRESS": "", "THIS_TEST": str(tmp_path)}
-    common = ["caption", "--caption-preset", "scenes", "--engine-batch", "1", "--store"]
+    common = ["caption", "--caption-preset", "scenes", "--engine-batch", "1", *ONE_ENGINE, "--store"]
     stores = [ingested(scenes, tmp_path / name, limit=96) for name in ("whole", "killed")]
-    assert run(nodes, [*common, str(stores[0])], **settings).wait(300) == 0
-    driver = run(nodes, [*common, str(stores[1])], **settings)
+    beside, driver = (run(nodes, [*common, str(store)], **settings) for store in stores)
     killed: set[int] = set()
     notes = f"{stores[1]}/captions/*/underway/part-*.json"
     while len(killed) < 3 and driver.poll() is None:
@@ -291,7 +286,8 @@ def test_a_killed_engine_process_is_started_again(scenes: Path, tmp_path: Path, 
                     process.kill()
                     killed.add(process.pid)
         time.sleep(0.2)
-    assert driver.wait(300) == 0, driver.told()
+    assert driver.wait(600) == 0, driver.told()
+    assert beside.wait(600) == 0, beside.told()
     assert len(killed) == 3
     assert files_of(stores[1]) == files_of(stores[0])
     assert not left_of(str(tmp_path)), "a worker of an engine that died while it loaded"
@@ -336,7 +332,7 @@ def test_a_full_disk_stops_with_a_clear_error_and_the_run_goes_on_when_there_is_
         assert "no space left to write to" in driver.stderr and "What is done is kept" in driver.stderr
         assert "Traceback" not in driver.stderr, driver.stderr[-3000:]
         (small / "ballast").unlink()
-        assert run(nodes, [*DESCRIBE, str(store), *ONE_ENGINE]).wait(300) == 0
+        assert run(nodes, [*DESCRIBE, str(store), *ONE_ENGINE]).wait(600) == 0
         assert files_of(store) == uninterrupted
         check_rows(store)
     finally:
