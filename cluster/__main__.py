@@ -1,4 +1,4 @@
-"""The cluster's own verbs: `python -m cluster doctor | demo | submit`.
+"""The cluster's own verbs: `python -m cluster doctor | demo | submit | logs | stop`.
 
 Exit codes: 0 done; 2 wrong settings or input, nothing was started; 1 anything else.
 """
@@ -44,8 +44,22 @@ def _submit(settings: tuple[config.SubmitConfig, list[str]]) -> int:
     return jobs.submit(*settings)
 
 
+def _logs(settings: config.LogsConfig) -> int:
+    from cluster import jobs
+
+    return jobs.logs(settings)
+
+
+def _stop(settings: config.StopConfig) -> int:
+    from cluster import jobs
+
+    return jobs.stop(settings)
+
+
 VERBS = {
     "submit": Verb("run a verb as a job on a Ray cluster", parse_submit, _submit),
+    "logs": Verb("follow a job's log", config.LogsConfig, _logs),
+    "stop": Verb("end a job", config.StopConfig, _stop),
     "doctor": Verb("what this machine can do, and how to mend the rest", config.DoctorConfig, _doctor),
     "demo": Verb("everything, on the embedded default", config.DemoConfig, _demo),
 }

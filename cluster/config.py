@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import tyro
+
 from pipeline.errors import SettingsError
 
 
@@ -45,12 +47,50 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubmitConfig:
-    """Runs a verb as a job on a Ray cluster: gpt4image submit [FLAGS] -- VERB [FLAGS OF THE VERB]."""
+class JobConfig:
+    """Where jobs are sent to."""
 
     address: str = "http://127.0.0.1:8265"
     """Job server (the dashboard) of the cluster; RAY_API_SERVER_ADDRESS overrides the default."""
+    patience: float = 600
+    """Seconds for which a lost connection is tried again; the job goes on meanwhile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig(JobConfig):
+    """Runs a verb as a job on a Ray cluster: gpt4image submit [FLAGS] -- VERB [FLAGS OF THE VERB].
+
+    The verb's flags are checked here, before anything is sent. A second job for the same verb and place is
+    refused while the first one runs; Ctrl-C leaves it running.
+    """
+
     working_dir: str = "."
-    """Checkout to upload: what is submitted is what runs."""
-    wait: bool = True
-    """Follow the job's log until it ends, and exit with its result; with --no-wait print its id and leave."""
+    """Checkout to send: what is submitted is what runs."""
+    exclude: tuple[str, ...] = ()
+    """Names of files and folders, patterns as of a shell, that are not sent; what git ignores never is."""
+    env: tuple[str, ...] = ()
+    """Names of variables that the job gets from here, such as AWS_ACCESS_KEY_ID; addresses of MLflow and S3
+    it gets in any case. Whoever may see the cluster's jobs can read them: secrets of the cluster are
+    safer."""
+    detach: bool = False
+    """Print the job's id and leave; without it the log is followed, and the exit code is the job's."""
+    job_id: str = ""
+    """The job's id; empty: made of the verb and the place that it writes to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogsConfig(JobConfig):
+    """Follows a job's log; the exit code is the job's."""
+
+    job: tyro.conf.Positional[str]
+    """Its id."""
+    follow: bool = True
+    """Until the job ends; --no-follow: what there is now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopConfig(JobConfig):
+    """Ends a job; what it has finished is kept, and the same command goes on with it."""
+
+    job: tyro.conf.Positional[str]
+    """Its id."""

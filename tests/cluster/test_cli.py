@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from cluster import cli, demo, doctor, jobs
+from cluster import cli, demo, doctor
 from cluster.__main__ import main as cluster_main
 from pipeline.__main__ import main as pipeline_main
 from training.__main__ import main as training_main
@@ -100,22 +99,6 @@ def test_help_answers_without_loading_anything_heavy() -> None:
     assert done.stderr.strip().endswith("[]"), done.stderr
 
 
-def test_a_jobs_command_line_is_the_packages_own() -> None:
-    verb = ["describe", "--images", "/data/my images", "--store", "s3://bucket/store"]
-    assert (
-        jobs.entrypoint_of(verb)
-        == "python -m pipeline describe --images '/data/my images' --store s3://bucket/store"
-    )
-
-
-@pytest.mark.parametrize(
-    "verb", [[], ["demo"], ["nonsense"], ["train", "--store", "relative/store"], ["train", "--run=runs/x"]]
-)
-def test_what_cannot_work_as_a_job_is_refused(verb: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"gpt4image submit -- VERB|absolute path or URI"):
-        jobs.entrypoint_of(verb)
-
-
 def test_submit_without_a_job_server_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cluster_main(["submit", "--address", "http://127.0.0.1:1", "--", "status", "--store", "/s"]) == 2
     assert "ray start --head" in capsys.readouterr().err
@@ -165,31 +148,3 @@ def test_a_missing_part_comes_with_its_mend() -> None:
         doctor._examine(doctor.Check(name="x", code="raise SystemExit(1)", mend="m", needed=False)).state
         == "absent"
     )
-
-
-def test_a_job_takes_no_secrets_along(tmp_path: Path) -> None:
-    """What Ray packs of a folder in which keys lie about."""
-    from ray._private.runtime_env.packaging import create_package
-
-    secret = [
-        ".env",
-        ".env.local",
-        "key.pem",
-        "sub/id_ed25519",
-        ".ssh/config",
-        "gcp-credentials.json",
-        "sub/.netrc",
-        ".aws/config",
-    ]
-    wanted = ["pipeline/run.py", "prompts/environment.txt", "names.json"]
-    for name in [*secret, *wanted]:
-        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "work" / name).write_text("x")
-    create_package(
-        str(tmp_path / "work"),
-        tmp_path / "job.zip",
-        include_gitignore=True,
-        excludes=jobs.EXCLUDES + jobs.SECRETS,
-    )
-    with zipfile.ZipFile(tmp_path / "job.zip") as packed:
-        assert sorted(name for name in packed.namelist() if not name.endswith("/")) == sorted(wanted)

@@ -1,12 +1,16 @@
-"""The same stages through a real `ray start --head` on loopback, with token authentication on."""
+"""The same stages through a real `ray start --head` on loopback, with token authentication on and an older
+copy of the packages on its path."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +48,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     environment.pop("RAY_ADDRESS", None)
+    for package in ("pipeline", "training", "cluster"):  # what is submitted comes before it
+        (home / "older" / package).mkdir(parents=True)
+        (home / "older" / package / "__init__.py").write_text("raise RuntimeError('an older copy')")
+    environment["PYTHONPATH"] = str(home / "older")
     ray = str(Path(sys.executable).parent / "ray")
     subprocess.run([ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     temporary = f"/tmp/rt{os.getpid()}"  # socket paths have a limit of 107 bytes
@@ -89,9 +97,24 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         child.wait(timeout=60)
 
 
+def command(verb: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "cluster", verb, *arguments]
+
+
+def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
 def submit(environment: dict[str, str], *verb: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cluster", "submit", "--working-dir", str(ROOT), "--", *verb]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return run(environment, "submit", "--", *verb)
 
 
 def test_stages_run_as_jobs_and_hand_back_their_exit_codes(
@@ -126,7 +149,117 @@ def test_stages_run_as_jobs_and_hand_back_their_exit_codes(
     assert "did you mean" in done.stdout
 
 
-def test_a_wrong_token_is_refused_with_a_way_out(head: dict[str, str]) -> None:
-    done = submit({**head, "RAY_AUTH_TOKEN": "0" * 64}, "status", "--store", "/nowhere")
+@pytest.mark.parametrize("change", [{"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}])
+def test_a_wrong_token_and_none_are_refused_with_a_way_out(
+    head: dict[str, str], change: dict[str, str]
+) -> None:
+    done = submit({**head, **change}, "status", "--store", "/nowhere")
     assert done.returncode == 2
     assert "RAY_AUTH_TOKEN" in done.stderr and "Traceback" not in done.stderr
+
+
+class Line:
+    """A connection to the head that can be cut: a relay on loopback."""
+
+    def __init__(self, target: str) -> None:
+        self._target = int(target.rpartition(":")[2])
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self._cut = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def cut(self, seconds: float) -> None:
+        """Ends every connection, and answers nobody for so long."""
+        self._cut = True
+        for each in self._open:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        time.sleep(seconds)
+        self._cut = False
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self._listener.accept()
+            if self._cut:
+                near.close()
+                continue
+            far = socket.create_connection(("127.0.0.1", self._target))
+            self._open += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._relay, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _relay(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for each in (source, sink):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+def wait_for_epoch(log: Path, number: int, child: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not re.search(rf"epoch +{number}/", log.read_text()):
+        assert child.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+def test_a_job_outlives_its_connection_its_terminal_and_its_driver(
+    head: dict[str, str], tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
+    store, folder = make_store(tmp_path / "store", train=48, val=12), tmp_path / "runs" / "long"
+    job = ["train", "--store", str(store), "--preset", "smoke", "--batch-size", "8", "--workers", "1"]
+    job += ["--projection-dim", "4", "--epochs", "9999", "--tracking-uri", "none", "--run", str(folder)]
+    line, log, errors = Line(head["RAY_API_SERVER_ADDRESS"]), tmp_path / "log", tmp_path / "errors"
+    through = {**head, "RAY_API_SERVER_ADDRESS": line.address, "MLFLOW_EXPERIMENT_NAME": "mine"}
+    with log.open("wb") as out, errors.open("wb") as err:
+        child = subprocess.Popen(command("submit", "--", *job), cwd=ROOT, env=through, stdout=out, stderr=err)
+    wait_for_epoch(log, 3, child)
+    told = errors.read_text()
+    assert (
+        re.search(r"sends \d+ files, \d+\.\d MiB of .*, and MLFLOW_EXPERIMENT_NAME", told)
+        and "mine" not in told
+    )
+    name = re.search(r"submit: (train-long-\w+) runs: ", told)[1]  # type: ignore[index]
+
+    line.cut(3)
+    seen = len(re.findall(r"epoch +\d+/", log.read_text()))
+    wait_for_epoch(log, seen + 5, child)
+    numbers = [int(n) for n in re.findall(r"epoch +(\d+)/", log.read_text())]
+    assert numbers == list(range(1, len(numbers) + 1)), "every line once, and none lost"
+    assert "the connection broke" in errors.read_text()
+
+    second = submit(head, *job)
+    assert second.returncode == 2 and "RUNNING already, and two at a time" in second.stderr
+    assert name in second.stderr and "sends" in second.stderr
+
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130
+    assert f"{name} goes on" in errors.read_text() and "Traceback" not in errors.read_text()
+    there = run(head, "logs", name, "--no-follow")
+    assert there.returncode == 0 and "epoch" in there.stdout
+
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[1:4] == ["-m", "training", "train"] and str(folder) in process.cmdline():
+                process.kill()
+    died = run(head, "logs", name)
+    assert died.returncode not in (0, 2) and "ended: FAILED" in died.stderr
+    epochs = len((folder / "metrics.jsonl").read_text().splitlines())
+
+    again = run(head, "submit", "--detach", "--", *job)
+    assert again.returncode == 0 and again.stdout.strip() == name, again.stderr
+    deadline = time.monotonic() + 120
+    while len((folder / "metrics.jsonl").read_text().splitlines()) <= epochs:
+        assert time.monotonic() < deadline, run(head, "logs", name, "--no-follow").stdout
+        time.sleep(0.5)
+    stopped = run(head, "stop", name)
+    assert stopped.returncode == 0 and "ended: STOPPED" in stopped.stderr, stopped.stderr
+    assert "had ended before" in run(head, "stop", name).stderr
+    unknown = run(head, "logs", "train-nobody")
+    assert unknown.returncode == 2 and "train-nobody" in unknown.stderr
