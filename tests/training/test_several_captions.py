@@ -22,6 +22,7 @@ from pipeline.store import Store
 from tests.stores import several_captions
 from training.config import TrainConfig
 from training.data import order, text_targets
+from training.data.views import Draw, Viewed
 from training.engine import loop
 from training.engine.build import Run
 
@@ -34,28 +35,32 @@ def samples_of(passes: int, shards: int = 3, rows: int = 20, repeats: int = 1) -
     return np.stack(grid, -1).reshape(-1, 4)
 
 
-def test_a_draw_is_of_the_picture_and_the_pass_alone() -> None:
-    samples = samples_of(passes=50, repeats=2)
-    found = order.shares(3, "caption", samples)
-    assert found.min() >= 0 and found.max() < 1
+def test_a_draw_is_of_the_picture_and_the_step_alone() -> None:
+    samples = samples_of(passes=2, repeats=2)
+    many = np.stack([order.shares(3, "caption", step, samples) for step in range(50)])
+    assert many.min() >= 0 and many.max() < 1
     mixed = np.random.default_rng(0).permutation(len(samples))[:100]
-    np.testing.assert_array_equal(order.shares(3, "caption", samples[mixed]), found[mixed])
-    np.testing.assert_array_equal(found[::2], found[1::2]), "views of a picture in a pass share it"
-    once = found[::2]
-    assert len(np.unique(once)) == len(once)
+    np.testing.assert_array_equal(order.shares(3, "caption", 7, samples[mixed]), many[7][mixed])
+    views = many.reshape(50, 2, 60, 2)
+    assert (views == views[:, :1, :, :1]).all(), "views of a picture in a step share it"
+    once = views[:, 0, :, 0]
+    assert len(np.unique(once)) == once.size
     counts, _ = np.histogram(once, 10, (0, 1))
-    chi_square = ((counts - len(once) / 10) ** 2 / (len(once) / 10)).sum()
+    chi_square = ((counts - once.size / 10) ** 2 / (once.size / 10)).sum()
     assert chi_square < 27.9, "evenly distributed: 99.9 % of nine degrees of freedom"
     for seed, purpose in ((4, "caption"), (3, "dropout")):
-        other = order.shares(seed, purpose, samples)[::2]
-        assert abs(np.corrcoef(once, other)[0, 1]) < 0.06
-    of_a_picture = once.reshape(50, 60)
-    assert abs(np.corrcoef(of_a_picture[:-1].ravel(), of_a_picture[1:].ravel())[0, 1]) < 0.06
+        other = np.stack([order.shares(seed, purpose, step, samples[:120:2]) for step in range(50)])
+        assert abs(np.corrcoef(once.ravel(), other.ravel())[0, 1]) < 0.06
+    assert abs(np.corrcoef(once[:-1].ravel(), once[1:].ravel())[0, 1]) < 0.06
 
 
 def config_of(store: Path, **settings: object) -> TrainConfig:
     recipe = {"image_size": 32, "batch_size": 9, "backbone": "test_vit", "seed": 5, "loader_workers": 1}
     return TrainConfig.of(store=str(store), **recipe | settings)
+
+
+def draw_of(step: int) -> Draw:
+    return Draw(seed=5, step=step, rank=0, world=1, batch_size=9)
 
 
 def run_of(store: Path, **settings: object) -> Run:
@@ -71,8 +76,8 @@ def test_every_caption_of_a_picture_is_drawn_as_often_as_the_others(
     run = run_of(folder, **DRAWN)
     drawn: Counter[tuple[str, int]] = Counter()
     passes = 150
-    for batch in run.loader.train(run.sequence, 0, 2 * passes, 0, 1):
-        targets, groups = run.task._texts(batch, seed=5)
+    for step, batch in enumerate(run.loader.train(run.sequence, 0, 2 * passes, 0, 1)):
+        targets, groups, _ = run.task._texts(batch, draw_of(step))
         for sample, target, group in zip(batch.samples, targets.numpy(), groups.tolist(), strict=True):
             _, shard, row, _ = sample.tolist()
             record = store.read_shard("embeddings", "several", shard, ["each"])["each"][row].as_py()
@@ -112,9 +117,10 @@ def test_drawn_captions_are_drawn_towards_their_class_and_have_its_positives(
     towards = {**DRAWN, "class_shrinkage": 0.5, "positives": "class", "center_texts": True}
     run = run_of(folder, **towards)
     batch = next(iter(run.loader.train(run.sequence, 0, 1, 0, 1)))
-    targets, groups = run.task._texts(batch, seed=5)
+    targets, groups, _ = run.task._texts(batch, draw_of(0))
     plain = run_of(folder, **DRAWN)
-    alone, _ = plain.task._texts(next(iter(plain.loader.train(plain.sequence, 0, 1, 0, 1))), seed=5)
+    first = next(iter(plain.loader.train(plain.sequence, 0, 1, 0, 1)))
+    alone, _, _ = plain.task._texts(first, draw_of(0))
     found = text_targets.of_config(config_of(folder, **towards), run.store)
     labels = batch.labels.numpy()
     described = groups.numpy() >= 0
@@ -129,13 +135,32 @@ def test_dropped_captions_are_others_in_each_pass(
 ) -> None:
     run = run_of(make_store(tmp_path / "s", train=18), caption_dropout=share, projection_dim=0)
     left = {}
-    for batch in run.loader.train(run.sequence, 0, 200, 0, 1):
-        _, groups = run.task._texts(batch, seed=5)
-        left |= {tuple(sample): group >= 0 for sample, group in zip(batch.samples, groups, strict=True)}
+    for step, batch in enumerate(run.loader.train(run.sequence, 0, 200, 0, 1)):
+        _, groups, dropped = run.task._texts(batch, draw_of(step))
+        assert (groups >= 0).all(), "other pictures are told apart from their texts"
+        left |= {tuple(sample): not gone for sample, gone in zip(batch.samples, dropped, strict=True)}
     found = np.array([bool(kept) for kept in left.values()])
     assert len(found) == 1800 and found.mean() == pytest.approx(1 - share, abs=0.04)
     pictures = {key[1:3] for key in left}
     assert all(0 < sum(bool(left[k]) for k in left if k[1:3] == picture) < 100 for picture in pictures)
+
+
+def test_a_mixture_whose_picture_is_dropped_aims_at_no_text(tmp_path: Path, make_store: MakeStore) -> None:
+    """Not at the one of the picture that is mixed in, either."""
+    run = run_of(make_store(tmp_path / "s", train=18), caption_dropout=0.5, projection_dim=0)
+    batch = next(iter(run.loader.train(run.sequence, 0, 1, 0, 1)))
+    partner, weights = torch.arange(8, -1, -1), torch.full((9,), 0.95)
+
+    def mixing(images: torch.Tensor, labels: torch.Tensor, draw: Draw) -> Viewed:
+        return Viewed(run.stepper.views.norm(images), labels, partner, weights)
+
+    inputs = run.task.prepare(batch, mixing, draw_of(0))
+    dropped = torch.from_numpy(order.shares(5, "dropout", 0, batch.samples) < 0.5)
+    assert 0 < dropped.sum() < 9
+    groups = batch.columns["groups"]
+    assert (inputs.goal.groups_bK[dropped] == -1).all()
+    kept = torch.stack([groups, groups[partner]], 1)[~dropped]
+    assert (inputs.goal.groups_bK[~dropped] == kept).all()
 
 
 def test_it_trains(tmp_path: Path, make_store: MakeStore) -> None:

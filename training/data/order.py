@@ -129,22 +129,22 @@ def deal(source: dict[str, Any], *, looks_across: bool) -> Deal:
     return "place" if looks_across and source.get("kind") == "parquet" else "shard"
 
 
-def shares(seed: int, purpose: str, samples: Array) -> Array:
-    """[n] float64, evenly distributed in [0, 1): a draw for each picture and pass, whoever asks and with
-    whatever other samples.
+def shares(seed: int, purpose: str, step: int, samples: Array) -> Array:
+    """[n] float64, evenly distributed in [0, 1): a draw for each picture of a step, whichever worker asks.
 
-    The views of a picture that a pass has under repeated augmentation share it. By SplitMix64's finaliser
-    (Steele et al., OOPSLA 2014) over the key's parts.
+    A picture that is twice in a global batch, as another view or of the next pass, has one draw. By
+    SplitMix64's finaliser (Steele et al., OOPSLA 2014) over the key's parts.
 
     Args:
         seed: of the run.
         purpose: what is drawn; another one draws independently.
+        step: of the run.
         samples: [n, 4].
     """
     word = int.from_bytes(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "big")
     key = np.full(len(samples), word, np.uint64)
-    for column in (PASS, SHARD, ROW):
-        key += samples[:, column].astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # wraps around
+    for part in (np.full(len(samples), step), samples[:, SHARD], samples[:, ROW]):
+        key += part.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # wraps around
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             key = (key ^ (key >> np.uint64(shift))) * np.uint64(factor)
         key ^= key >> np.uint64(31)

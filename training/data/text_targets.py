@@ -223,7 +223,7 @@ def target_columns(
 
 
 def each_columns(settings: Targets, store: Store, shard: int) -> tuple[Array, Array]:
-    """([n, k, d] float32 text targets, [n, k] int64 groups) of all captions of a shard's pictures; zero and
+    """([n, k, d] float16 text targets, [n, k] int64 groups) of all captions of a shard's pictures; zero and
     -1 where a picture has fewer than k."""
     captions = store.read_shard("captions", settings.captions, shard, ["caption", "others"])
     lists = captions["others"].to_pylist()
@@ -236,7 +236,7 @@ def each_columns(settings: Targets, store: Store, shard: int) -> tuple[Array, Ar
     rows = np.repeat(np.arange(len(counts)), counts)
     places = np.arange(len(rows)) - np.repeat((begins[:-1] - begins[0]) // width, counts)
     classes = _classes(store, shard) if settings.needs_classes else None
-    targets = np.zeros((len(counts), settings.several, settings.dim), np.float32)
+    targets = np.zeros((len(counts), settings.several, settings.dim), np.float16)  # as the store has them
     groups = np.full(targets.shape[:2], -1, np.int64)
     if len(rows):
         targets[rows, places] = settings.project(vectors, None if classes is None else classes[rows])

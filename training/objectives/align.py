@@ -58,7 +58,7 @@ class Alignment:
     grading: float | None = None
     """Temperature of graded positives, if they are graded."""
     dropout: float = 0.0
-    """Share of pictures without a text in a pass."""
+    """Share of pictures that aim at no text in a step."""
     texts: int = 2
     """How many an image is told apart from, its own among them; what the sigmoid's bias starts from."""
 
@@ -156,7 +156,7 @@ class AlignTask(nn.Module):
         labels are mixed."""
         gather = None
         if self.head is not None:
-            targets, groups = self._texts(batch, draw.seed)
+            targets, groups, dropped = self._texts(batch, draw)
             gather = TextGather(targets, groups, draw.largest_share)
         draw.begin(0)
         viewed = views(batch.images, batch.labels, draw)
@@ -165,7 +165,10 @@ class AlignTask(nn.Module):
             negatives = (
                 self.negatives.draw(draw.step, viewed.images.device) if self.negatives is not None else None
             )
-            goal = Goal(gather, *mixed_texts(groups, viewed.partner, viewed.weights), negatives)
+            groups_bK, weights_bK = mixed_texts(groups, viewed.partner, viewed.weights)
+            if dropped is not None:  # of a mixture too: its other text is not the picture's
+                groups_bK = groups_bK.masked_fill(dropped[:, None], -1)
+            goal = Goal(gather, groups_bK, weights_bK, negatives)
         return Inputs(
             viewed.images,
             viewed.classes,
@@ -174,19 +177,17 @@ class AlignTask(nn.Module):
             share=draw.world * len(viewed.images) / draw.batch_size,
         )
 
-    def _texts(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
-        """([b, d] targets, [b] groups) of a batch: of several captions one, and of some pictures none."""
+    def _texts(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor, Tensor | None]:
+        """([b, d] targets, [b] groups) of a batch, of several captions one; and [b], which pictures aim at no
+        text in this step, None where all do."""
         targets, groups = batch.columns["targets"], batch.columns["groups"]
         if "each_target" in batch.columns:
-            targets, groups = one_of_several(
-                batch.columns["each_target"],
-                batch.columns["each_group"],
-                shares(seed, "caption", batch.samples),
-            )
-        if self.alignment.dropout:
-            dropped = shares(seed, "dropout", batch.samples) < self.alignment.dropout
-            groups = groups.masked_fill(torch.from_numpy(dropped).to(groups.device), -1)
-        return targets, groups
+            drawn = shares(draw.seed, "caption", draw.step, batch.samples)
+            targets, groups = one_of_several(batch.columns["each_target"], batch.columns["each_group"], drawn)
+        if not self.alignment.dropout:
+            return targets, groups, None
+        dropped = shares(draw.seed, "dropout", draw.step, batch.samples) < self.alignment.dropout
+        return targets, groups, torch.from_numpy(dropped).to(groups.device)
 
     def forward(self, inputs: Inputs, share: float = 1.0) -> Losses:
         """One step's losses, or those of a part of it.
@@ -387,7 +388,7 @@ def one_of_several(each_bkd: Tensor, groups_bk: Tensor, shares_b: Array) -> tupl
     count = (groups_bk >= 0).sum(1)
     drawn = (torch.from_numpy(shares_b).to(count.device) * count).long()
     rows = torch.arange(len(drawn), device=drawn.device)
-    return each_bkd[rows, drawn], groups_bk[rows, drawn]
+    return each_bkd[rows, drawn].float(), groups_bk[rows, drawn]
 
 
 def caption_ranks(z_bd: Tensor, texts_bd: Tensor, groups_b: Tensor) -> Tensor:

@@ -105,9 +105,9 @@ class AlignSettings(MethodSettings):
     cosine / this)."""
     several_captions: Literal["average", "draw"] = "average"
     """Of several captions a picture: their mean vector is the target, or one of them, drawn anew in each pass
-    (needs embeddings made with --each-caption)."""
+    over the pictures (needs embeddings made with --each-caption)."""
     caption_dropout: float = 0.0
-    """Share of pictures that count for classification only in a pass, drawn anew in each."""
+    """Share of pictures that aim at no text and count for classification only, drawn anew in each step."""
     head: Literal["mlp", "narrow", "linear"] = "mlp"
     """Projection head on the pooled feature: the paper's two layers with 2 d between them, the same with no
     more than the feature's width between them, or one linear map."""
