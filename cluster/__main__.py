@@ -11,7 +11,11 @@ import tyro
 
 from cluster import config
 from pipeline import verbs
+from pipeline.errors import SettingsError
 from pipeline.verbs import Verb
+
+JOBS = ("ingest", "caption", "embed", "describe", "import-captions", "train", "evaluate", "export", "tune")
+"""Verbs that are commonly submitted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +27,9 @@ def parse_submit(arguments: list[str]) -> tuple[config.SubmitConfig, list[str]]:
     """Submit's own settings, and the command line of the job behind `--`."""
     separator = arguments.index("--") if "--" in arguments else len(arguments)
     own, job = arguments[:separator], arguments[separator + 1 :]
+    if verb := next((word for word in own if word in JOBS), ""):
+        message = f"put -- in front of {verb}: gpt4image submit [FLAGS] -- {verb} [ITS FLAGS]."
+        raise SettingsError(message)
     return tyro.cli(config.SubmitConfig, args=own, prog="gpt4image submit"), job
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -36,30 +37,31 @@ URIS = frozenset({"tracking_uri"})
 REQUIRED = {"train": "run", "tune": "sweep"}
 """What a verb writes to; here its default would lie in the job's own copy of the checkout."""
 WRITES = {"train": "run", "tune": "sweep", "evaluate": "to", "export": "to", "inspect": "to"}
-"""Of verbs that write elsewhere than to the store."""
+"""Of verbs that write elsewhere than to the store, which those that describe have to themselves in turn."""
 READS_ONLY = frozenset({"status", "report", "estimate"})
 """Verbs of which any number may run at a time."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is sent: a command line, and the id by which a second one like it is known; empty: any number may
+    """What is sent: a command line, and what jobs for the same place are called; empty: any number may
     run."""
 
     entrypoint: str
     name: str
 
 
-def checked(command: list[str], folder: str) -> Job:
+def checked(command: list[str], sent: Collection[str], variables: Mapping[str, str]) -> Job:
     """The job of a verb's command line.
 
     Args:
         command: the verb and its flags.
-        folder: the checkout that travels with the job.
+        sent: files of the checkout that travel with the job.
+        variables: of its environment.
 
     Raises:
-        SettingsError: no verb, one that makes no sense as a job, a path that is not absolute, or nothing said
-            of where to write.
+        SettingsError: no verb, one that makes no sense as a job, a path that is not absolute, a password in
+            an address, or nothing said of where to write.
         SystemExit: a flag that the verb does not have; said on stderr.
     """
     if not command or command[0] not in VERBS or VERBS[command[0]][0] == "cluster":
@@ -74,12 +76,20 @@ def checked(command: list[str], folder: str) -> Job:
             "copy of this folder, which is deleted when the job ends."
         )
         raise SettingsError(message)
+    if name in REQUIRED:
+        _with_tracking(found, found[REQUIRED[name]][0], variables)
     faults = [
+        f"{setting}: the address holds a password, which whoever may see the cluster's jobs could read; set "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and name them with --env."
+        for setting, values in found.items()
+        if setting in URIS and any(map(has_password, values))
+    ]
+    faults += [
         f"{setting}={value}: a job runs in a copy of this folder that is deleted later; pass an absolute "
         "path or URI on storage that every node of the cluster sees."
         for setting, values in found.items()
         for value in values
-        if _stays_behind(setting, value, folder)
+        if _stays_behind(setting, value, sent)
     ]
     if faults:
         raise SettingsError("\n".join(faults))
@@ -98,14 +108,42 @@ def _strings(settings: Any) -> Iterator[tuple[str, list[str]]]:
             yield field.name, [part for part in value if isinstance(part, str)]
 
 
-def _stays_behind(setting: str, value: str, folder: str) -> bool:
+def _with_tracking(found: dict[str, list[str]], place: str, variables: Mapping[str, str]) -> None:
+    """Puts in where the job will track: a flag, else a variable, else beside run or sweep.
+
+    Raises:
+        SettingsError: on an object store there is no place beside it.
+    """
+    if not found["tracking_uri"] and (uri := variables.get("MLFLOW_TRACKING_URI")):
+        # One with a password was let through by name.
+        found["tracking_uri"] = [] if has_password(uri) else [uri]
+    elif not found["tracking_uri"] and "://" in place:
+        message = (
+            f"tracking_uri: with {place} its default is a file in the job's copy of this folder, which is "
+            "deleted; pass --tracking-uri with a server's address, or none."
+        )
+        raise SettingsError(message)
+
+
+def has_password(value: str) -> bool:
+    """Whether an address names a user, a token or a password."""
+    return "@" in value.partition("://")[2].partition("/")[0]
+
+
+def _stays_behind(setting: str, value: str, sent: Collection[str]) -> bool:
     """Whether a path means nothing on another machine."""
     if setting in PATHS:
-        return value != "-" and "://" not in value and not os.path.isabs(value)
+        scheme, separator, rest = value.partition("://")
+        if separator:
+            return scheme == "file" and not rest.startswith("/")
+        return value != "-" and not os.path.isabs(value)
     if setting in MODELS:
         path = value.removeprefix("local-dir:")
         named = path != value or path.startswith((".", "~")) or os.path.exists(path)
-        return named and not os.path.isabs(path) and not os.path.exists(os.path.join(folder, path))
+        if not named or os.path.isabs(path):
+            return False
+        plain = os.path.normpath(path)
+        return not any(name == plain or name.startswith(f"{plain}/") for name in sent)
     if setting in URIS and value not in ("none", "databricks"):
         scheme, separator, rest = value.partition("://")
         if not separator:
@@ -115,12 +153,12 @@ def _stays_behind(setting: str, value: str, folder: str) -> bool:
 
 
 def _name_of(verb: str, found: dict[str, list[str]]) -> str:
-    """Of verb and what it writes to: the same command from another terminal is the same job."""
-    if verb in READS_ONLY:
-        return ""
-    written = " ".join(found.get(WRITES.get(verb, "store"), []))
+    """Of what the verb writes to: another command for that place is another try."""
+    written = "" if verb in READS_ONLY else " ".join(found.get(WRITES.get(verb, "store"), []))
     if not written:
         return ""
-    digest = hashlib.sha256(written.rstrip("/").encode()).hexdigest()[:8]
-    last = "".join(c if c.isalnum() else "-" for c in written.rstrip("/").rsplit("/", 1)[-1])[:30].strip("-")
-    return f"{verb}-{last}-{digest}"
+    scheme, separator, rest = written.removeprefix("file://").rpartition("://")
+    place = scheme + separator + os.path.normpath(rest)
+    digest = hashlib.sha256(place.encode()).hexdigest()[:8]
+    last = re.sub(r"[^A-Za-z0-9]+", "-", place.rsplit("/", 1)[-1])[:30].strip("-")
+    return "-".join(part for part in (verb if verb in WRITES else "describe", last, digest) if part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,8 +51,8 @@ class DemoConfig:
 class JobConfig:
     """Where jobs are sent to."""
 
-    address: str = "http://127.0.0.1:8265"
-    """Job server (the dashboard) of the cluster; RAY_API_SERVER_ADDRESS overrides the default."""
+    address: str = ""
+    """Job server (the dashboard) of the cluster; empty: RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265."""
     patience: float = 600
     """Seconds for which a lost connection is tried again; the job goes on meanwhile."""
 
@@ -64,8 +65,8 @@ class SubmitConfig(JobConfig):
     refused while the first one runs; Ctrl-C leaves it running.
     """
 
-    working_dir: str = "."
-    """Checkout to send: what is submitted is what runs."""
+    working_dir: str = ""
+    """Checkout to send: what is submitted is what runs. Empty: the one that you are in."""
     exclude: tuple[str, ...] = ()
     """Names of files and folders, patterns as of a shell, that are not sent; what git ignores never is."""
     env: tuple[str, ...] = ()
@@ -75,17 +76,22 @@ class SubmitConfig(JobConfig):
     detach: bool = False
     """Print the job's id and leave; without it the log is followed, and the exit code is the job's."""
     job_id: str = ""
-    """The job's id; empty: made of the verb and the place that it writes to."""
+    """The job's id; empty: made of the place that it writes to, and a number for each try."""
+
+    def __post_init__(self) -> None:
+        if self.job_id and not re.fullmatch(r"\w[\w.-]*", self.job_id):
+            message = f"job_id={self.job_id}: letters, digits, points, dashes and underscores only."
+            raise SettingsError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogsConfig(JobConfig):
-    """Follows a job's log; the exit code is the job's."""
+    """Follows a job's log; the exit code is the job's, 130 if it was stopped."""
 
-    job: tyro.conf.Positional[str]
-    """Its id."""
+    job: tyro.conf.Positional[str] = ""
+    """Its id, as `submit` said it; left out: the jobs that there are."""
     follow: bool = True
-    """Until the job ends; --no-follow: what there is now."""
+    """Until the job ends; --no-follow: what there is now, and 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,4 +99,4 @@ class StopConfig(JobConfig):
     """Ends a job; what it has finished is kept, and the same command goes on with it."""
 
     job: tyro.conf.Positional[str]
-    """Its id."""
+    """Its id, as `submit` said it."""

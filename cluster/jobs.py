@@ -2,24 +2,28 @@
 so what is submitted is what runs.
 
 A job outlives the terminal that it was sent from: a lost connection is taken up again where the log broke
-off, and the same command a second time is refused while the first job runs.
+off, and a second job for the same place is refused while the first one runs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import difflib
+import logging
 import os
+import re
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from cluster import packing
-from cluster.checks import Job, checked
+from cluster.checks import Job, checked, has_password
 from cluster.config import JobConfig, LogsConfig, StopConfig, SubmitConfig
-from pipeline.errors import SettingsError, UnreachableError, UserError
+from pipeline.errors import INTERRUPTED, SettingsError, UnreachableError, UserError
 
 FORWARDED = (
     "MLFLOW_TRACKING_URI",
@@ -34,123 +38,200 @@ FORWARDED = (
     "HF_HUB_OFFLINE",
 )
 """Variables that a job has where they are set here; none of them is a secret."""
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Variables by which Ray's client overrules the address that it is given."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+ANSWER_S = 60.0
+"""After which an unanswered question counts as a lost connection."""
+QUIET_S = 60.0
+"""After which a log's line that tells nothing is looked into."""
+PLACE = "writes_to"
+"""In a job's metadata: what it writes to."""
+T = TypeVar("T")
 
 
 def submit(config: SubmitConfig, verb: list[str]) -> int:
     """Submits, follows the log, and returns the job's own exit code; with --detach prints the job's id.
 
     Raises:
-        SettingsError: see `checks.checked` and `packing.pack`; or a job of that name runs already.
+        SettingsError: see `checks.checked` and `packing.pack`; or a job for that place runs already.
         UnreachableError: no job server answers, or it refuses the token.
     """
-    folder = os.path.abspath(config.working_dir)
-    job = checked(verb, folder)
+    folder = packing.checkout(config.working_dir)
+    names = packing.names_of(folder, config.exclude)
     variables = forwarded(config.env, os.environ)
+    job = checked(verb, names, variables)
+    client = _client(config)
+    name = _free_name(client, job, config.job_id)
     with tempfile.TemporaryDirectory(prefix="gpt4image-submit-") as copy:
-        packed = packing.pack(folder, copy, config.exclude)
-        client = _client(config)
-        _say(f"sends {packed} of {folder}" + (f", and {', '.join(variables)}" if variables else ""))
-        environment = {"working_dir": copy, "env_vars": variables}
-        name = _submitted(client, job, config.job_id or job.name, environment)
+        packed = packing.pack(folder, copy, names)
+        more = f", and {', '.join(variables)}" if variables else ""
+        _say(f"sends {packed} of {folder} to {client.get_address()}{more}")
+        # The log is told as UTF-8 or not at all: a file name may hold any bytes.
+        written = {"PYTHONIOENCODING": "utf-8:backslashreplace"}
+        name = _submitted(client, job, name, {"working_dir": copy, "env_vars": written | variables})
     _say(f"{name} runs: {job.entrypoint}")
     if config.detach:
-        _say(f"gpt4image logs {name} follows it, gpt4image stop {name} ends it")
+        _say(_ways(config, name))
         print(name)
         return 0
-    return follow(client, name, config.patience)
+    return follow(client, name, config)
 
 
 def logs(config: LogsConfig) -> int:
-    """Follows a job's log to its end and returns its exit code; with --no-follow prints what there is."""
+    """Follows a job's log to its end and returns its exit code; with --no-follow prints what there is, and
+    without a job's id which jobs there are."""
     client = _client(config)
-    if not config.follow:
-        print(_asked(client.get_job_logs, config.job), end="")
+    if not config.job:
+        for each in _within(ANSWER_S, client.list_jobs):
+            print(f"{each.submission_id or each.job_id:40} {each.status:10} {each.entrypoint}")
         return 0
-    _asked(client.get_job_info, config.job)
-    return follow(client, config.job, config.patience)
+    info = _asked(client, client.get_job_info, config.job)
+    if config.follow:
+        return follow(client, config.job, config)
+    _show(_asked(client, client.get_job_logs, config.job))
+    _say(f"{config.job}: {info.status}")
+    return 0
 
 
 def stop(config: StopConfig) -> int:
     """Ends a job; what it has finished is kept."""
     client = _client(config)
-    if not _asked(client.stop_job, config.job):
-        _say(f"{config.job} had ended before: {client.get_job_status(config.job)}")
+    deadline = time.monotonic() + config.patience
+    before = _asked(client, client.get_job_info, config.job).status
+    if before in ENDED:
+        _say(f"{config.job} had ended before: {before}")
         return 0
-    while client.get_job_status(config.job) not in ENDED:
+    _asked(client, client.stop_job, config.job)
+    while (status := _asked(client, client.get_job_info, config.job).status) not in ENDED:
+        if time.monotonic() > deadline:
+            message = f"{config.job}: still {status} after {config.patience:.0f} s; see `gpt4image logs`."
+            raise UserError(message)
         time.sleep(0.5)
-    _say(f"{config.job} ended: {client.get_job_status(config.job)}. The same command goes on with it")
+    _say(f"{config.job} ended: {status}. The same command goes on with it")
     return 0
 
 
-def follow(client: Any, name: str, patience: float) -> int:
-    """Prints a job's log until it ends, and over interruptions; its exit code.
+def follow(client: Any, name: str, config: JobConfig) -> int:
+    """Prints a job's log until it ends, over interruptions; its exit code, 130 after Ctrl-C and for a job
+    that was stopped.
 
     Raises:
         UserError: the server did not answer for so many seconds.
     """
-    printed, lost = 0, 0.0
-    while True:
-        try:
-            printed = asyncio.run(_printed(client, name, printed))
-            info = client.get_job_info(name)
-            if info.status in ENDED:
-                rest = client.get_job_logs(name)[printed:]  # what was written while the connection closed
-                print(rest, end="", flush=True)
-                break
-            lost = 0.0
-        except KeyboardInterrupt:
-            _say(f"{name} goes on; gpt4image logs {name} follows it, gpt4image stop {name} ends it")
-            return 130
-        except _Broken as broken:
-            printed, error = broken.printed, broken.__cause__
-            lost = lost or time.monotonic()
-            _wait(name, lost, patience, error)
-        except Exception as error:  # whatever a connection breaks with: of requests, aiohttp, Ray's client
-            lost = lost or time.monotonic()
-            _wait(name, lost, patience, error)
-        else:
-            time.sleep(0.5)
-    _say(f"{name} ended: {info.status}" + (f" ({info.message})" if info.status != "SUCCEEDED" else ""))
+    log = Log(client, name)
+    try:
+        info = _ended(client, name, log, config.patience)
+    except KeyboardInterrupt:
+        _say(f"{name} goes on; {_ways(config, name)}")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the log has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    # Ray's message repeats the end of the log, which stands above.
+    why = (info.message or "").partition(", last available logs")[0]
+    _say(f"{name} ended: {info.status}" + (f" ({why})" if info.status != "SUCCEEDED" and why else ""))
+    if info.status == "STOPPED":
+        return INTERRUPTED
     if info.driver_exit_code is None:
         return 0 if info.status == "SUCCEEDED" else 1
     code = int(info.driver_exit_code)
     return code if code >= 0 else 128 - code  # of one that a signal ended, as shells have it
 
 
-class _Broken(Exception):
-    """The log broke off after so many characters."""
+def _ended(client: Any, name: str, log: Log, patience: float) -> Any:
+    """What the server knows of the job once it has ended and all of its log is printed."""
+    lost: float | None = None
+    told = False
+    while True:
+        broke: Exception | None = None
+        try:
+            asyncio.run(log.print_new())
+        except Exception as error:  # whatever a line breaks with: of aiohttp, requests, Ray's client
+            if isinstance(error, BrokenPipeError) and log.stuck:
+                raise
+            broke = error
+            lost = None if log.heard else lost
+        try:
+            info = _within(ANSWER_S, lambda: client.get_job_info(name))
+            if info.status in ENDED:
+                log.print_rest()
+                return info
+            lost = None
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and log.stuck:
+                raise
+            lost = lost or time.monotonic()
+            gone = time.monotonic() - lost
+            if gone > patience:
+                message = (
+                    f"{name}: no connection for {gone:.0f} s ({_last_line(error)}). The job may go on: "
+                    f"gpt4image logs {name} follows it again."
+                )
+                raise UserError(message) from None
+            broke = broke or error
+        if broke is not None and not told:
+            _say(f"the connection broke ({_last_line(broke)}); trying again, the job goes on")
+        told = broke is not None and not log.heard
+        time.sleep(2.0 if broke is not None else 0.5)
 
-    def __init__(self, printed: int) -> None:
-        super().__init__(printed)
-        self.printed = printed
 
+class Log:
+    """A job's log on its way to standard output: told from its beginning each time, printed once."""
 
-async def _printed(client: Any, name: str, printed: int) -> int:
-    """Prints what comes behind the first characters, since a log is told from its beginning each time."""
-    seen = 0
-    try:
-        async for piece in client.tail_job_logs(name):
-            print(piece[max(0, printed - seen) :], end="", flush=True)
-            seen += len(piece)
-            printed = max(printed, seen)
-    except Exception as error:
-        raise _Broken(printed) from error
-    return printed
+    def __init__(self, client: Any, name: str) -> None:
+        self._client, self._name, self._printed = client, name, 0
+        self.heard = False
+        """Whether the last try to follow it told anything."""
+        self.stuck = False
+        """Whether nobody reads standard output any more."""
 
+    async def print_new(self) -> None:
+        """Until the line ends or breaks. One that is quiet may be dumb, as after a laptop slept: now and then
+        the server is asked whether there is more."""
+        self.heard, seen = False, 0
+        pieces = self._client.tail_job_logs(self._name)
+        coming: asyncio.Future[str] | None = None
+        try:
+            while True:
+                coming = coming or asyncio.ensure_future(anext(pieces))
+                if not (await asyncio.wait({coming}, timeout=QUIET_S))[0]:
+                    printed = self._printed
+                    status = _within(ANSWER_S, lambda: self._client.get_job_info(self._name)).status
+                    self.print_rest()
+                    if status in ENDED or self._printed > printed:
+                        return
+                    continue
+                try:
+                    piece = coming.result()
+                except StopAsyncIteration:
+                    return
+                coming, self.heard = None, True
+                self._show(piece[max(0, self._printed - seen) :])
+                seen += len(piece)
+                self._printed = max(self._printed, seen)
+        finally:
+            if coming is not None:
+                coming.cancel()
 
-def _wait(name: str, lost: float, patience: float, error: BaseException | None) -> None:
-    """Before the next try."""
-    gone = time.monotonic() - lost
-    if gone > patience:
-        message = (
-            f"{name}: no connection for {gone:.0f} s ({_first_line(error)}). The job may go on: gpt4image "
-            f"logs {name} follows it again."
-        )
-        raise UserError(message) from None
-    if gone < 1:
-        _say(f"the connection broke ({_first_line(error)}); trying again, the job goes on")
-    time.sleep(min(5.0, 0.5 + gone / 4))
+    def print_rest(self) -> None:
+        """What was written while the line was down; a log that cannot be told is no reason to lose the exit
+        code."""
+        try:
+            whole = _within(ANSWER_S, lambda: self._client.get_job_logs(self._name))
+        except Exception as error:
+            _say(f"the log cannot be read ({_last_line(error)})")
+            return
+        self._show(whole[self._printed :])
+        self._printed = len(whole)
+
+    def _show(self, text: str) -> None:
+        try:
+            _show(text)
+        except BrokenPipeError:
+            self.stuck = True
+            raise
 
 
 def forwarded(asked: tuple[str, ...], environment: Mapping[str, str]) -> dict[str, str]:
@@ -160,10 +241,13 @@ def forwarded(asked: tuple[str, ...], environment: Mapping[str, str]) -> dict[st
         SettingsError: one that was asked for is not set, or one that is sent unasked holds a password.
     """
     if missing := [name for name in asked if name not in environment]:
-        message = f"env={' '.join(missing)}: not set here; export it, or leave it out."
+        values = (
+            " Names only: the values are taken from here." if any("=" in name for name in missing) else ""
+        )
+        message = f"env={' '.join(missing)}: not set here; export it, or leave it out.{values}"
         raise SettingsError(message)
     found = {name: environment[name] for name in FORWARDED if name in environment}
-    if hidden := [name for name, value in found.items() if name not in asked and urlsplit(value).password]:
+    if hidden := [name for name, value in found.items() if name not in asked and has_password(value)]:
         message = (
             f"env: {', '.join(hidden)} holds a password, which whoever may see the cluster's jobs could "
             f"read. Name it with --env {' '.join(hidden)} if that is meant, or give it to the cluster by a "
@@ -173,65 +257,128 @@ def forwarded(asked: tuple[str, ...], environment: Mapping[str, str]) -> dict[st
     return found | {name: environment[name] for name in asked}
 
 
+def _free_name(client: Any, job: Job, asked: str) -> str:
+    """The id that was asked for, or the next one for what the job writes to; each try has a log of its own.
+
+    Raises:
+        SettingsError: a job for that place runs.
+    """
+    numbers = [0]
+    for other in _within(ANSWER_S, client.list_jobs) if job.name else ():
+        if (other.metadata or {}).get(PLACE) == job.name and other.status not in ENDED:
+            raise _runs_already(other.submission_id, other.status)
+        if found := re.fullmatch(rf"{re.escape(job.name)}-(\d+)", other.submission_id or ""):
+            numbers.append(int(found[1]))
+    return asked or (f"{job.name}-{max(numbers) + 1}" if job.name else "")
+
+
 def _submitted(client: Any, job: Job, name: str, environment: dict[str, Any]) -> str:
-    """The id of the new job; one of that name that has ended makes room for it."""
-    for _ in range(2):
-        try:
-            found: str = client.submit_job(
-                entrypoint=job.entrypoint, runtime_env=environment, submission_id=name or None
-            )
-            return found
-        except RuntimeError as error:
-            if not name or "already" not in str(error):
-                raise _unreachable(client.get_address(), error) from None
-            status = client.get_job_status(name)
-        if status not in ENDED:
-            break
-        client.delete_job(name)
-    message = (
+    try:
+        found: str = client.submit_job(
+            entrypoint=job.entrypoint,
+            runtime_env=environment,
+            submission_id=name or None,
+            metadata={PLACE: job.name},
+        )
+    except Exception as error:  # of requests, Ray's client, the server's own
+        if name and "already" in str(error):  # another terminal was quicker
+            raise _runs_already(name, "there") from None
+        raise _unreachable(str(client.get_address()), error) from None
+    return found
+
+
+def _runs_already(name: str, status: str) -> SettingsError:
+    return SettingsError(
         f"job_id={name}: {status} already, and two at a time would write to one place. gpt4image logs {name} "
         f"follows it, gpt4image stop {name} ends it."
     )
-    raise SettingsError(message)
 
 
 def _client(config: JobConfig) -> Any:
-    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    address = os.environ.get("RAY_API_SERVER_ADDRESS", config.address)
+    before = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
+    address = config.address or before.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)
+    address = address if "://" in address else f"http://{address}"
+    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # what it packs is said here
     try:
         client = JobSubmissionClient(address)
-        client.list_jobs()  # a wrong token shows here, before anything is packed
-    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        _within(ANSWER_S, client.list_jobs)  # a wrong token shows here, before anything is sent
+    except Exception as error:  # of requests, Ray's client, a page that is no job server's
         raise _unreachable(address, error) from None
+    finally:
+        os.environ.update(before)
     return client
 
 
-def _asked(ask: Any, name: str) -> Any:
+def _asked(client: Any, ask: Callable[[str], T], name: str) -> T:
     """The server's answer about a job.
 
     Raises:
-        SettingsError: it knows none of that name.
+        SettingsError: it knows none of that name, or does not answer.
     """
     try:
-        return ask(name)
-    except RuntimeError as error:
-        message = f"job={name}: {_first_line(error)}; `ray job list` shows what there is."
+        return _within(ANSWER_S, lambda: ask(name))
+    except Exception as error:
+        why = _last_line(error)
+        with contextlib.suppress(Exception):
+            known = [each.submission_id for each in _within(ANSWER_S, client.list_jobs) if each.submission_id]
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+                why = "no job of that name" + (f"; did you mean {' or '.join(close)}?" if close else "")
+        message = f"job={name}: {why} (`gpt4image logs` without a name shows what there is)."
         raise SettingsError(message) from None
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` gives, or TimeoutError: Ray's client waits for an answer without end."""
+    found: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not found:
+        message = f"no answer for {seconds:.0f} s"
+        raise TimeoutError(message)
+    return found[0]
+
+
+def _ways(config: JobConfig, name: str) -> str:
+    """What can be done with a job from here."""
+    there = f"--address {config.address} " if config.address else ""
+    return f"gpt4image logs {there}{name} follows it, gpt4image stop {there}{name} ends it"
 
 
 def _unreachable(address: str, error: Exception) -> UnreachableError:
     return UnreachableError(
-        f"address={address}: the job server does not answer or refuses ({_first_line(error)}). Start one "
+        f"address={address}: the job server does not answer or refuses ({_last_line(error)}). Start one "
         "with `ray start --head`, or forward the cluster's port 8265. With token authentication set "
         "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
     )
 
 
-def _first_line(error: BaseException | None) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _last_line(error: BaseException) -> str:
+    """What an error says; the server's answers may be whole tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (
+        (lines[-1] if lines and lines[0].startswith("Traceback") else lines[0])
+        if lines
+        else type(error).__name__
+    )
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _say(text: str) -> None:
-    print(f"submit: {text}", file=sys.stderr, flush=True)
+    print(f"gpt4image: {text}", file=sys.stderr, flush=True)

@@ -79,7 +79,8 @@ def _status(settings: config.StatusConfig) -> int:
     for stage in summary["stages"]:
         name = f"{stage['stage']} {stage['variant']}".strip()
         if stage["stage"] == "embeddings":
-            name += f" of captions {store.variant('embeddings', stage['variant'])['captions']}"
+            record = store.variant("embeddings", stage["variant"])
+            name += f" of captions {record['captions']}" + ", each" * record.get("each_caption", False)
         todo = f", {stage['remaining_shards']} shards to do" if stage["remaining_shards"] else ""
         print(
             f"  {name}: {stage['done_shards']} shards, {stage['rows']} rows, {stage['failed']} failed{todo}"

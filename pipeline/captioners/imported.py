@@ -51,7 +51,8 @@ def _parse_line(line: str, where: str) -> tuple[str, Captions]:
         row = json.loads(line)
         key, found = row["path"], row["captions"] if "captions" in row else row["caption"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        message = f'{where}: not an object with "path" and "caption" ({type(error).__name__}: {error}).'
+        what = f"{type(error).__name__}: {error}"
+        message = f'{where}: not an object with "path" and "caption", or a list "captions" ({what}).'
         raise SettingsError(message) from None
     several = found if "captions" in row else [found]
     if not isinstance(several, list) or not all(isinstance(part, str) for part in [key, *several]):

@@ -63,7 +63,9 @@ def import_captions(config: ImportConfig) -> str:
     receipts = store.receipts("captions", variant).values()
     failed = sum(receipt.failed for receipt in receipts)
     print(
-        f"import-captions: {store.dataset.rows - failed} captions into {variant}, {failed} rows without",
+        f"import-captions: captions of {store.dataset.rows - failed} pictures into {variant}"
+        + (f", up to {several} each" if several > 1 else "")
+        + f"; {failed} rows without",
         file=sys.stderr,
     )
     check_failures(store, "captions", variant, failed, config.max_failure_rate)

@@ -17,6 +17,7 @@ from cluster.jobs import forwarded
 from pipeline import verbs
 from tests.nodes import ROOT
 
+SENT = packing.names_of(str(ROOT))
 LEAST = {
     "ingest": ["--images", "/i", "--store", "/s"],
     "caption": ["--store", "/s", "--caption-preset", "scenes"],
@@ -62,7 +63,7 @@ def test_every_setting_of_text_is_a_place_or_is_none(name: str) -> None:
 
 def test_a_jobs_command_line_is_the_packages_own() -> None:
     verb = ["describe", "--images", "/data/my images", "--store", "s3://bucket/store", "--caption-preset"]
-    job = checks.checked([*verb, "scenes"], str(ROOT))
+    job = checks.checked([*verb, "scenes"], SENT, {})
     told = "python -m pipeline describe --images '/data/my images' --store s3://bucket/store "
     assert job.entrypoint == f"{told}--caption-preset scenes"
 
@@ -91,11 +92,18 @@ def test_a_jobs_command_line_is_the_packages_own() -> None:
         ),
         (["train", "--store", "/s", "--run", "/r", "--tracking-uri", "mlruns"], "tracking_uri=mlruns"),
         (["train", "--store", "/s", "--run", "/r", "--preset", "nope"], "nope"),
+        (["train", "--store", "file://./s", "--run", "/r"], "store=file://./s"),
+        (["train", "--store", "/s", "--run", "s3://b/r"], "tracking_uri: with s3://b/r"),
+        (["train", "--store", "/s", "--run", "/r", "--backbone", "local-dir:tests/golden"], "backbone=local"),
+        (
+            ["train", "--store", "/s", "--run", "/r", "--tracking-uri", "http://me:pw@mlflow"],
+            "the address holds a password",
+        ),
     ],
 )
 def test_what_cannot_work_as_a_job_is_refused(command: list[str], said: str) -> None:
     with pytest.raises(ValueError) as told:
-        checks.checked(command, str(ROOT))
+        checks.checked(command, SENT, {})
     assert said in str(told.value)
 
 
@@ -106,7 +114,7 @@ def test_a_flag_that_the_verb_does_not_take_is_said_here(
     flag: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        checks.checked(["train", "--store", "/s", "--run", "/r", flag, value], str(ROOT))
+        checks.checked(["train", "--store", "/s", "--run", "/r", flag, value], SENT, {})
     assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
@@ -122,18 +130,29 @@ def test_a_flag_that_the_verb_does_not_take_is_said_here(
     ],
 )
 def test_what_is_the_same_on_every_node_passes(more: list[str]) -> None:
-    checks.checked(["train", "--store", "s3://b/s", "--run", "/r", *more], str(ROOT))
+    checks.checked(["train", "--store", "s3://b/s", "--run", "/r", *more], SENT, {})
 
 
-def test_one_place_and_verb_have_one_name() -> None:
+def test_where_mlflow_writes_is_checked_wherever_it_is_said() -> None:
+    train = ["train", "--store", "s3://b/s", "--run", "s3://b/r"]
+    checks.checked(train, SENT, {"MLFLOW_TRACKING_URI": "http://mlflow:5000"})
+    checks.checked(train, SENT, {"MLFLOW_TRACKING_URI": "http://me:pw@mlflow:5000"})
+    checks.checked([*train, "--tracking-uri", "none"], SENT, {})
+    for uri in ("sqlite:///mlflow.db", "./mlruns"):
+        with pytest.raises(ValueError, match="tracking_uri="):
+            checks.checked(train, SENT, {"MLFLOW_TRACKING_URI": uri})
+
+
+def test_one_place_has_one_name() -> None:
     def name(*command: str) -> str:
-        return checks.checked(list(command), str(ROOT)).name
+        return checks.checked(list(command), SENT, {}).name
 
     first = name("train", "--store", "/s", "--run", "/runs/my birds")
     assert first.startswith("train-my-birds-")
-    assert first == name("train", "--store", "/other", "--run", "/runs/my birds/", "--epochs", "3")
+    assert first == name("train", "--store", "/other", "--run", "/runs/./my birds/", "--epochs", "3")
     assert first != name("train", "--store", "/s", "--run", "/runs/mice")
-    assert name("embed", "--store", "/s") != name("retry", "--store", "/s")
+    assert name("embed", "--store", "/s") == name("retry", "--store", "file:///s/")
+    assert name("embed", "--store", "s3://b/s") != name("embed", "--store", "s3://c/s")
     assert name("status", "--store", "/s") == "", "any number may look"
     assert name("evaluate", "/runs/a") == "" != name("evaluate", "/runs/a", "--to", "/figures")
 
@@ -146,61 +165,78 @@ def checkout(folder: Path, files: list[str]) -> Path:
 
 
 SECRET = [
-    ".env",
-    ".env.local",
-    "key.pem",
-    "sub/id_ed25519",
-    ".ssh/config",
-    "gcp-credentials.json",
-    "sub/.netrc",
-    ".aws/config",
+    *(".env", ".env.local", "prod.env", "key.pem", "KEY.PEM", "sub/id_ed25519", ".ssh/config", ".aws/config"),
+    *("gcp-credentials.json", "sub/.netrc", ".git-credentials", "client_secret_1.json", "kubeconfig.yaml"),
 ]
 
 
 @pytest.mark.parametrize("secret", SECRET)
 def test_what_looks_like_a_secret_is_refused_by_name(tmp_path: Path, secret: str) -> None:
-    folder = checkout(tmp_path / "work", ["prompts/environment.txt", "names.json", secret])
+    harmless = ["prompts/environment.txt", "names.json", ".env.example", "id_rsa.pub"]
+    folder = checkout(tmp_path / "work", [*harmless, secret])
     with pytest.raises(ValueError, match=r"look like secrets.*--exclude") as told:
-        packing.pack(str(folder), str(tmp_path / "copy"))
+        packing.names_of(str(folder))
     assert secret in str(told.value)
     pattern = str(told.value).rpartition("--exclude ")[2]
-    packed = packing.pack(str(folder), str(tmp_path / "copy"), [pattern])
-    assert packed.files == 3 and packed.nbytes == 3000
-    assert not (tmp_path / "copy" / secret).exists()
+    assert sorted(packing.names_of(str(folder), [pattern])) == sorted(["pipeline/__main__.py", *harmless])
 
 
 def test_what_git_ignores_stays_and_what_is_new_travels(tmp_path: Path) -> None:
-    folder = checkout(
-        tmp_path / "work", ["data.bin", "new file.py", "runs/x/log", "tests/t.py", "secret.pem"]
-    )
-    (folder / ".gitignore").write_text("data.bin\n*.pem\n")
+    new = ["data.bin", "new file.py", "runs/x/log", "tests/t.py", "lib/tests/t.py", "secret.pem", "kept.bin"]
+    folder = checkout(tmp_path / "work", new)
+    (folder / ".gitignore").write_text("*.bin\n*.pem\n")
     os.symlink("/nowhere", folder / "broken")
-    os.symlink("pipeline", folder / "linked")
-    subprocess.run(["git", "init", "-q", str(folder)], check=True)
-    subprocess.run(["git", "-C", str(folder), "add", "pipeline"], check=True)
     (folder / "pipeline" / "gone.py").write_text("x")
-    subprocess.run(["git", "-C", str(folder), "add", "pipeline"], check=True)
+    git = ["git", "-C", str(folder)]
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    subprocess.run([*git, "add", "-f", "pipeline", "kept.bin"], check=True)
     (folder / "pipeline" / "gone.py").unlink()
-    packing.pack(str(folder), str(tmp_path / "copy"))
-    found = sorted(str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*.*"))
-    assert found == [".gitignore", "new file.py", "pipeline/__main__.py"]
+    names = packing.names_of(str(folder))
+    assert sorted(names) == ["kept.bin", "lib/tests/t.py", "new file.py", "pipeline/__main__.py"]
+    packed = packing.pack(str(folder), str(tmp_path / "copy"), names)
+    assert (packed.files, packed.nbytes) == (4, 4000)
+    assert sorted(n for n in names if (tmp_path / "copy" / n).exists()) == sorted(names)
+
+
+def test_what_would_stay_behind_or_lead_out_is_refused(tmp_path: Path) -> None:
+    folder = checkout(tmp_path / "work", [])
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    (tmp_path / "elsewhere").write_text("mine")
+    os.symlink(tmp_path / "elsewhere", folder / "notes.txt")
+    with pytest.raises(ValueError, match=r"notes\.txt lead out of the folder"):
+        packing.names_of(str(folder))
+    (folder / "notes.txt").unlink()
+    inner = checkout(folder / "inner", [])
+    subprocess.run(["git", "init", "-q", str(inner)], check=True)
+    with pytest.raises(ValueError, match="inner is a repository or a link"):
+        packing.names_of(str(folder))
+    assert packing.names_of(str(folder), ["inner"]) == ["pipeline/__main__.py"]
+    # A repository around it that ignores it.
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_text("*\n")
+    hidden = checkout(tmp_path / "hidden", [])
+    with pytest.raises(ValueError, match="or git ignores it"):
+        packing.names_of(str(hidden))
 
 
 def test_more_than_ray_takes_is_said_with_what_is_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ray._private import ray_constants
+
+    assert ray_constants.DASHBOARD_CLIENT_MAX_SIZE == packing.LIMIT, "what Ray's job server takes"
     monkeypatch.setattr(packing, "LIMIT", 5000)
     folder = checkout(tmp_path / "work", ["small"])
     (folder / "large.bin").write_bytes(b"x" * 6000)
     with pytest.raises(ValueError, match=r"the largest are large\.bin"):
-        packing.pack(str(folder), str(tmp_path / "copy"))
+        packing.names_of(str(folder))
     with pytest.raises(ValueError, match="no checkout of gpt4image-ray"):
-        packing.pack(str(tmp_path), str(tmp_path / "copy"))
+        packing.names_of(str(tmp_path))
 
 
 def test_this_checkout_is_small_and_whole(tmp_path: Path) -> None:
     """And has no file that is taken for a secret."""
-    packed = packing.pack(str(ROOT), str(tmp_path))
+    packed = packing.pack(str(ROOT), str(tmp_path), SENT)
     assert packed.nbytes < 30 * 2**20
     for name in ("training/run.py", "examples/scenes/captioner/model.safetensors", "pyproject.toml"):
         assert (tmp_path / name).exists()

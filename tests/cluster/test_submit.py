@@ -166,11 +166,21 @@ class Line:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
         self._cut = False
+        self._flows = threading.Event()
+        self._flows.set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def freeze(self, seconds: float) -> None:
+        """Lets nothing through for so long and ends no connection, as a sleeping laptop does; what was open
+        stays dumb."""
+        flows, self._flows = self._flows, threading.Event()
+        flows.clear()
+        time.sleep(seconds)
+        self._flows.set()
 
     def cut(self, seconds: float) -> None:
         """Ends every connection, and answers nobody for so long."""
@@ -190,12 +200,14 @@ class Line:
             far = socket.create_connection(("127.0.0.1", self._target))
             self._open += [near, far]
             for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._relay, args=(source, sink), daemon=True).start()
+                arguments = (source, sink, self._flows)
+                threading.Thread(target=self._relay, args=arguments, daemon=True).start()
 
     @staticmethod
-    def _relay(source: socket.socket, sink: socket.socket) -> None:
+    def _relay(source: socket.socket, sink: socket.socket, flows: threading.Event) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                flows.wait()
                 sink.sendall(data)
         for each in (source, sink):
             with contextlib.suppress(OSError):
@@ -218,29 +230,44 @@ def test_a_job_outlives_its_connection_its_terminal_and_its_driver(
     line, log, errors = Line(head["RAY_API_SERVER_ADDRESS"]), tmp_path / "log", tmp_path / "errors"
     through = {**head, "RAY_API_SERVER_ADDRESS": line.address, "MLFLOW_EXPERIMENT_NAME": "mine"}
     with log.open("wb") as out, errors.open("wb") as err:
-        child = subprocess.Popen(command("submit", "--", *job), cwd=ROOT, env=through, stdout=out, stderr=err)
+        sent = command("submit", "--patience", "8", "--", *job)
+        child = subprocess.Popen(sent, cwd=ROOT, env=through, stdout=out, stderr=err)
     wait_for_epoch(log, 3, child)
     told = errors.read_text()
     assert (
         re.search(r"sends \d+ files, \d+\.\d MiB of .*, and MLFLOW_EXPERIMENT_NAME", told)
         and "mine" not in told
     )
-    name = re.search(r"submit: (train-long-\w+) runs: ", told)[1]  # type: ignore[index]
+    name = re.search(r"gpt4image: (train-long-[\w-]+) runs: ", told)[1]  # type: ignore[index]
 
-    line.cut(3)
-    seen = len(re.findall(r"epoch +\d+/", log.read_text()))
-    wait_for_epoch(log, seen + 5, child)
+    for _ in range(2):  # the second long after the first: each loss has the patience to itself
+        line.cut(3)
+        seen = len(re.findall(r"epoch +\d+/", log.read_text()))
+        wait_for_epoch(log, seen + 5, child)
+        time.sleep(6)
     numbers = [int(n) for n in re.findall(r"epoch +(\d+)/", log.read_text())]
     assert numbers == list(range(1, len(numbers) + 1)), "every line once, and none lost"
     assert "the connection broke" in errors.read_text()
 
     second = submit(head, *job)
     assert second.returncode == 2 and "RUNNING already, and two at a time" in second.stderr
-    assert name in second.stderr and "sends" in second.stderr
+    assert name in second.stderr and "sends" not in second.stderr
 
     child.send_signal(signal.SIGINT)
     assert child.wait(60) == 130
     assert f"{name} goes on" in errors.read_text() and "Traceback" not in errors.read_text()
+    quick = "import sys; from cluster import jobs, __main__; jobs.QUIET_S, jobs.ANSWER_S = 1, 2; "
+    quick += "sys.exit(__main__.main(sys.argv[1:]))"
+    with log.open("wb") as out, errors.open("wb") as err:
+        watching = [sys.executable, "-c", quick, "logs", name]
+        child = subprocess.Popen(watching, cwd=ROOT, env=through, stdout=out, stderr=err)
+    wait_for_epoch(log, 3, child)
+    line.freeze(5)
+    wait_for_epoch(log, len(re.findall(r"epoch +\d+/", log.read_text())) + 50, child)
+    assert "the connection broke" in errors.read_text()
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 130
+
     there = run(head, "logs", name, "--no-follow")
     assert there.returncode == 0 and "epoch" in there.stdout
 
@@ -249,11 +276,12 @@ def test_a_job_outlives_its_connection_its_terminal_and_its_driver(
             if process.cmdline()[1:4] == ["-m", "training", "train"] and str(folder) in process.cmdline():
                 process.kill()
     died = run(head, "logs", name)
-    assert died.returncode not in (0, 2) and "ended: FAILED" in died.stderr
+    assert died.returncode not in (0, 2, 130) and "ended: FAILED" in died.stderr
     epochs = len((folder / "metrics.jsonl").read_text().splitlines())
 
     again = run(head, "submit", "--detach", "--", *job)
-    assert again.returncode == 0 and again.stdout.strip() == name, again.stderr
+    assert again.returncode == 0 and again.stdout.strip() == f"{name[:-1]}2", again.stderr
+    name = again.stdout.strip()
     deadline = time.monotonic() + 120
     while len((folder / "metrics.jsonl").read_text().splitlines()) <= epochs:
         assert time.monotonic() < deadline, run(head, "logs", name, "--no-follow").stdout
@@ -262,4 +290,24 @@ def test_a_job_outlives_its_connection_its_terminal_and_its_driver(
     assert stopped.returncode == 0 and "ended: STOPPED" in stopped.stderr, stopped.stderr
     assert "had ended before" in run(head, "stop", name).stderr
     unknown = run(head, "logs", "train-nobody")
-    assert unknown.returncode == 2 and "train-nobody" in unknown.stderr
+    assert unknown.returncode == 2 and f"did you mean {name}" in unknown.stderr.replace(" or ", " ")
+    assert run(head, "logs", name).returncode == 130, "stopped"
+    assert "STOPPED" in run(head, "logs").stdout
+
+
+def test_a_log_that_cannot_be_told_costs_no_exit_code(head: dict[str, str]) -> None:
+    """Ray's server reads logs as UTF-8, and a name in one may be anything else."""
+    script = "import sys; sys.stdout.buffer.write(bytes([233, 10])); sys.exit(3)"
+    started = [
+        str(Path(sys.executable).parent / "ray"),
+        "job",
+        "submit",
+        "--no-wait",
+        "--submission-id",
+        "odd",
+    ]
+    started += ["--address", head["RAY_API_SERVER_ADDRESS"], "--", sys.executable, "-c", f"'{script}'"]
+    subprocess.run(started, env=head, check=True, capture_output=True)
+    done = run(head, "logs", "odd")
+    assert done.returncode == 3, done.stderr
+    assert "the log cannot be read" in done.stderr and "ended: FAILED" in done.stderr

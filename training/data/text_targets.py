@@ -84,10 +84,18 @@ class Targets:
 def of_config(config: TrainConfig, store: Store) -> Targets:
     """The targets of a run; as wide as the embeddings where the run learns its own projection of them."""
     method, split = config.method, config.data.train_split
+    named = method.embeddings
+    if not named and method.several_captions == "draw":
+        of_each = [
+            name
+            for name in store.variants("embeddings")
+            if store.variant("embeddings", name).get("each_caption")
+        ]
+        named = of_each[0] if len(of_each) == 1 else ""
     dim = 0 if method.text_projection == "learned" else method.projection_dim
     targets = load(
         store,
-        embeddings=method.embeddings,
+        embeddings=named,
         dim=dim,
         split=split,
         center=method.center_texts,
