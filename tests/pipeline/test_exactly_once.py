@@ -282,7 +282,7 @@ def test_a_killed_engine_process_is_started_again(scenes: Path, tmp_path: Path, 
                     time.sleep((0.5, 4.5, 0)[len(killed)])
                     while len(killed) == 2 and not glob.glob(notes) and driver.poll() is None:
                         time.sleep(0.1)  # a shard's note is written when its captioning begins
-                    time.sleep(1.0 if len(killed) == 2 else 0.0)
+                    time.sleep(0.3 if len(killed) == 2 else 0.0)
                     process.kill()
                     killed.add(process.pid)
         time.sleep(0.2)
