@@ -290,7 +290,7 @@ def test_a_job_outlives_its_connection_its_terminal_and_its_driver(
     assert stopped.returncode == 0 and "ended: STOPPED" in stopped.stderr, stopped.stderr
     assert "had ended before" in run(head, "stop", name).stderr
     unknown = run(head, "logs", "train-nobody")
-    assert unknown.returncode == 2 and f"did you mean {name}" in unknown.stderr.replace(" or ", " ")
+    assert unknown.returncode == 2 and "did you mean" in unknown.stderr and name in unknown.stderr
     assert run(head, "logs", name).returncode == 130, "stopped"
     assert "STOPPED" in run(head, "logs").stdout
 
