@@ -300,7 +300,8 @@ def _client(config: JobConfig) -> Any:
     before = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
     address = config.address or before.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)
     address = address if "://" in address else f"http://{address}"
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # what it packs is said here
+    for module in ("job.sdk", "dashboard_sdk"):  # what they would say is said here
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(address)
         _within(ANSWER_S, client.list_jobs)  # a wrong token shows here, before anything is sent

@@ -295,9 +295,10 @@ def test_a_job_outlives_its_connection_its_terminal_and_its_driver(
     assert "STOPPED" in run(head, "logs").stdout
 
 
-def test_a_log_that_cannot_be_told_costs_no_exit_code(head: dict[str, str]) -> None:
+def test_a_log_that_cannot_be_told_costs_no_exit_code(head: dict[str, str], tmp_path: Path) -> None:
     """Ray's server reads logs as UTF-8, and a name in one may be anything else."""
-    script = "import sys; sys.stdout.buffer.write(bytes([233, 10])); sys.exit(3)"
+    script = tmp_path / "odd.py"
+    script.write_text("import sys; sys.stdout.buffer.write(bytes([233, 10])); sys.exit(3)")
     started = [
         str(Path(sys.executable).parent / "ray"),
         "job",
@@ -306,7 +307,7 @@ def test_a_log_that_cannot_be_told_costs_no_exit_code(head: dict[str, str]) -> N
         "--submission-id",
         "odd",
     ]
-    started += ["--address", head["RAY_API_SERVER_ADDRESS"], "--", sys.executable, "-c", f"'{script}'"]
+    started += ["--address", head["RAY_API_SERVER_ADDRESS"], "--", sys.executable, str(script)]
     subprocess.run(started, env=head, check=True, capture_output=True)
     done = run(head, "logs", "odd")
     assert done.returncode == 3, done.stderr
