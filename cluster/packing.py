@@ -14,7 +14,7 @@ from pipeline.errors import SettingsError
 
 NOT_NEEDED = (".git", ".venv", "runs", "docs", "tests", "benchmarks")
 """Folders of the checkout itself."""
-LEFTOVERS = ("__pycache__", "*.pyc", "*.egg-info")
+LEFTOVERS = ("__pycache__", "*.pyc", "*.egg-info", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 # Ray leaves out what they name, though git may keep it.
 IGNORE_FILES = (".gitignore", ".rayignore")
 SECRETS = (
