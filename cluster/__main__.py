@@ -14,9 +14,6 @@ from pipeline import verbs
 from pipeline.errors import SettingsError
 from pipeline.verbs import Verb
 
-JOBS = ("ingest", "caption", "embed", "describe", "import-captions", "train", "evaluate", "export", "tune")
-"""Verbs that are commonly submitted."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses and runs one verb; returns its exit code."""
@@ -27,10 +24,16 @@ def parse_submit(arguments: list[str]) -> tuple[config.SubmitConfig, list[str]]:
     """Submit's own settings, and the command line of the job behind `--`."""
     separator = arguments.index("--") if "--" in arguments else len(arguments)
     own, job = arguments[:separator], arguments[separator + 1 :]
-    if verb := next((word for word in own if word in JOBS), ""):
+    if not job and (verb := next((word for word in own if word in _verbs()), "")):
         message = f"put -- in front of {verb}: gpt4image submit [FLAGS] -- {verb} [ITS FLAGS]."
         raise SettingsError(message)
     return tyro.cli(config.SubmitConfig, args=own, prog="gpt4image submit"), job
+
+
+def _verbs() -> frozenset[str]:
+    from cluster.cli import VERBS as all_verbs  # which has this module's among them
+
+    return frozenset(all_verbs)
 
 
 def _doctor(settings: config.DoctorConfig) -> int:

@@ -61,7 +61,7 @@ class JobConfig:
 class SubmitConfig(JobConfig):
     """Runs a verb as a job on a Ray cluster: gpt4image submit [FLAGS] -- VERB [FLAGS OF THE VERB].
 
-    The verb's flags are checked here, before anything is sent. A second job for the same verb and place is
+    The verb's flags are checked here, before anything is sent. A second job for the same place is
     refused while the first one runs; Ctrl-C leaves it running.
     """
 

@@ -63,14 +63,15 @@ def submit(config: SubmitConfig, verb: list[str]) -> int:
     variables = forwarded(config.env, os.environ)
     job = checked(verb, names, variables)
     client = _client(config)
-    name = _free_name(client, job, config.job_id)
+    name = _free_name(client, job, config)
     with tempfile.TemporaryDirectory(prefix="gpt4image-submit-") as copy:
         packed = packing.pack(folder, copy, names)
         more = f", and {', '.join(variables)}" if variables else ""
         _say(f"sends {packed} of {folder} to {client.get_address()}{more}")
         # The log is told as UTF-8 or not at all: a file name may hold any bytes.
         written = {"PYTHONIOENCODING": "utf-8:backslashreplace"}
-        name = _submitted(client, job, name, {"working_dir": copy, "env_vars": written | variables})
+        environment = {"working_dir": copy, "env_vars": written | variables}
+        name = _submitted(client, job, name, environment, config)
     _say(f"{name} runs: {job.entrypoint}")
     if config.detach:
         _say(_ways(config, name))
@@ -257,7 +258,7 @@ def forwarded(asked: tuple[str, ...], environment: Mapping[str, str]) -> dict[st
     return found | {name: environment[name] for name in asked}
 
 
-def _free_name(client: Any, job: Job, asked: str) -> str:
+def _free_name(client: Any, job: Job, config: SubmitConfig) -> str:
     """The id that was asked for, or the next one for what the job writes to; each try has a log of its own.
 
     Raises:
@@ -266,13 +267,13 @@ def _free_name(client: Any, job: Job, asked: str) -> str:
     numbers = [0]
     for other in _within(ANSWER_S, client.list_jobs) if job.name else ():
         if (other.metadata or {}).get(PLACE) == job.name and other.status not in ENDED:
-            raise _runs_already(other.submission_id, other.status)
+            raise _runs_already(other.submission_id, other.status, config)
         if found := re.fullmatch(rf"{re.escape(job.name)}-(\d+)", other.submission_id or ""):
             numbers.append(int(found[1]))
-    return asked or (f"{job.name}-{max(numbers) + 1}" if job.name else "")
+    return config.job_id or (f"{job.name}-{max(numbers) + 1}" if job.name else "")
 
 
-def _submitted(client: Any, job: Job, name: str, environment: dict[str, Any]) -> str:
+def _submitted(client: Any, job: Job, name: str, environment: dict[str, Any], config: SubmitConfig) -> str:
     try:
         found: str = client.submit_job(
             entrypoint=job.entrypoint,
@@ -282,15 +283,14 @@ def _submitted(client: Any, job: Job, name: str, environment: dict[str, Any]) ->
         )
     except Exception as error:  # of requests, Ray's client, the server's own
         if name and "already" in str(error):  # another terminal was quicker
-            raise _runs_already(name, "there") from None
+            raise _runs_already(name, "there", config) from None
         raise _unreachable(str(client.get_address()), error) from None
     return found
 
 
-def _runs_already(name: str, status: str) -> SettingsError:
+def _runs_already(name: str, status: str, config: SubmitConfig) -> SettingsError:
     return SettingsError(
-        f"job_id={name}: {status} already, and two at a time would write to one place. gpt4image logs {name} "
-        f"follows it, gpt4image stop {name} ends it."
+        f"job_id={name}: {status} already, and two at a time would write to one place: {_ways(config, name)}."
     )
 
 

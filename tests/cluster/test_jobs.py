@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cluster import checks, packing
+from cluster.__main__ import parse_submit
 from cluster.cli import VERBS
 from cluster.jobs import forwarded
 from pipeline import verbs
@@ -259,3 +260,10 @@ def test_addresses_travel_and_secrets_only_by_name() -> None:
         forwarded((), hidden)
     assert "pass@" not in str(refused.value)
     assert forwarded(("MLFLOW_TRACKING_URI",), hidden)["MLFLOW_TRACKING_URI"].startswith("http://me")
+
+
+def test_a_forgotten_separator_is_named_and_a_verb_as_a_value_is_none() -> None:
+    with pytest.raises(ValueError, match="put -- in front of train"):
+        parse_submit(["--detach", "train", "--store", "/s"])
+    config, job = parse_submit(["--exclude", "train", "--", "status", "--store", "/s"])
+    assert config.exclude == ("train",) and job[0] == "status"
