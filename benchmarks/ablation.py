@@ -7,7 +7,8 @@ what is measured is the method. A row is written as soon as it is there and is n
 printed at the end.
 
 A stage with `choose = true` is a search: of its arms the one with the highest mean becomes, for its set and
-backbone, the recipe of the stages after it. So the baseline is tuned before anything is compared with it.
+backbone, the recipe of the stages after it. So the baseline is tuned before anything is compared with it. A
+set with `searched_on = OTHER` takes the recipe found on that one and is never searched on itself.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 Settings = dict[str, Any]
 Row = dict[str, Any]
 MEASURED = ("top1", "train_top1", "steps", "seconds")
+OF_THE_PLAN = ("backbones", "searched_on")  # what a set says that is no setting of a training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +145,9 @@ def ready(plan: Settings, rows: dict[str, Row], options: argparse.Namespace) -> 
     waiting: set[tuple[str, str]] = set()
     for stage in plan["stages"]:
         jobs = [
-            job for job in of_stage(plan, stage, chosen, options) if (job.set, job.backbone) not in waiting
+            job
+            for job in of_stage(plan, stage, chosen, options)
+            if (searched_on(plan, job.set), job.backbone) not in waiting
         ]
         yield from jobs
         if stage.get("choose"):
@@ -153,6 +157,17 @@ def ready(plan: Settings, rows: dict[str, Row], options: argparse.Namespace) -> 
                     chosen[place] = chosen.get(place, {}) | stage["arms"][best(mine, rows)]
                 else:
                     waiting.add(place)
+
+
+def searched_on(plan: Settings, name: str) -> str:
+    """The set whose searches give a set its recipe: itself, unless it names another."""
+    return str(plan["sets"][name].get("searched_on", name))
+
+
+def of_backbone(plan: Settings, name: str, backbone: str) -> Settings:
+    """What a set says of one backbone, where its `backbones` are a table and no list of names."""
+    own = plan["sets"][name].get("backbones", {})
+    return dict(own.get(backbone, {})) if isinstance(own, dict) else {}
 
 
 def best(jobs: list[Job], rows: dict[str, Row]) -> str:
@@ -182,8 +197,9 @@ def of_stage(
         settled = {
             **plan.get("common", {}),
             **plan["backbones"][backbone],
-            **{key: value for key, value in plan["sets"][name].items() if key != "backbones"},
-            **chosen.get((name, backbone), {}),
+            **{key: value for key, value in plan["sets"][name].items() if key not in OF_THE_PLAN},
+            **of_backbone(plan, name, backbone),
+            **chosen.get((searched_on(plan, name), backbone), {}),
             **settings,
         }
         yield Job(stage["name"], name, backbone, arm, seed, settled)
@@ -223,6 +239,7 @@ def train(job: Job, stores: str) -> Row:
         "train_top1": last["train_top1"],
         "loss": last["loss"],
         "steps": last["step"],
+        "device": device.type,
         "seconds": round(time.monotonic() - begun, 1),
     }
 

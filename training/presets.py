@@ -55,19 +55,27 @@ PRESETS: dict[str, _Settings] = {
     "small-32": {**_SMALL, "image_size": 32},
     "small-32-resnet": {**_SMALL, "image_size": 32, "small_stem": True},
     "small-64-vit": {
+        **_SMALL,
         "backbone": "vit_tiny_patch16_224",
         "patch_size": 8,
+        "batch_size": 64,
+        "lr": 5e-4,
+        "epochs": 60,
         "temperature": 0.05,
-        "drop_path": 0.05,
         "warmup_epochs": 5.0,
         "clip_grad": 1.0,
     },
     "small-32-convnext": {
+        **_SMALL,
         "backbone": "convnext_atto",
         "image_size": 32,
         "patch_size": 2,
-        "crop_scale": 0.5,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "epochs": 60,
         "warmup_epochs": 5.0,
+        "mixup": 0.2,
+        "cutmix": 0.5,
     },
     # One epoch of a tiny network: does everything fit together?
     "smoke": {
@@ -194,12 +202,21 @@ PRESETS: dict[str, _Settings] = {
 }
 
 
-FORMER: dict[str, _Settings] = {
-    "small-64": {"batch_size": 128, "lr": 1e-3, "epochs": 40, "crop_scale": 0.35},
-    "small-32": {"batch_size": 128, "lr": 1e-3, "epochs": 40},
-    "small-32-resnet": {"batch_size": 128, "lr": 1e-3, "epochs": 40},
+RECIPES = 2
+"""Counts the searches that changed recipes; a run's record has the number."""
+
+FORMER: dict[str, tuple[int, _Settings]] = {
+    "small-64": (0, {"batch_size": 128, "lr": 1e-3, "epochs": 40, "crop_scale": 0.35}),
+    "small-32": (0, {"batch_size": 128, "lr": 1e-3, "epochs": 40}),
+    "small-32-resnet": (0, {"batch_size": 128, "lr": 1e-3, "epochs": 40}),
+    "small-64-vit": (
+        1,
+        {"batch_size": 128, "lr": 1e-3, "epochs": 40, "crop_scale": 0.35, "drop_path": 0.05},
+    ),
+    "small-32-convnext": (1, {"batch_size": 128, "epochs": 40, "mixup": 0.0, "cutmix": 0.0}),
 }
-"""What recipes said before they were searched: a run that was begun with them goes on with them."""
+"""What recipes said before they were searched, and the last of `RECIPES` that they stood in: a run that was
+begun with them goes on with them."""
 
 ABOUT = f"Recipes: {', '.join(PRESETS)}; each is shown by --preset NAME --help."
 

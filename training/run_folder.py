@@ -20,7 +20,7 @@ from pipeline.store import Store, files, locations
 from training import tracking
 from training.config import TrainConfig
 from training.objectives.settings import SHORT_LOSSES, Metric, metric_named
-from training.presets import FORMER, PRESETS
+from training.presets import FORMER, PRESETS, RECIPES
 from training.settings import flat
 
 Recorded = dict[str, Any]
@@ -29,7 +29,7 @@ Recorded = dict[str, Any]
 # versions.
 VERSION = 1
 
-_NO_SETTINGS = ("version", "store_contents")
+_NO_SETTINGS = ("version", "recipes", "store_contents")
 
 # What releases did that did not know a setting, where that is not the setting's default.
 _BEFORE: Recorded = {"ema_warmup": False}
@@ -38,7 +38,13 @@ _BEFORE: Recorded = {"ema_warmup": False}
 def written(config: TrainConfig, store_contents: str) -> Recorded:
     """The content of config.json; see `Store.contents`."""
     masked = {"tracking_uri": tracking.masked(config.track.tracking_uri)}
-    return {"version": VERSION, "store_contents": store_contents, **flat(config), **masked}
+    return {
+        "version": VERSION,
+        "recipes": RECIPES,
+        "store_contents": store_contents,
+        **flat(config),
+        **masked,
+    }
 
 
 def check_store(run: str, recorded: Recorded, store: Store) -> None:
@@ -118,10 +124,11 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
     then = then.but(store=address(then.store))
     plain, given, before = TrainConfig.defaults(config.objective), flat(config), flat(then)
     open_ = {name for name in plain if name not in recorded and given[name] == plain[name]}
-    if "epoch_repeats" not in recorded and recorded.get("preset") == config.preset:
-        # Begun when the recipe said something else; what it says now was not asked for.
-        former, recipe = FORMER.get(config.preset, {}), PRESETS.get(config.preset, {})
-        open_ |= {n for n in former if recorded.get(n) == former[n] and given[n] == recipe.get(n)}
+    if config.preset in FORMER and recorded.get("preset") == config.preset:
+        (last, former), recipe = FORMER[config.preset], plain | PRESETS[config.preset]
+        if recorded.get("recipes", int("epoch_repeats" in recorded)) <= last:
+            # Begun when the recipe said something else; what it says now was not asked for.
+            open_ |= {n for n in former if recorded.get(n) == former[n] and given[n] == recipe[n]}
     for name in config.method.left_open:
         if not given[name]:
             open_.add(name)

@@ -184,11 +184,11 @@ def test_a_training_of_few_steps_says_how_many_epochs_would_do(
 
 def test_a_run_begun_with_a_recipe_that_says_something_else_now_goes_on_with_it(tmp_path: Path) -> None:
     now = parse_train(["--store", str(tmp_path), "--run", str(tmp_path / "run"), "--alignment-weight", "0"])
-    then = now.but(**FORMER["small-64"])
+    then = now.but(**FORMER["small-64"][1])
 
     def early(config: TrainConfig) -> dict[str, Any]:
         content = run_folder.written(config, "contents")
-        return {name: value for name, value in content.items() if name != "epoch_repeats"}
+        return {name: value for name, value in content.items() if name not in ("epoch_repeats", "recipes")}
 
     assert run_folder.resumed(now, early(then)) == then != now
     with pytest.raises(ValueError, match=r"lr: 0\.001 then, 0\.002 now"):
@@ -197,6 +197,18 @@ def test_a_run_begun_with_a_recipe_that_says_something_else_now_goes_on_with_it(
         run_folder.resumed(now, early(then.but(epochs=41)))
     with pytest.raises(ValueError, match=r"lr: 0\.001 then, 0\.0015 now"):  # begun with this release
         run_folder.resumed(now, run_folder.written(then, "contents"))
+
+
+@pytest.mark.parametrize("recipe", sorted(FORMER))
+def test_a_run_goes_on_with_each_recipe_that_has_changed(tmp_path: Path, recipe: str) -> None:
+    flags = ["--store", str(tmp_path), "--run", str(tmp_path / "run"), "--alignment-weight", "0"]
+    now = parse_train(["--preset", recipe, *flags])
+    last, former = FORMER[recipe]
+    then = now.but(**former)
+    record = run_folder.written(then, "contents")
+    assert run_folder.resumed(now, record | {"recipes": last}) == then != now
+    with pytest.raises(ValueError, match=f"{next(iter(former))}: "):
+        run_folder.resumed(now, record | {"recipes": last + 1})
 
 
 def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(
