@@ -31,7 +31,30 @@ def _failure_rate_faults(rate: float) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceConfig:
+class ClusterRuntime:
+    """How long a cluster is waited for."""
+
+    wait_minutes: float = 60.0
+    """Longest wait until a cluster has room, where it grows or others work on it; said while it lasts."""
+
+
+def _wait_faults(config: ClusterRuntime) -> list[str]:
+    if config.wait_minutes < 0:
+        return [f"wait_minutes={config.wait_minutes}: must be 0 or more."]
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRuntime(ClusterRuntime):
+    """What models compute on."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """What models compute on. auto: GPUs, and the CPUs of a machine without any; a cluster that has no GPU
+    computes on CPUs only when told to. On a cluster that grows, cuda asks for nodes with GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(ClusterRuntime):
     """What `ingest` reads and how it is cut into shards."""
 
     images: str
@@ -69,7 +92,7 @@ class SourceConfig:
     """Stop (exit code 3) when more than this share of all rows has failed."""
 
     def __post_init__(self) -> None:
-        faults = _failure_rate_faults(self.max_failure_rate)
+        faults = _failure_rate_faults(self.max_failure_rate) + _wait_faults(self)
         if not 0 <= self.val_fraction < 1:
             faults.append(
                 f"val_fraction={self.val_fraction}: pass --val-fraction from 0 to below 1, such as 0.1."
@@ -128,7 +151,7 @@ class CaptionSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionRuntime:
+class CaptionRuntime(ModelRuntime):
     """How and where captions are made: nothing of it changes what is stored, and nothing of it is in the
     variant's name."""
 
@@ -137,6 +160,9 @@ class CaptionRuntime:
     replicas: int = 0
     """Engines; 0: one for each GPU. Without GPUs: one for each core if the model is small (and the store is
     not), else one with all cores."""
+    min_replicas: int = 0
+    """Begin with as few engines, grow to --replicas as nodes come, shrink as the queue empties (for spot
+    machines). 0: --replicas from the start; on a cluster that grows, 1."""
     engine_cores: int = 0
     """CPU cores of an engine without a GPU; 0: the cores shared out. A number and no --replicas: one engine,
     and the other cores are left to decoding and to you."""
@@ -161,7 +187,7 @@ class CaptionRuntime:
 
 
 def _caption_runtime_faults(config: CaptionRuntime) -> list[str]:
-    faults = _failure_rate_faults(config.max_failure_rate)
+    faults = _failure_rate_faults(config.max_failure_rate) + _wait_faults(config)
     if (
         config.http_concurrency < 1
         or config.http_timeout <= 0
@@ -178,6 +204,11 @@ def _caption_runtime_faults(config: CaptionRuntime) -> list[str]:
         faults.append(f"engine_batch={config.engine_batch}: must be 0 (the engine's choice) or more.")
     if config.replicas < 0:
         faults.append(f"replicas={config.replicas}: must be 0 (the machine's share) or more.")
+    if config.min_replicas < 0 or config.min_replicas > config.replicas > 0:
+        faults.append(
+            f"min_replicas={config.min_replicas}: must be 0 or more, and at most --replicas (now "
+            f"{config.replicas})."
+        )
     if config.engine_cores < 0:
         faults.append(f"engine_cores={config.engine_cores}: must be 0 (shared out) or more.")
     return faults
@@ -275,7 +306,7 @@ class EmbedSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedRuntime:
+class EmbedRuntime(ModelRuntime):
     """How and where vectors are made: nothing of it is in the variant's name. Batches change vectors by
     rounding only."""
 
@@ -292,7 +323,7 @@ class EmbedRuntime:
 
 
 def _embed_runtime_faults(config: EmbedRuntime) -> list[str]:
-    faults = _failure_rate_faults(config.max_failure_rate)
+    faults = _failure_rate_faults(config.max_failure_rate) + _wait_faults(config)
     if config.encoder_batch < 1:
         faults.append(f"encoder_batch={config.encoder_batch}: must be at least 1.")
     if config.encoder_replicas < 0:

@@ -1,14 +1,16 @@
 """How many actors a stage gets and what each may use, from the cluster's GPUs and CPUs, the model and the
 store.
 
-What the cluster cannot give is said at once: Ray would wait for it, silently and for ever. The same machine,
-model and store give the same placement, whatever is done already: a run that goes on computes as it began.
+A stage gets what its settings ask for. What a machine, or a cluster that does not grow, cannot give is said
+at once: Ray would wait for it, silently and for ever. A cluster that grows is waited for (`waiting`), so what
+it has at the start decides nothing but what the settings leave open. The same machine, model and store give
+the same placement, whatever is done already: a run that goes on computes as it began.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline import session
 from pipeline.config import CaptionConfig, EmbedConfig
@@ -24,6 +26,22 @@ _PROCESS = 2**31
 _ROWS_EACH = 2048
 # CPUs, by Ray's count, of a decoder and of the writer (half of one).
 _BESIDE = 2
+# Of a cluster that grows; reading and decoding are then seldom what a stage waits for.
+_MOST_INGESTERS = 32
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Actors of a stage: at most, at least and at first. It works with those that are there; idle ones beyond
+    the least end."""
+
+    most: int
+    least: int = 0
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "least", self.least or self.most)
+        object.__setattr__(self, "first", self.first or self.most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +49,7 @@ class Placement:
     """`actors` hold a model, with `gpus` and `cpus` each; `decoders` actors of one CPU prepare what those
     take.
 
+    `least`: of a pool that grows and shrinks, how many it begins with and keeps; 0: the pool's size is fixed.
     `crowded`: the models compute on all cores of this machine, so that whatever runs beside them takes from
     them.
     """
@@ -39,7 +58,19 @@ class Placement:
     gpus: float
     cpus: int
     decoders: int = 0
+    least: int = 0
     crowded: bool = False
+
+    @property
+    def pool(self) -> Pool:
+        """All are asked for at once: a pool that begins small reaches its size minutes late."""
+        return Pool(self.actors, self.least)
+
+    def no_more_than(self, shards: int) -> Placement:
+        """Of a pool that grows: no nodes are asked for that would have no shard to work on."""
+        if not self.least:
+            return self
+        return replace(self, actors=min(self.actors, shards), least=min(self.least, shards))
 
 
 def captioners(config: CaptionConfig, model: ModelRef, rows: int) -> Placement:
@@ -47,8 +78,16 @@ def captioners(config: CaptionConfig, model: ModelRef, rows: int) -> Placement:
     does."""
     if config.captioner == "openai":  # asking a server needs neither a GPU nor much of a core
         asking = config.replicas or 1
-        return Placement(actors=asking, gpus=0.0, cpus=1, decoders=_decoders(asking, asking, "replicas"))
-    return _placement(config.replicas, "replicas", model, rows, cores=config.engine_cores, decodes=True)
+        decoders = asking if session.grows() else _decoders(asking, asking, "replicas")
+        return Placement(
+            actors=asking, gpus=0.0, cpus=1, decoders=decoders, least=_least(config.min_replicas)
+        )
+    on_gpus = session.computes_on_gpus(config.device)
+    if session.grows() or (config.min_replicas and not session.is_local()):
+        return _growing(config, on_gpus)
+    return _placement(
+        config.replicas, "replicas", model, rows, on_gpus=on_gpus, cores=config.engine_cores, decodes=True
+    )
 
 
 def encoders(config: EmbedConfig, model: ModelRef, rows: int) -> Placement:
@@ -57,7 +96,44 @@ def encoders(config: EmbedConfig, model: ModelRef, rows: int) -> Placement:
     Raises:
         ValueError: the cluster has not so many GPUs or CPUs.
     """
-    return _placement(config.encoder_replicas, "encoder_replicas", model, rows)
+    on_gpus = session.computes_on_gpus(config.device)
+    if session.grows():
+        # Embedding takes minutes: it does with the GPUs that are there, or with one.
+        actors = config.encoder_replicas or (on_gpus and session.gpus()) or 1
+        return Placement(actors=actors, gpus=float(on_gpus), cpus=1, least=1)
+    return _placement(config.encoder_replicas, "encoder_replicas", model, rows, on_gpus=on_gpus)
+
+
+def ingesters(shards: int) -> Pool:
+    """Actors that read and decode pictures; a cluster that grows gets nodes for them while they are busy."""
+    now = session.spare_cores()
+    if not session.grows():
+        return Pool(now)
+    now = min(now, shards)
+    return Pool(max(now, min(_MOST_INGESTERS, shards)), least=1, first=now)
+
+
+def _growing(config: CaptionConfig, on_gpus: bool) -> Placement:
+    """Of a cluster whose nodes come and go: what is asked for, whatever is there."""
+    actors = config.replicas or (session.gpus() if on_gpus else 1)
+    if not actors:
+        message = (
+            "replicas=0: the cluster grows, has no GPU now, and nothing says how many it should get; pass "
+            "--replicas with the engines (a GPU each) that you want, or --device cpu."
+        )
+        raise SettingsError(message)
+    cpus = 1 if on_gpus else config.engine_cores or 1
+    return Placement(
+        actors=actors,
+        gpus=float(on_gpus),
+        cpus=cpus,
+        decoders=max(actors, session.spare_cores()),
+        least=min(actors, _least(config.min_replicas)),
+    )
+
+
+def _least(wanted: int) -> int:
+    return wanted or int(session.grows())
 
 
 def side_by_side(model: ModelRef, cores: int, memory: int, rows: int) -> int:
@@ -74,9 +150,16 @@ def side_by_side(model: ModelRef, cores: int, memory: int, rows: int) -> int:
 
 
 def _placement(
-    wanted: int, flag: str, model: ModelRef, rows: int, *, cores: int = 0, decodes: bool = False
+    wanted: int,
+    flag: str,
+    model: ModelRef,
+    rows: int,
+    *,
+    on_gpus: bool,
+    cores: int = 0,
+    decodes: bool = False,
 ) -> Placement:
-    gpus, total = session.gpus(), session.cpus()
+    gpus, total = session.gpus() if on_gpus else 0, session.cpus()
     if gpus and wanted > gpus:
         name = flag.replace("_", "-")
         message = (

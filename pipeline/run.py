@@ -15,11 +15,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline import placement
-from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
+from pipeline import placement, waiting
+from pipeline.config import (
+    CaptionConfig,
+    ClusterRuntime,
+    DescribeConfig,
+    EmbedConfig,
+    RetryConfig,
+    SourceConfig,
+)
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
-from pipeline.session import spare_cores, start_ray
+from pipeline.session import start_ray
 from pipeline.sources.plan import Plan, make_plan, notes
 from pipeline.stages import on_record, which_model
 from pipeline.stages.caption import CaptionPictures, PreparePictures, WriteCaptions
@@ -56,7 +63,7 @@ def ingest(config: SourceConfig) -> None:
     for note in notes(plan.dataset):
         _say(f"ingest: {note}")
     items = [_ingest_item(plan, shard, redo=False) for shard in store.pending("images")]
-    _run("ingest", store, "images", "", items, _ingest_chain(config.store), config.max_failure_rate)
+    _run("ingest", store, "images", "", items, _ingest_chain(config), config.max_failure_rate)
 
 
 def caption(config: CaptionConfig, model: models.ModelRef | None = None) -> str:
@@ -134,7 +141,7 @@ def retry(config: RetryConfig) -> None:
     if failed := _failed_shards(store, "images", ""):
         plan = on_record.recorded_plan(store, failed)
         items = [_ingest_item(plan, shard, redo=True) for shard in failed]
-        _run("retry images", store, "images", "", items, _ingest_chain(config.store), config.max_failure_rate)
+        _run("retry images", store, "images", "", items, _ingest_chain(config), config.max_failure_rate)
     for variant, (caption_config, model) in captioners.items():
         caption_chain = _caption_chain(caption_config, model, variant)
         items = _shard_items(captions[variant], redo=True)
@@ -159,15 +166,17 @@ def retry(config: RetryConfig) -> None:
 # Chains: where resources, batch and pool sizes stand, each with its reason.
 
 
-def _ingest_chain(store: str) -> Chain:
+def _ingest_chain(config: SourceConfig | RetryConfig) -> Chain:
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
+        pool = placement.ingesters(ds.count())
+        _wait("ingest", waiting.Wanted(name="readers", count=pool.first, cpus=1, least=pool.least), config)
         # One CPU a task: reading and decoding one shard is one thread of work.
         return ds.map_batches(
             IngestShard,
-            fn_constructor_args=(store,),
+            fn_constructor_args=(config.store,),
             **_shard_batches(),
             num_cpus=1,
-            compute=_actors(spare_cores()),
+            compute=_actors(pool),
         )
 
     return build
@@ -177,31 +186,33 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
     run = uuid.uuid4().hex[:12]  # tells an engine's death in this run from the death of an earlier run
 
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
-        placed = placement.captioners(config, model, Store(config.store).dataset.rows)
+        placed = placement.captioners(config, model, Store(config.store).dataset.rows).no_more_than(
+            ds.count()
+        )
+        _wait("caption", _models("engines", placed), config)
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
         ds = ds.map_batches(
             PreparePictures,
             fn_constructor_args=(config, variant, placed.crowded),
             **_shard_batches(),
             num_cpus=1,
-            compute=_actors(placed.decoders),
+            compute=_actors(placement.Pool(placed.decoders)),
         )
-        # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up. The pool is
-        # fixed: a growing one reaches its size minutes late.
+        # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up.
         ds = ds.map_batches(
             CaptionPictures,
             fn_constructor_args=(config, model, variant, run),
             **_shard_batches(),
             num_cpus=placed.cpus,
             num_gpus=placed.gpus,
-            compute=_actors(placed.actors),
+            compute=_actors(placed.pool),
         )
         return ds.map_batches(
             WriteCaptions,
             fn_constructor_args=(config.store, variant),
             **_shard_batches(),
             num_cpus=0.5,
-            compute=_actors(1),
+            compute=_actors(placement.Pool(1)),
         )
 
     return build
@@ -209,14 +220,15 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
 
 def _embed_chain(config: EmbedConfig, model: models.ModelRef, caption_variant: str, variant: str) -> Chain:
     def build(ds: ray.data.Dataset) -> ray.data.Dataset:
-        placed = placement.encoders(config, model, Store(config.store).dataset.rows)
+        placed = placement.encoders(config, model, Store(config.store).dataset.rows).no_more_than(ds.count())
+        _wait("embed", _models("encoders", placed), config)
         return ds.map_batches(
             EmbedCaptions,
             fn_constructor_args=(config, model, caption_variant, variant),
             **_shard_batches(),
             num_cpus=placed.cpus,
             num_gpus=placed.gpus,
-            compute=_actors(placed.actors),
+            compute=_actors(placed.pool),
         )
 
     return build
@@ -228,10 +240,20 @@ def _shard_batches() -> dict[str, Any]:
     return {"batch_size": 1, "batch_format": "pyarrow"}
 
 
-def _actors(size: int) -> ray.data.ActorPoolStrategy:
+def _actors(pool: placement.Pool) -> ray.data.ActorPoolStrategy:
     from ray.data import ActorPoolStrategy
 
-    return ActorPoolStrategy(size=size)
+    return ActorPoolStrategy(min_size=pool.least, max_size=pool.most, initial_size=pool.first)
+
+
+def _wait(verb: str, wanted: waiting.Wanted, config: ClusterRuntime) -> None:
+    waiting.wait(verb, wanted, config.wait_minutes)
+
+
+def _models(name: str, placed: placement.Placement) -> waiting.Wanted:
+    return waiting.Wanted(
+        name=name, count=placed.actors, cpus=placed.cpus, gpus=placed.gpus, least=placed.least
+    )
 
 
 def _run(
@@ -288,11 +310,12 @@ def _drive(
         tokens = 0
         rows_before = 0 if redone & receipts.keys() else done_rows
         total = sum(receipts[s].rows for s in redone & receipts.keys()) or store.dataset.rows
+        source = ray.data.from_items(items, override_num_blocks=_blocks(len(items), stage))
+        ready = chain(source)  # waits for the cluster, and says so
         with tqdm(
             total=total, initial=rows_before, desc=f"{verb} {variant}".strip(), unit="img", file=sys.stderr
         ) as bar:
-            source = ray.data.from_items(items, override_num_blocks=_blocks(len(items), stage))
-            rows = iter(chain(source).iter_rows())
+            rows = iter(ready.iter_rows())
             while (row := _next(rows, verb, store)) is not None:
                 failed += row["failed"]
                 tokens += row["tokens"]

@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UnreachableError
+from pipeline.errors import SettingsError, UnreachableError
 
 
 def start_ray() -> None:
@@ -81,11 +81,73 @@ def _join() -> None:
         raise UnreachableError(message) from error
 
 
+def address() -> str:
+    """Of the cluster that this process has joined; empty on this machine's own Ray."""
+    import ray
+
+    return "" if is_local() else str(ray.get_runtime_context().gcs_address)
+
+
+def is_local() -> bool:
+    """Whether Ray is this process's own on this machine, and no cluster that others use, too."""
+    return not os.environ.get("RAY_ADDRESS")
+
+
+def grows() -> bool:
+    """Whether an autoscaler adds nodes to the cluster that this process has joined.
+
+    Ray has no public call for it: an autoscaler (v2, which KubeRay runs) numbers the states that it reports,
+    and where there is none, or one that only looks on, the number stays 0.
+    """
+    return not is_local() and _autoscaling().autoscaler_state_version > 0
+
+
+def refused() -> list[dict[str, float]]:
+    """Resources that were asked for and that the autoscaler finds no node for: too much for any of its groups
+    of nodes, or more than their maximum."""
+    state = _autoscaling()
+    gangs = [request for gang in state.infeasible_gang_resource_requests for request in gang.requests]
+    return [dict(request.resources_bundle) for request in (*state.infeasible_resource_requests, *gangs)]
+
+
+def _autoscaling() -> Any:
+    from ray._private.worker import global_worker
+    from ray.core.generated import autoscaler_pb2
+
+    generated: Any = autoscaler_pb2
+    worker: Any = global_worker
+    reply = generated.GetClusterStatusReply()
+    reply.ParseFromString(worker.gcs_client.get_cluster_status())
+    return reply.autoscaling_state
+
+
 def gpus() -> int:
     """GPUs of the cluster that this process has joined."""
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def computes_on_gpus(device: str) -> bool:
+    """Whether models get GPUs, for the setting `device`.
+
+    Raises:
+        SettingsError: it is `auto` on a cluster that has no GPU and does not grow, or `cuda` where there is
+            none and none can come.
+    """
+    if device == "cpu" or (device == "auto" and is_local()):
+        return device == "auto" and gpus() > 0
+    if gpus() or grows():
+        return True
+    if device == "cuda":
+        where = "this machine" if is_local() else "the cluster"
+        message = f"device=cuda: {where} has no GPU that Ray knows of; pass --device cpu, or mend that."
+    else:
+        message = (
+            f"device=auto: the cluster has no GPU ({cpus()} CPUs); pass --device cpu to compute on "
+            "those, or bring nodes with GPUs to it."
+        )
+    raise SettingsError(message)
 
 
 def cpus() -> int:

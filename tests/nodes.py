@@ -4,12 +4,15 @@ of it."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +110,105 @@ class TwoNodes:
             if driver.poll() is None:  # of a test that failed
                 os.killpg(driver.pid, signal.SIGKILL)
         self._cluster.shutdown()
+
+
+_HEAD_ID = "f" * 51 + "00000"  # that Ray's provider of local nodes gives the head
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@contextlib.contextmanager
+def growing(groups: dict[str, dict[str, Any]], folder: Path) -> Iterator[str]:
+    """The address of a real cluster on loopback that Ray's autoscaler (v2) grows from a head without CPUs.
+
+    `groups`: resources and `most` nodes of each group; they are processes on this machine, begun and ended by
+    the autoscaler. (`ray.cluster_utils.AutoscalingCluster` needs a file that Ray's wheel does not have, and
+    begins with `ray stop`.) A node that is idle for six seconds ends.
+    """
+    gcs, agent, client = free_ports(3)
+    memory = 200 * 2**20
+    kinds = {
+        name: {
+            "resources": {key: amount for key, amount in group.items() if key != "most"}
+            | {"object_store_memory": memory},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": group["most"],
+        }
+        for name, group in groups.items()
+    }
+    settings: dict[str, Any] = {
+        "cluster_name": "growing",
+        "max_workers": sum(group["most"] for group in groups.values()),
+        "head_node_type": "ray.head.default",
+        "available_node_types": kinds
+        | {"ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}},
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "gcs_address": f"127.0.0.1:{gcs}",
+            "launch_multiple": True,
+            "head_node_id": _HEAD_ID,
+        },
+        "auth": {"ssh_user": "none"},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "initialization_commands": [],
+        "idle_timeout_minutes": 0.1,
+        "upscaling_speed": 1.0,
+    }
+    for part in ("", "head_", "worker_"):
+        settings[f"{part}setup_commands"] = []
+    for part in ("head", "worker"):
+        settings[f"{part}_start_ray_commands"] = []
+    (folder / "autoscaling.json").write_text(json.dumps(settings))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": _HEAD_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_ID,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    }
+    flags = {
+        "--autoscaling-config": folder / "autoscaling.json",
+        "--node-ip-address": "127.0.0.1",
+        "--port": gcs,
+        "--num-cpus": 0,
+        "--object-store-memory": memory,
+        "--dashboard-agent-listen-port": agent,
+        "--ray-client-server-port": client,
+        "--temp-dir": f"/tmp/rg{os.getpid()}",  # socket paths have a limit of 107 bytes
+    }
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
+    command += ["--include-dashboard=false", *(str(each) for pair in flags.items() for each in pair)]
+    log = folder / "head.log"
+    with log.open("w") as stream:
+        head = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 60
+        while "runtime started" not in log.read_text():
+            assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield f"127.0.0.1:{gcs}"
+    finally:
+        # `ray start --block` gives each of its processes half a minute to end.
+        for process in psutil.Process(head.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.kill()
+        head.wait(timeout=60)

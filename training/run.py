@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from pipeline import session
+from pipeline import session, waiting
 from pipeline.errors import MissingError, NotFiniteError, RunStoppedError, SettingsError
 from pipeline.store import Store, locations, lock
 from training import preparation, run_folder, tracking
@@ -72,6 +72,15 @@ def _trained(
     config = _tracked_as_begun(config)
     session.start_ray()
     config, cpus, gpus = _placed(config)
+    gang = waiting.Wanted(
+        name="workers",
+        count=config.place.workers,
+        cpus=cpus,
+        gpus=float(gpus),
+        least=config.place.min_workers,
+        gang=True,
+    )
+    waiting.wait(f"train: {config.run}", gang, config.place.wait_minutes)
     filesystem, path = locations.resolve(config.run)
     filesystem.create_dir(path, recursive=True)
     write_json(config.run, "config.json", run_folder.written(config, Store(config.store).contents))
@@ -122,7 +131,7 @@ def _trained(
         ),
     )
     if progress:
-        where = "a GPU each" if gpus else f"{cpus} CPU threads each (the cluster has no GPU now)"
+        where = "a GPU each" if gpus else f"{cpus} CPU threads each"
         print(
             f"train: {config.run}: starting {config.place.workers} workers, {where}",
             file=sys.stderr,
@@ -328,20 +337,27 @@ def actor_decoding(spec: decoder.DecoderSpec, count: int) -> Decoding:
 def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
     """(settings with the numbers filled in, CPUs of a worker, whether each gets a GPU), checked against the
     cluster."""
-    gpus, total = session.gpus(), session.cpus()
+    on_gpus, grows, total = session.computes_on_gpus(config.place.device), session.grows(), session.cpus()
+    gpus = session.gpus() if on_gpus else 0
+    if grows and not (config.place.workers or gpus):
+        message = (
+            "workers=0: the cluster grows, and nothing says how many workers it should get room for; pass "
+            "--workers."
+        )
+        raise SettingsError(message)
     workers = config.place.workers or gpus or 2
-    if gpus and workers > gpus and not config.place.min_workers:
+    if on_gpus and workers > gpus and not (config.place.min_workers or grows):
         message = f"workers={workers}: the cluster has {gpus} GPUs; pass --workers {gpus} or fewer."
         raise SettingsError(message)
-    if config.compute.sync_batch_norm and not gpus:
+    if config.compute.sync_batch_norm and not on_gpus:
         message = (
             "sync_batch_norm: torch computes it on GPUs only, and the cluster has none; leave the flag out."
         )
         raise SettingsError(message)
     # Ray gives a worker as many OpenMP threads as CPUs; decoding threads come on top.
     largest = session.largest_node()
-    cpus = 2 if gpus else config.place.threads or max(1, session.cores() // workers)
-    if cpus > largest:
+    cpus = 2 if on_gpus else config.place.threads or max(1, session.cores() // workers)
+    if cpus > largest and not grows:
         message = (
             f"threads={cpus}: no node of the cluster has so many CPUs (the largest has {largest}); pass a "
             "smaller --threads."
@@ -351,13 +367,13 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
     if loader == "auto":
         loader = "actors" if config.data.needs_processes else "threads"
     wanted = workers * (cpus + config.place.loader_workers)
-    if loader == "actors" and wanted > total:
+    if loader == "actors" and wanted > total and not grows:
         message = (
             f"loader=actors: {workers} workers with {config.place.loader_workers} decoders each need "
             f"{wanted} CPUs, the cluster has {total}; pass a smaller --loader-workers."
         )
         raise SettingsError(message)
-    return config.but(workers=workers, loader=loader), cpus, gpus > 0
+    return config.but(workers=workers, loader=loader), cpus, on_gpus
 
 
 def _tracked_as_begun(config: TrainConfig) -> TrainConfig:

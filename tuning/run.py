@@ -90,8 +90,11 @@ def require_results(content: dict[str, Any]) -> None:
     raise TrialsFailedError("\n".join(lines))
 
 
-def run_trial(trial: dict[str, str], configs: dict[str, dict[str, Any]]) -> None:
-    """One trial: builds the trainer in Tune's process and hands its metrics up, epoch by epoch."""
+def run_trial(trial: dict[str, str], configs: dict[str, dict[str, Any]], address: str = "") -> None:
+    """One trial: builds the trainer in Tune's process and hands its metrics up, epoch by epoch. `address`: of
+    the cluster, empty where Ray is the sweep's own."""
+    if address:
+        os.environ["RAY_ADDRESS"] = address  # which a worker's process does not have by itself
     from ray.tune.integration.ray_train import TuneReportCallback
 
     class Epochs(TuneReportCallback):
@@ -158,7 +161,9 @@ def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None
     # Settings reach it beside Tune's own parameters, which Tune writes into files: an MLflow address may hold
     # a password.
     configs = {space.trial_name(trial): flat(trial) for trial in todo}
-    trainable = ray_tune.with_resources(ray_tune.with_parameters(run_trial, configs=configs), {"CPU": 0.1})
+    trainable = ray_tune.with_resources(
+        ray_tune.with_parameters(run_trial, configs=configs, address=session.address()), {"CPU": 0.1}
+    )
     told = {
         name: {"run": config["run"], "objective": config["objective"]} for name, config in configs.items()
     }
@@ -193,7 +198,7 @@ def _trial_name(trial: Any) -> str:
 def _concurrent(config: TuneConfig) -> tuple[int, int]:
     """(trials at a time, threads of a worker without a GPU): a gang of workers must fit whole, or trials wait
     for each other."""
-    gpus = session.gpus()
+    gpus = session.gpus() if session.computes_on_gpus(config.train.place.device) else 0
     workers = config.train.place.workers or gpus or 2
     concurrent = config.concurrent or max(1, gpus // workers)
     return concurrent, max(1, session.cores() // (workers * concurrent))

@@ -33,7 +33,7 @@ class TransformersCaptioner:
         self._processor.tokenizer.padding_side = "left"  # generation continues on the right
         if self._processor.tokenizer.pad_token_id is None:
             self._processor.tokenizer.pad_token = self._processor.tokenizer.eos_token
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
         auto: Any = AutoModelForImageTextToText
         self._model: Any = auto.from_pretrained(
             location,

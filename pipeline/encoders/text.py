@@ -43,7 +43,13 @@ class TextEncoder:
     """A text encoder; `dim` is D, `max_tokens` the longest input that it reads whole."""
 
     def __init__(
-        self, model: ModelRef, pooling: Pooling, *, batch: int = 256, long_texts: LongTexts = "cut"
+        self,
+        model: ModelRef,
+        pooling: Pooling,
+        *,
+        batch: int = 256,
+        long_texts: LongTexts = "cut",
+        device: str = "auto",
     ) -> None:
         import torch
         from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection, SiglipTextModel
@@ -52,7 +58,7 @@ class TextEncoder:
         self._pooling = pooling
         self._batch = batch
         self._long_texts = long_texts
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
         towers: dict[str, Any] = {"clip": CLIPTextModelWithProjection, "siglip": SiglipTextModel}
         loader: Any = towers.get(pooling, AutoModel)
         self._model: Any = loader.from_pretrained(

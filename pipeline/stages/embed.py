@@ -26,6 +26,7 @@ class EmbedCaptions:
             config.pooling or "mean",
             batch=config.encoder_batch,
             long_texts=config.long_captions,
+            device=config.device,
         )
         self._encoder = self._thread.submit(load).result()
         self._store = Store(config.store)

@@ -37,6 +37,7 @@ LEAST = {
 }
 # Settings that hold strings and are no places.
 NO_PLACE = {
+    "device",
     *("source_kind", "captioner", "caption_preset", "model_revision", "prompt", "base_url", "captions"),
     *("encoder_preset", "encoder_revision", "pooling", "long_captions", "split", "embeddings", "preset"),
     *("objective", "balance", "alignment_schedule", "alignment", "text_projection", "positives", "head"),

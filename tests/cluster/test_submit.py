@@ -19,19 +19,10 @@ import psutil
 import pytest
 
 from pipeline.store import Store
+from tests.nodes import free_ports
 
 pytestmark = pytest.mark.alone
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +122,8 @@ def test_stages_run_as_jobs_and_hand_back_their_exit_codes(
     flags = [
         "--preset",
         "smoke",
+        "--device",
+        "cpu",
         "--batch-size",
         "8",
         "--workers",
@@ -226,6 +219,7 @@ def test_a_job_outlives_its_connection_its_terminal_and_its_driver(
 ) -> None:
     store, folder = make_store(tmp_path / "store", train=48, val=12), tmp_path / "runs" / "long"
     job = ["train", "--store", str(store), "--preset", "smoke", "--batch-size", "8", "--workers", "1"]
+    job += ["--device", "cpu"]
     job += ["--projection-dim", "4", "--epochs", "9999", "--tracking-uri", "none", "--run", str(folder)]
     line, log, errors = Line(head["RAY_API_SERVER_ADDRESS"]), tmp_path / "log", tmp_path / "errors"
     through = {**head, "RAY_API_SERVER_ADDRESS": line.address, "MLFLOW_EXPERIMENT_NAME": "mine"}

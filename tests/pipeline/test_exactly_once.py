@@ -37,7 +37,7 @@ pytestmark = pytest.mark.alone
 SHARD_ROWS = "8"
 # Two engines: while one is struck the other goes on. They have a core each; one alone, with a core too,
 # computes the same and is up sooner.
-DESCRIBE = ["describe", "--caption-preset", "scenes", "--replicas", "2", "--store"]
+DESCRIBE = ["describe", "--caption-preset", "scenes", "--device", "cpu", "--replicas", "2", "--store"]
 ONE_ENGINE = ["--replicas", "1", "--engine-cores", "1"]
 
 

@@ -4,13 +4,14 @@ does not."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline import placement, session
 from pipeline.config import CaptionConfig, EmbedConfig
 from pipeline.encoders.models import ModelRef
-from pipeline.placement import Placement
+from pipeline.placement import Placement, Pool
 
 GIB = 2**30
 
@@ -28,7 +29,15 @@ def model(folder: Path, size: int) -> ModelRef:
 
 
 def cluster(
-    patch: pytest.MonkeyPatch, *, gpus: int = 0, cpus: int, cores: int, largest: int = 0, nodes: int = 1
+    patch: pytest.MonkeyPatch,
+    *,
+    gpus: int = 0,
+    cpus: int,
+    cores: int,
+    largest: int = 0,
+    nodes: int = 1,
+    joined: bool = False,
+    grows: bool = False,
 ) -> None:
     """Stands for a cluster of that shape."""
     patch.setattr(session, "gpus", lambda: gpus)
@@ -37,10 +46,13 @@ def cluster(
     patch.setattr(session, "largest_node", lambda: largest or cpus)
     patch.setattr(session, "memory", lambda: 64 * GIB)
     patch.setattr(session, "several_nodes", lambda: nodes > 1)
+    patch.setattr(session, "is_local", lambda: not joined)
+    patch.setattr(session, "grows", lambda: joined and grows)
 
 
-def captioners(model: ModelRef, rows: int = 10**6, captioner: str = "vllm", **settings: int) -> Placement:
-    config = CaptionConfig(store="-", captioner=captioner, model="any", **settings)  # type: ignore[arg-type]
+def captioners(model: ModelRef, rows: int = 10**6, captioner: str = "vllm", **settings: Any) -> Placement:
+    chosen: Any = captioner
+    config = CaptionConfig(store="-", captioner=chosen, model="any", **settings)
     return placement.captioners(config, model, rows)
 
 
@@ -121,3 +133,52 @@ def test_what_cannot_be_placed_is_said(monkeypatch: pytest.MonkeyPatch, small: M
     cluster(monkeypatch, cpus=16, cores=8, largest=8)
     with pytest.raises(ValueError, match=r"engine_cores=9: the largest node has 8 CPUs"):
         captioners(small, engine_cores=9)
+
+
+def test_a_cluster_without_gpus_computes_on_cpus_only_when_told(
+    monkeypatch: pytest.MonkeyPatch, small: ModelRef
+) -> None:
+    cluster(monkeypatch, cpus=16, cores=8, nodes=2, joined=True)
+    with pytest.raises(
+        ValueError, match=r"device=auto: the cluster has no GPU \(16 CPUs\); pass --device cpu"
+    ):
+        captioners(small)
+    with pytest.raises(ValueError, match="device=cuda: the cluster has no GPU"):
+        captioners(small, device="cuda")
+    assert captioners(small, device="cpu", replicas=2).gpus == 0
+    assert captioners(small, captioner="openai", replicas=2).actors == 2
+    cluster(monkeypatch, cpus=16, cores=8)
+    assert captioners(small).gpus == 0  # a machine of one's own
+    with pytest.raises(ValueError, match="device=cuda: this machine has no GPU"):
+        captioners(small, device="cuda")
+    cluster(monkeypatch, cpus=16, cores=8, gpus=2)
+    assert captioners(small, device="cpu").gpus == 0
+
+
+def test_a_cluster_that_grows_is_asked_for_what_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, small: ModelRef
+) -> None:
+    cluster(monkeypatch, cpus=0, cores=1, joined=True, grows=True)
+    asked = captioners(small, replicas=8)
+    assert asked == Placement(actors=8, gpus=1.0, cpus=1, decoders=8, least=1)
+    assert asked.pool == Pool(8, least=1, first=8)
+    assert asked.no_more_than(3).pool == Pool(3, least=1, first=3)
+    assert captioners(small, replicas=8, min_replicas=4).least == 4
+    assert captioners(small, replicas=2, device="cpu", engine_cores=4).cpus == 4
+    with pytest.raises(ValueError, match="replicas=0: the cluster grows, has no GPU now"):
+        captioners(small)
+    assert placement.encoders(EmbedConfig(store="-"), small, 10**6).gpus == 1.0
+    assert placement.ingesters(100) == Pool(32, least=1, first=1)
+    cluster(monkeypatch, gpus=4, cpus=64, cores=64, joined=True, grows=True)
+    assert captioners(small).actors == 4
+
+
+def test_engines_of_a_fixed_cluster_may_come_and_go_when_told(
+    monkeypatch: pytest.MonkeyPatch, small: ModelRef
+) -> None:
+    cluster(monkeypatch, gpus=2, cpus=16, cores=16, joined=True)
+    with pytest.raises(ValueError, match="replicas=4: the cluster has 2 GPUs"):
+        captioners(small, replicas=4)
+    assert captioners(small, replicas=4, min_replicas=1).pool == Pool(4, least=1)
+    assert captioners(small).pool == Pool(2)
+    assert captioners(small).no_more_than(1).actors == 2

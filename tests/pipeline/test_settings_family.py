@@ -65,7 +65,10 @@ EMBED = {
 # most.
 CAPTION_FREE = {
     "store": "other",
+    "device": "cpu",
+    "wait_minutes": 1.0,
     "replicas": 2,
+    "min_replicas": 1,
     "engine_cores": 1,
     "engine_batch": 3,
     "gpu_memory_utilization": 0.5,
@@ -76,7 +79,14 @@ CAPTION_FREE = {
     "budget_tokens": 5,
     "max_failure_rate": 0.5,
 }
-EMBED_FREE = {"store": "other", "encoder_batch": 3, "encoder_replicas": 2, "max_failure_rate": 0.5}
+EMBED_FREE = {
+    "store": "other",
+    "device": "cpu",
+    "wait_minutes": 1.0,
+    "encoder_batch": 3,
+    "encoder_replicas": 2,
+    "max_failure_rate": 0.5,
+}
 # The cut and the content of a store: on record in dataset.json.
 SOURCE = {
     "images": "moved",
@@ -91,7 +101,11 @@ SOURCE = {
     "max_pixels": 10**6,
     "max_bytes": 10**6,
 }
-SOURCE_FREE = {"store": "where it is written", "max_failure_rate": "when to stop"}
+SOURCE_FREE = {
+    "store": "where it is written",
+    "max_failure_rate": "when to stop",
+    "wait_minutes": "how long to wait",
+}
 IMPORT = {"file", "split"}
 IMPORT_FREE = {"store": "where", "ignore_unknown": "what to refuse", "max_failure_rate": "when to stop"}
 RETRY = {"max_pixels", "max_bytes"}  # recorded in dataset.json before a row is read under them

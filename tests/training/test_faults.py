@@ -65,7 +65,19 @@ def store(tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Pa
 
 def start(nodes: TwoNodes, store: Path, run: Path, *flags: str) -> Driver:
     return nodes.run(
-        ["-m", "training", "train", "--store", str(store), "--run", str(run), *RECIPE, *flags],
+        [
+            "-m",
+            "training",
+            "train",
+            "--store",
+            str(store),
+            "--run",
+            str(run),
+            "--device",
+            "cpu",
+            *RECIPE,
+            *flags,
+        ],
         RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
     )
 

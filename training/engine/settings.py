@@ -91,8 +91,14 @@ class ComputeSettings(Deciding):
 class PlaceSettings(Free):
     """Workers, where they decode, and how often they save."""
 
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """What workers compute on. auto: GPUs, and the CPUs of a machine without any; a cluster that has no GPU
+    computes on CPUs only when told to. On a cluster that grows, cuda asks for nodes with GPUs."""
     workers: int = 0
-    """Data-parallel processes; 0: one for each GPU of the cluster, or two on a cluster without GPUs."""
+    """Data-parallel processes; 0: one for each GPU of the cluster, or two without GPUs."""
+    wait_minutes: float = 60.0
+    """Longest wait until a cluster has room for all workers (with --min-workers for so many), where it grows
+    or others work on it; said while it lasts."""
     min_workers: int = 0
     """Elastic training: go on with as few workers as this when nodes are lost, and with up to --workers when
     they are back."""
@@ -126,6 +132,7 @@ class PlaceSettings(Free):
                 "resize_seconds",
                 "threads",
                 "max_failures",
+                "wait_minutes",
                 "checkpoint_minutes",
                 "checkpoint_steps",
             ),
