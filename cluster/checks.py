@@ -38,7 +38,7 @@ REQUIRED = {"train": "run", "tune": "sweep"}
 """What a verb writes to; here its default would lie in the job's own copy of the checkout."""
 WRITES = {"train": "run", "tune": "sweep", "evaluate": "to", "export": "to", "inspect": "to"}
 """Of verbs that write elsewhere than to the store, which those that describe have to themselves in turn."""
-READS_ONLY = frozenset({"status", "report", "estimate"})
+READS_ONLY = frozenset({"status", "report", "estimate", "doctor"})
 """Verbs of which any number may run at a time."""
 
 
@@ -64,8 +64,8 @@ def checked(command: list[str], sent: Collection[str], variables: Mapping[str, s
             an address, or nothing said of where to write.
         SystemExit: a flag that the verb does not have; said on stderr.
     """
-    if not command or command[0] not in VERBS or VERBS[command[0]][0] == "cluster":
-        known = ", ".join(name for name, (package, _) in VERBS.items() if package != "cluster")
+    if not command or command[0] not in VERBS or not _makes_a_job(command[0]):
+        known = ", ".join(filter(_makes_a_job, VERBS))
         message = f"verb={' '.join(command[:1])!r}: write gpt4image submit -- VERB FLAGS with one of {known}."
         raise SettingsError(message)
     name, (package, verb) = command[0], VERBS[command[0]]
@@ -94,6 +94,11 @@ def checked(command: list[str], sent: Collection[str], variables: Mapping[str, s
     if faults:
         raise SettingsError("\n".join(faults))
     return Job(shlex.join(["python", "-m", package, *command]), _name_of(name, found))
+
+
+def _makes_a_job(verb: str) -> bool:
+    """Those of `cluster` send jobs and are none, but for the doctor, who looks from inside."""
+    return VERBS[verb][0] != "cluster" or verb == "doctor"
 
 
 def _strings(settings: Any) -> Iterator[tuple[str, list[str]]]:

@@ -9,16 +9,42 @@ from typing import Literal
 import tyro
 
 from pipeline.errors import SettingsError
+from pipeline.presets import CAPTION_PRESETS, ENCODER_PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What this machine can do, and how to mend what it cannot."""
+    """What this machine, or with --address a cluster, can do, and how to mend what it cannot."""
 
+    address: str = ""
+    """A cluster instead of this machine: host:port or auto joins it; http://... is its job server, to which
+    the question is sent as a job."""
+    store: str = ""
+    """With --address: folder or URI that every node must be able to write to and see alike."""
+    caption_preset: str = ""
+    """With --address: whether cards are large enough for this captioner, and its weights there."""
+    encoder_preset: str = ""
+    """With --address: whether this encoder's weights are there."""
     deep: bool = False
     """Also start Ray, load the shipped captioner into vLLM and encode a sentence (about a minute)."""
     json: bool = False
     """One JSON object on standard output, and nothing else."""
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name}={value!r}: unknown; choose one of {', '.join(known)}."
+            for name, value, known in (
+                ("caption_preset", self.caption_preset, CAPTION_PRESETS),
+                ("encoder_preset", self.encoder_preset, ENCODER_PRESETS),
+            )
+            if value and value not in known
+        ]
+        if not self.address and (self.store or self.caption_preset or self.encoder_preset):
+            faults.append("store and presets: are for a cluster; pass --address, too.")
+        if self.address and self.deep:
+            faults.append("deep: is for this machine; leave out --address.")
+        if faults:
+            raise SettingsError("\n".join(faults))
 
 
 @dataclass(frozen=True, kw_only=True)

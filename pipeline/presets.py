@@ -15,6 +15,8 @@ class CaptionPreset:
     caption_edge: int
     max_tokens: int = 128
     context_length: int = 4096
+    gpu_gb: int = 0
+    """Memory of that card; 0: none is needed."""
 
 
 # The edge bounds a picture's tokens: Qwen-VL spends one on 28 x 28 pixels (Qwen3: 32 x 32), InternVL 256 on a
@@ -33,31 +35,36 @@ CAPTION_PRESETS = {
         context_length=256,
     ),
     "smolvlm2-2.2b": CaptionPreset(
-        model="HuggingFaceTB/SmolVLM2-2.2B-Instruct", use="photographs, a GPU of 24 GB", caption_edge=384
+        model="HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+        use="photographs, a GPU of 24 GB",
+        caption_edge=384,
+        gpu_gb=24,
     ),
     "qwen2.5-vl-3b": CaptionPreset(
-        model="Qwen/Qwen2.5-VL-3B-Instruct", use="photographs, a GPU of 24 GB", caption_edge=448
+        model="Qwen/Qwen2.5-VL-3B-Instruct", use="photographs, a GPU of 24 GB", caption_edge=448, gpu_gb=24
     ),
     "qwen2.5-vl-7b": CaptionPreset(
-        model="Qwen/Qwen2.5-VL-7B-Instruct", use="photographs, a GPU of 40 GB", caption_edge=448
+        model="Qwen/Qwen2.5-VL-7B-Instruct", use="photographs, a GPU of 40 GB", caption_edge=448, gpu_gb=40
     ),
     "qwen3-vl-4b": CaptionPreset(
-        model="Qwen/Qwen3-VL-4B-Instruct", use="photographs, a GPU of 24 GB", caption_edge=512
+        model="Qwen/Qwen3-VL-4B-Instruct", use="photographs, a GPU of 24 GB", caption_edge=512, gpu_gb=24
     ),
     "internvl3-2b": CaptionPreset(
         model="OpenGVLab/InternVL3-2B-hf",
         use="photographs, a GPU of 24 GB",
+        gpu_gb=24,
         caption_edge=448,
         context_length=8192,
     ),
     "internvl3-8b": CaptionPreset(
         model="OpenGVLab/InternVL3-8B-hf",
         use="photographs, a GPU of 40 GB",
+        gpu_gb=40,
         caption_edge=448,
         context_length=8192,
     ),
     "llava-1.5-7b": CaptionPreset(
-        model="llava-hf/llava-1.5-7b-hf", use="photographs, a GPU of 40 GB", caption_edge=336
+        model="llava-hf/llava-1.5-7b-hf", use="photographs, a GPU of 40 GB", caption_edge=336, gpu_gb=40
     ),
 }
 # Of a model named without a preset: photographs as most open models take them, and its own context.

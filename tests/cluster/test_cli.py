@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli, demo, doctor
+from cluster import cli, demo, diagnosis, doctor
 from cluster.__main__ import main as cluster_main
 from pipeline.__main__ import main as pipeline_main
 from training.__main__ import main as training_main
@@ -141,10 +141,9 @@ def test_a_demo_goes_on_as_it_was_begun_or_not_at_all(
 
 
 def test_a_missing_part_comes_with_its_mend() -> None:
-    found = doctor._examine(doctor.Check(name="x", code="import no_such_module", mend="install it"))
-    assert (found.state, found.mend) == ("missing", "install it")
-    assert "no_such_module" in found.detail
-    assert (
-        doctor._examine(doctor.Check(name="x", code="raise SystemExit(1)", mend="m", needed=False)).state
-        == "absent"
-    )
+    found = doctor._examine(doctor.Check(name="x", question="no_such_question", mend="ask another"))
+    assert (found.state, found.mend) == ("missing", "ask another")
+    assert "no_such_question" in found.detail
+    absent = doctor._examine(doctor.Check(name="x", question="cuda", mend="m", needed=False))
+    assert (absent.state, absent.mend) == ("absent", "m")
+    assert {check.question for check in (*doctor.QUICK, *doctor.DEEP)} == diagnosis.QUESTIONS.keys()

@@ -151,3 +151,14 @@ def test_training_begins_when_there_is_room_for_all_of_its_workers(
     assert driver.wait(120) == 1
     assert "no room for 5 workers of 2 CPUs each after 0.3 min" in log.read_text()
     assert "no group of nodes gives 2 CPUs now" in log.read_text()
+
+
+def test_the_doctor_looks_at_every_node(address: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    flags = ["--store", str(tmp_path / "store"), "--encoder-preset", "minilm", "--json"]
+    assert start(address, log, "doctor", "--address", address, *flags).wait(120) == 0, log.read_text()
+    told = json.loads(log.read_text().splitlines()[-1])
+    details = {finding["name"]: finding["detail"] for finding in told["findings"]}
+    assert told["healthy"] and "it grows" in details["nodes"]
+    assert "every node writes it and sees the same" in details["store"]
+    assert not list((tmp_path / "store").iterdir())

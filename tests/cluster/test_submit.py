@@ -108,6 +108,16 @@ def submit(environment: dict[str, str], *verb: str) -> subprocess.CompletedProce
     return run(environment, "submit", "--", *verb)
 
 
+def test_the_doctor_looks_from_inside(head: dict[str, str], tmp_path: Path) -> None:
+    address = head["RAY_API_SERVER_ADDRESS"]
+    done = run(head, "doctor", "--address", address, "--store", str(tmp_path), "--caption-preset", "scenes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nodes                    1 up (1 head), 0 GPUs" in done.stdout
+    assert "model examples/scenes/captioner a folder on 1 nodes" in done.stdout
+    done = run(head, "doctor", "--address", address, "--store", "/proc/store")
+    assert done.returncode == 1 and "this process cannot write" in done.stdout
+
+
 def test_stages_run_as_jobs_and_hand_back_their_exit_codes(
     head: dict[str, str], tmp_path: Path, picture_folder: Callable[..., Path]
 ) -> None:
