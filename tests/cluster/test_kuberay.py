@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -35,8 +37,10 @@ RELEASES = ("1.30", "1.37")
 
 @functools.cache
 def rendered(overlay: str) -> list[dict[str, Any]]:
-    kubectl = Path(sys.executable).parent / "kubectl"
-    command = [str(kubectl), "kustomize", str(HERE / "overlays" / overlay)]
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    kubectl = shutil.which("kubectl", path=beside)
+    assert kubectl, "the environment brings it on Linux; elsewhere install kubectl 1.27 or later"
+    command = [kubectl, "kustomize", str(HERE / "overlays" / overlay)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
