@@ -6,10 +6,14 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SettingsError, UnreachableError
+
+# A KubeRay head answers before the autoscaler beside it has reported for the first time.
+_FIRST_WORD_S = 60.0
 
 
 def start_ray() -> None:
@@ -99,7 +103,18 @@ def grows() -> bool:
     Ray has no public call for it: an autoscaler (v2, which KubeRay runs) numbers the states that it reports,
     and where there is none, or one that only looks on, the number stays 0.
     """
-    return not is_local() and _autoscaling().autoscaler_state_version > 0
+    if is_local():
+        return False
+    deadline = time.monotonic() + (_FIRST_WORD_S if _only_a_head_that_does_not_work() else 0)
+    while not (reports := _autoscaling().autoscaler_state_version > 0) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return reports
+
+
+def _only_a_head_that_does_not_work() -> bool:
+    """Whether nodes must be about to come: the cluster has just begun, and its autoscaler perhaps not yet."""
+    nodes = _nodes()
+    return len(nodes) == 1 and not nodes[0]["Resources"].get("CPU", 0)
 
 
 def refused() -> list[dict[str, float]]:
