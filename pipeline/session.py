@@ -106,7 +106,7 @@ def grows() -> bool:
     if is_local():
         return False
     deadline = time.monotonic() + (_FIRST_WORD_S if _only_a_head_that_does_not_work() else 0)
-    while not (reports := _autoscaling().autoscaler_state_version > 0) and time.monotonic() < deadline:
+    while not (reports := bool(_autoscaling().autoscaler_state_version > 0)) and time.monotonic() < deadline:
         time.sleep(0.5)
     return reports
 
