@@ -230,6 +230,8 @@ def train(job: Job, stores: str) -> Row:
     base = preset(settings.pop("preset", "small-64"))
     config = TrainConfig.of(**base | settings | {"store": store, "seed": job.seed, "workers": 1})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.place.threads:  # their number changes rounding, and with it what a short training finds
+        torch.set_num_threads(config.place.threads)
     begun = time.monotonic()
     with replaced(control, job.seed), labelled(config, rival):
         history = loop.fit(config, device, 0, None, lambda metrics, take: None)
