@@ -178,7 +178,7 @@ def _case(kind: str, uri: str, count: int) -> dict[str, Any]:
     memory: list[tuple[float, float]] = []
     threading.Thread(target=_watch_memory, args=(memory,), daemon=True).start()
 
-    def chain(ds: ray.data.Dataset) -> Any:
+    def chain(ds: ray.data.Dataset, _: Any) -> Any:
         one: dict[str, Any] = {**run._shard_batches(), "num_cpus": 0.5, "compute": run._actors(1)}
         for _ in range(2 if kind == "captions" else 0):
             ds = ds.map_batches(HandOn, **one)
@@ -217,7 +217,7 @@ def _resume(uri: str) -> dict[str, float]:
     store.require_complete("embeddings", VARIANT)
     items = run._shard_items(store.pending("embeddings", VARIANT), redo=False)
     listed = time.monotonic()
-    run._run("bench", store, "embeddings", VARIANT, items, lambda ds: ds, 0.0)
+    run._run("bench", store, "embeddings", VARIANT, items, lambda ds, _: ds, 0.0)
     return {"listing": listed - start, "receipts": time.monotonic() - listed}
 
 
