@@ -302,6 +302,8 @@ class Follower:
                     told = waited
 
     def _watch_epoch(self, m: dict[str, float]) -> None:
+        if not self._watched.on:
+            return
         self._watched.show("training_epoch", m["epoch"])
         self._watched.show("training_step", m["step"])
         self._watched.show("training_images_per_second", m["images_per_s"])

@@ -224,6 +224,8 @@ def test_a_fault_of_metrics_ends_them_and_not_the_work(
         message = f"no {name}"
         raise RuntimeError(message)
 
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not metrics.on(), "nobody looks at a machine's own Ray"
     monkeypatch.setattr(metrics, "_counter", broken)
     monkeypatch.setattr(metrics, "_gauge", broken)
     with metrics.Watched(False, stage="images", variant="") as unwatched:
