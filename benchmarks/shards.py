@@ -25,7 +25,7 @@ import record
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline import run  # noqa: E402
+from pipeline import placement, run  # noqa: E402
 from pipeline.session import start_ray  # noqa: E402
 from pipeline.store import (  # noqa: E402
     SCHEMA_VERSION,
@@ -178,8 +178,8 @@ def _case(kind: str, uri: str, count: int) -> dict[str, Any]:
     memory: list[tuple[float, float]] = []
     threading.Thread(target=_watch_memory, args=(memory,), daemon=True).start()
 
-    def chain(ds: ray.data.Dataset) -> Any:
-        one: dict[str, Any] = {**run._shard_batches(), "num_cpus": 0.5, "compute": run._actors(1)}
+    def chain(ds: ray.data.Dataset, _: Any) -> Any:
+        one: dict[str, Any] = {**run._shard_batches(), "num_cpus": 0.5, "compute": run._actors(placement.Pool(1))}
         for _ in range(2 if kind == "captions" else 0):
             ds = ds.map_batches(HandOn, **one)
         return Watched(
@@ -217,7 +217,7 @@ def _resume(uri: str) -> dict[str, float]:
     store.require_complete("embeddings", VARIANT)
     items = run._shard_items(store.pending("embeddings", VARIANT), redo=False)
     listed = time.monotonic()
-    run._run("bench", store, "embeddings", VARIANT, items, lambda ds: ds, 0.0)
+    run._run("bench", store, "embeddings", VARIANT, items, lambda ds, _: ds, 0.0)
     return {"listing": listed - start, "receipts": time.monotonic() - listed}
 
 

@@ -26,6 +26,7 @@ from pipeline.config import (
 )
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
+from pipeline.inspect import metrics
 from pipeline.session import start_ray
 from pipeline.sources.plan import Plan, make_plan, notes
 from pipeline.stages import on_record, which_model
@@ -39,7 +40,7 @@ from pipeline.store import Stage, Store, locations, lock
 if TYPE_CHECKING:
     import ray.data
 
-Chain = Callable[["ray.data.Dataset"], "ray.data.Dataset"]
+Chain = Callable[["ray.data.Dataset", metrics.Watched], "ray.data.Dataset"]
 
 
 def ingest(config: SourceConfig) -> None:
@@ -167,7 +168,7 @@ def retry(config: RetryConfig) -> None:
 
 
 def _ingest_chain(config: SourceConfig | RetryConfig) -> Chain:
-    def build(ds: ray.data.Dataset) -> ray.data.Dataset:
+    def build(ds: ray.data.Dataset, _: metrics.Watched) -> ray.data.Dataset:
         pool = placement.ingesters(ds.count())
         _wait("ingest", waiting.Wanted(name="readers", count=pool.first, cpus=1, least=pool.least), config)
         # One CPU a task: reading and decoding one shard is one thread of work.
@@ -185,10 +186,11 @@ def _ingest_chain(config: SourceConfig | RetryConfig) -> Chain:
 def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) -> Chain:
     run = uuid.uuid4().hex[:12]  # tells an engine's death in this run from the death of an earlier run
 
-    def build(ds: ray.data.Dataset) -> ray.data.Dataset:
+    def build(ds: ray.data.Dataset, watched: metrics.Watched) -> ray.data.Dataset:
         placed = placement.captioners(config, model, Store(config.store).dataset.rows).no_more_than(
             ds.count()
         )
+        watched.show("engines_wanted", placed.actors)
         _wait("caption", _models("engines", placed), config)
         # Decoding keeps its own actors: fused with the engine's it would run in turn with it.
         ds = ds.map_batches(
@@ -201,7 +203,7 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
         # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up.
         ds = ds.map_batches(
             CaptionPictures,
-            fn_constructor_args=(config, model, variant, run),
+            fn_constructor_args=(config, model, variant, run, watched.on),
             **_shard_batches(),
             num_cpus=placed.cpus,
             num_gpus=placed.gpus,
@@ -219,12 +221,13 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
 
 
 def _embed_chain(config: EmbedConfig, model: models.ModelRef, caption_variant: str, variant: str) -> Chain:
-    def build(ds: ray.data.Dataset) -> ray.data.Dataset:
+    def build(ds: ray.data.Dataset, watched: metrics.Watched) -> ray.data.Dataset:
         placed = placement.encoders(config, model, Store(config.store).dataset.rows).no_more_than(ds.count())
+        watched.show("engines_wanted", placed.actors)
         _wait("embed", _models("encoders", placed), config)
         return ds.map_batches(
             EmbedCaptions,
-            fn_constructor_args=(config, model, caption_variant, variant),
+            fn_constructor_args=(config, model, caption_variant, variant, watched.on),
             **_shard_batches(),
             num_cpus=placed.cpus,
             num_gpus=placed.gpus,
@@ -311,20 +314,26 @@ def _drive(
         rows_before = 0 if redone & receipts.keys() else done_rows
         total = sum(receipts[s].rows for s in redone & receipts.keys()) or store.dataset.rows
         source = ray.data.from_items(items, override_num_blocks=_blocks(len(items), stage))
-        ready = chain(source)  # waits for the cluster, and says so
-        with tqdm(
-            total=total, initial=rows_before, desc=f"{verb} {variant}".strip(), unit="img", file=sys.stderr
-        ) as bar:
-            rows = iter(ready.iter_rows())
-            while (row := _next(rows, verb, store)) is not None:
-                failed += row["failed"]
-                tokens += row["tokens"]
-                seconds = bar.format_dict["elapsed"] or 1e-9
-                bar.set_postfix_str(
-                    f"failed {failed}" + (f", {tokens / seconds:.0f} tok/s" if tokens else "")
-                )
-                bar.update(row["rows"])
-                check_failures(store, stage, variant, failed, max_rate)
+        with metrics.Watched(metrics.on(), stage=stage, variant=variant) as watched:
+            ready = chain(source, watched)  # waits for the cluster, and says so
+            with tqdm(
+                total=total,
+                initial=rows_before,
+                desc=f"{verb} {variant}".strip(),
+                unit="img",
+                file=sys.stderr,
+            ) as bar:
+                rows = iter(ready.iter_rows())
+                while (row := _next(rows, verb, store)) is not None:
+                    failed += row["failed"]
+                    tokens += row["tokens"]
+                    _count(watched, row)
+                    seconds = bar.format_dict["elapsed"] or 1e-9
+                    bar.set_postfix_str(
+                        f"failed {failed}" + (f", {tokens / seconds:.0f} tok/s" if tokens else "")
+                    )
+                    bar.update(row["rows"])
+                    check_failures(store, stage, variant, failed, max_rate)
         if stage == "captions" and not store.pending(stage, variant):
             store.delete_folder(f"{store.folder(stage, variant)}/underway")
         _say(
@@ -332,6 +341,14 @@ def _drive(
             f"{store.uri}/{where}, {failed} failed"
         )
     check_failures(store, stage, variant, failed, max_rate)
+
+
+def _count(watched: metrics.Watched, done: dict[str, Any]) -> None:
+    """Here and not in the actors, which Ray ends with a kill: what they had not exported yet would be
+    lost."""
+    watched.count("images", done["rows"])
+    watched.count("failures", done["failed"])
+    watched.count("tokens", done["tokens"])
 
 
 def _blocks(count: int, stage: Stage) -> int:

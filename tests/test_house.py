@@ -21,6 +21,7 @@ LEAVES = {
     "pipeline.sources.images",
     "pipeline.captioners.prompts",
     "pipeline.session",
+    "pipeline.inspect.metrics",
     "pipeline.waiting",
     "pipeline.errors",
     "pipeline.verbs",
@@ -148,6 +149,7 @@ def test_only_the_named_files_build_ray_objects() -> None:
     ours = {
         "pipeline/run.py",
         "pipeline/session.py",
+        "pipeline/inspect/metrics.py",
         "pipeline/waiting.py",
         "training/run.py",
         "tuning/run.py",

@@ -23,6 +23,7 @@ from pyarrow import fs
 
 from pipeline import session, waiting
 from pipeline.errors import MissingError, NotFiniteError, RunStoppedError, SettingsError
+from pipeline.inspect import metrics as prometheus
 from pipeline.store import Store, locations, lock
 from training import preparation, run_folder, tracking
 from training.config import TrainConfig
@@ -138,7 +139,8 @@ def _trained(
             flush=True,
         )
     try:
-        with Follower(config.run, config.optim.epochs, show=progress, metric=metric):
+        epochs, watch = config.optim.epochs, prometheus.on()
+        with Follower(config.run, epochs, show=progress, watch=watch, metric=metric):
             trainer.fit()
     except SystemExit:  # how Ray Train ends the program after Ctrl-C
         raise KeyboardInterrupt from None

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import MissingError, OtherSettingsError, SettingsError
+from pipeline.inspect.metrics import Watched
 from pipeline.store import Store, files, locations
 from training import tracking
 from training.config import TrainConfig
@@ -227,31 +228,41 @@ def _read(run: str, name: str) -> str | None:
 
 
 class Follower:
-    """Prints a line an epoch and a bar of the present one, from what rank 0 writes into the run's folder."""
+    """Prints a line an epoch and a bar of the present one, from what rank 0 writes into the run's folder.
 
-    def __init__(self, run: str, epochs: int, *, show: bool, metric: Metric | None = None) -> None:
+    With `watch` Prometheus hears the same: from here, so that it costs the workers nothing.
+    """
+
+    def __init__(
+        self, run: str, epochs: int, *, show: bool, watch: bool = False, metric: Metric | None = None
+    ) -> None:
         self._run, self._epochs, self._show = run, epochs, show
+        self._watched = Watched(watch, run=run.rpartition("/")[2])
         self._metric = metric or Metric()
+        self._follows = show or watch
         self._shown = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Follower:
-        if self._show:
-            self._shown = len(self._lines())  # what an earlier start of this run has printed
-            if self._shown:
-                print(
-                    f"train: {self._run} goes on after epoch {self._shown} of {self._epochs}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        self._shown = len(self._lines()) if self._follows else 0  # what an earlier start has printed
+        if self._shown and self._show:
+            print(
+                f"train: {self._run} goes on after epoch {self._shown} of {self._epochs}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._watched.show("training_epochs", self._epochs)
+        self._watched.show("training_epoch", self._shown)
+        if self._follows:
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._show:
+        if self._follows:
             self._stop.set()
             self._thread.join()
+        self._watched.end()
 
     def _lines(self) -> list[str]:
         return (_read(self._run, "metrics.jsonl") or "").splitlines()
@@ -262,13 +273,20 @@ class Follower:
         pause = 0.5 if locations.is_local(self._run) else 5.0
         told = 0.0
         waited = 0.0
-        with tqdm(disable=not sys.stderr.isatty(), bar_format="{desc}", leave=False, file=sys.stderr) as bar:
+        with tqdm(
+            disable=not (self._show and sys.stderr.isatty()),
+            bar_format="{desc}",
+            leave=False,
+            file=sys.stderr,
+        ) as bar:
             while True:
                 stopping = self._stop.wait(pause)
                 waited += pause
                 lines = self._lines()
                 for line in lines[self._shown :]:
-                    tqdm.write(self._epoch_line(json.loads(line)), file=sys.stderr)
+                    self._watch_epoch(json.loads(line))
+                    if self._show:
+                        tqdm.write(self._epoch_line(json.loads(line)), file=sys.stderr)
                     told = waited
                 self._shown = max(self._shown, len(lines))
                 if stopping:
@@ -276,10 +294,23 @@ class Follower:
                 now = read_json(self._run, "progress.json")
                 if now is None:
                     continue
+                self._watched.show("training_step", now["step"])
+                self._watched.show("training_images_per_second", now["images_per_s"])
                 bar.set_description_str(self._step_line(now))
-                if bar.disable and waited - told > 60:  # a log, not a screen: a line a minute
+                if self._show and bar.disable and waited - told > 60:  # a log, not a screen: a line a minute
                     print(self._step_line(now), file=sys.stderr, flush=True)
                     told = waited
+
+    def _watch_epoch(self, m: dict[str, float]) -> None:
+        if not self._watched.on:
+            return
+        self._watched.show("training_epoch", m["epoch"])
+        self._watched.show("training_step", m["step"])
+        self._watched.show("training_images_per_second", m["images_per_s"])
+        self._watched.show("training_score", headline(m, self._metric.name), metric=self._metric.name)
+        for part in ("loss", *SHORT_LOSSES):
+            if part in m:
+                self._watched.show("training_loss", m[part], part=part)
 
     def _epoch_line(self, m: dict[str, float]) -> str:
         left = (self._epochs - m["epoch"]) * m["seconds"]

@@ -18,6 +18,7 @@ from pipeline.captioners import prompts
 from pipeline.captioners.protocol import Caption, Captioner, HasProcess
 from pipeline.config import CaptionConfig
 from pipeline.encoders.models import ModelRef
+from pipeline.inspect.metrics import Watched
 from pipeline.session import actor_name
 from pipeline.sources import images
 from pipeline.stages.engine_deaths import (
@@ -118,7 +119,9 @@ class CaptionPictures:
     shard, and the notes of `engine_deaths` tell the new one what the old one died of.
     """
 
-    def __init__(self, config: CaptionConfig, model: ModelRef, variant: str, run: str) -> None:
+    def __init__(
+        self, config: CaptionConfig, model: ModelRef, variant: str, run: str, watched: bool = False
+    ) -> None:
         store = Store(config.store)
         self._store, self._variant = store, variant
         self._underway = Underway(store, variant, run)
@@ -136,6 +139,7 @@ class CaptionPictures:
                 raise
             _leave(error)
         self._loading.loaded()
+        Watched(watched, stage="captions", variant=variant).show("engines_up", 1)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo, pictures. Out: shard, redo, captions, seconds, note; the pixels are

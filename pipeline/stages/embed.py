@@ -10,6 +10,7 @@ import pyarrow as pa
 from pipeline.config import EmbedConfig
 from pipeline.encoders.models import ModelRef
 from pipeline.encoders.text import TextEncoder
+from pipeline.inspect.metrics import Watched
 from pipeline.stages.shard import Done, done_table, merged, one_thread, rows_to_do
 from pipeline.store import Store, embeddings_table
 
@@ -18,7 +19,14 @@ class EmbedCaptions:
     """Holds the encoder; one call reads, encodes and writes one shard: captions and vectors are small and
     need not travel."""
 
-    def __init__(self, config: EmbedConfig, model: ModelRef, caption_variant: str, variant: str) -> None:
+    def __init__(
+        self,
+        config: EmbedConfig,
+        model: ModelRef,
+        caption_variant: str,
+        variant: str,
+        watched: bool = False,
+    ) -> None:
         self._thread = one_thread()
         load = partial(
             TextEncoder,
@@ -32,6 +40,7 @@ class EmbedCaptions:
         self._store = Store(config.store)
         self._caption_variant, self._variant = caption_variant, variant
         self._each = config.each_caption
+        Watched(watched, stage="embeddings", variant=variant).show("engines_up", 1)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo. Out: those of `Done`."""

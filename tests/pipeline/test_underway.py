@@ -189,8 +189,10 @@ class DeadlyCaptioner(TransformersCaptioner):
 class DeadlyCaptionPictures(CaptionPictures):
     """The product's step around that engine."""
 
-    def __init__(self, config: CaptionConfig, model: ModelRef, variant: str, run_id: str) -> None:
-        super().__init__(config, model, variant, run_id)
+    def __init__(
+        self, config: CaptionConfig, model: ModelRef, variant: str, run_id: str, watched: bool
+    ) -> None:
+        super().__init__(config, model, variant, run_id, watched)
         self._captioner = DeadlyCaptioner(self._config, model)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.inspect.metrics import Watched
 from training.run_folder import Follower
 
 EPOCH = {"cross_entropy": 1.0, "top1": 50.0, "top5": 90.0, "seconds": 2.0, "images_per_s": 10.0}
@@ -43,3 +44,30 @@ def test_a_new_run_prints_every_epoch(tmp_path: Path, capsys: pytest.CaptureFixt
         write(tmp_path, 2)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and "1/2" in said[0].replace(" ", "") and "2/2" in said[1].replace(" ", "")
+
+
+def test_a_run_that_is_watched_and_not_shown_is_told_and_prints_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[tuple[str, ...], float] = {}
+
+    def show(self: Watched, name: str, value: float, **labels: str) -> None:
+        told[name, *labels.values()] = value
+
+    monkeypatch.setattr(Watched, "show", show)
+    epoch = {"epoch": 1, "step": 3, "seconds": 2.0, "images_per_s": 9.0, "loss": 2.5, "cross_entropy": 2.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(epoch | {"top1": 40.0, "ema_top1": 50.0}) + "\n")
+    with Follower(str(tmp_path), 2, show=False, watch=True):
+        assert told == {("training_epochs",): 2, ("training_epoch",): 1}, "an earlier start's epoch"
+        with (tmp_path / "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps(epoch | {"epoch": 2, "step": 6, "top1": 45.0, "ema_top1": 60.0}) + "\n")
+    assert told == {
+        ("training_epochs",): 2,
+        ("training_epoch",): 2,
+        ("training_step",): 6,
+        ("training_images_per_second",): 9.0,
+        ("training_score", "top1"): 60.0,
+        ("training_loss", "loss"): 2.5,
+        ("training_loss", "cross_entropy"): 2.0,
+    }
+    assert capsys.readouterr().err == ""
