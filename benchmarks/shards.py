@@ -179,7 +179,11 @@ def _case(kind: str, uri: str, count: int) -> dict[str, Any]:
     threading.Thread(target=_watch_memory, args=(memory,), daemon=True).start()
 
     def chain(ds: ray.data.Dataset, _: Any) -> Any:
-        one: dict[str, Any] = {**run._shard_batches(), "num_cpus": 0.5, "compute": run._actors(placement.Pool(1))}
+        one: dict[str, Any] = {
+            **run._shard_batches(),
+            "num_cpus": 0.5,
+            "compute": run._actors(placement.Pool(1)),
+        }
         for _ in range(2 if kind == "captions" else 0):
             ds = ds.map_batches(HandOn, **one)
         return Watched(

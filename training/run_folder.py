@@ -241,6 +241,7 @@ class Follower:
         self._metric = metric or Metric()
         self._follows = show or watch
         self._shown = 0
+        self._step = 0.0  # of the latest epoch that Prometheus knows
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -294,8 +295,9 @@ class Follower:
                 now = read_json(self._run, "progress.json")
                 if now is None:
                     continue
-                self._watched.show("training_step", now["step"])
-                self._watched.show("training_images_per_second", now["images_per_s"])
+                if now["step"] > self._step:
+                    self._watched.show("training_step", now["step"])
+                    self._watched.show("training_images_per_second", now["images_per_s"])
                 bar.set_description_str(self._step_line(now))
                 if self._show and bar.disable and waited - told > 60:  # a log, not a screen: a line a minute
                     print(self._step_line(now), file=sys.stderr, flush=True)
@@ -305,6 +307,7 @@ class Follower:
         if not self._watched.on:
             return
         self._watched.show("training_epoch", m["epoch"])
+        self._step = m["step"]
         self._watched.show("training_step", m["step"])
         self._watched.show("training_images_per_second", m["images_per_s"])
         self._watched.show("training_score", headline(m, self._metric.name), metric=self._metric.name)

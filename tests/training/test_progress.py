@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,12 @@ def test_a_run_that_is_watched_and_not_shown_is_told_and_prints_nothing(
     epoch = {"epoch": 1, "step": 3, "seconds": 2.0, "images_per_s": 9.0, "loss": 2.5, "cross_entropy": 2.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(epoch | {"top1": 40.0, "ema_top1": 50.0}) + "\n")
     with Follower(str(tmp_path), 2, show=False, watch=True):
+        now = {"step": 4, "steps": 6, "batch": 8, "images_per_s": 7.0, "loss": 2.2}
+        (tmp_path / "progress.json").write_text(json.dumps(now))
         assert told == {("training_epochs",): 2, ("training_epoch",): 1}, "an earlier start's epoch"
         with (tmp_path / "metrics.jsonl").open("a") as lines:
             lines.write(json.dumps(epoch | {"epoch": 2, "step": 6, "top1": 45.0, "ema_top1": 60.0}) + "\n")
+        time.sleep(1.2)  # two looks: what was said of a step before the epoch's end is old by now
     assert told == {
         ("training_epochs",): 2,
         ("training_epoch",): 2,
