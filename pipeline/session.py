@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from pipeline import watching
 from pipeline.errors import SettingsError, UnreachableError
 
 
@@ -79,6 +80,11 @@ def _join() -> None:
             "~/.ray/auth_token or RAY_AUTH_TOKEN."
         )
         raise UnreachableError(message) from error
+    from ray._private.worker import global_worker
+
+    node: Any = global_worker.node  # Ray has no public call for it
+    if node is not None:  # of a client that joins through a proxy
+        watching.watch(os.environ["RAY_ADDRESS"], node.raylet_socket_name, ray.is_initialized)
 
 
 def address() -> str:
