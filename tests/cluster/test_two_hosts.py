@@ -220,7 +220,6 @@ def test_a_store_is_described_and_a_model_trained_by_hosts_that_share_only_s3(ho
     assert "s3://pictures/run is complete; nothing to do" in second.log.read_text()
     for folder in (first.folder, first.ray_folder, Path("/dev/shm")):
         systems = [Path(f"/proc/{host.node.pid}/root{folder}") for host in hosts if host.node is not None]
-        assert all(any(system.iterdir()) for system in systems), "both wrote there"
         assert len({path.stat().st_dev for path in (folder, *systems)}) == 3, (
             "each to a file system of its own"
         )
