@@ -6,6 +6,9 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from pipeline.errors import SettingsError, UnreachableError
 
 # A KubeRay head answers before the autoscaler beside it has reported for the first time.
 _FIRST_WORD_S = 60.0
+_LOOK_S = 2.0  # between two looks at whether the cluster is still there
 
 
 def start_ray() -> None:
@@ -83,6 +87,57 @@ def _join() -> None:
             "~/.ray/auth_token or RAY_AUTH_TOKEN."
         )
         raise UnreachableError(message) from error
+    from ray._private.worker import global_worker
+
+    node: Any = global_worker.node  # Ray has no public call for it
+    if node is not None:  # of a client that joins through a proxy
+        _watch(os.environ["RAY_ADDRESS"], node.raylet_socket_name)
+
+
+def _watch(address: str, raylet: str) -> None:
+    """Ends this process with exit code 1, and says why, once the cluster at `address` is gone.
+
+    Ray leaves a driver waiting, for ever when a new cluster comes up at the old address. What a driver
+    depends on is the Ray daemon (raylet) of its own machine. That one ends with its machine, and when the
+    head is not back within Ray's minute or is back as another cluster; where a head keeps its state outside
+    of itself (Redis) it comes back as the same one, and nothing ends. So the socket on which the raylet
+    listens (its path) tells it all.
+    """
+    import ray
+
+    def look() -> None:
+        silent = 0
+        while ray.is_initialized():
+            silent = 0 if _listens(raylet) else silent + 1
+            if silent > 1 and ray.is_initialized():
+                _end(address)
+            time.sleep(_LOOK_S)
+
+    threading.Thread(target=look, name="watch", daemon=True).start()
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_LOOK_S)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:  # a machine under load: slow, and not gone
+            pass
+    return True
+
+
+def _end(address: str) -> None:
+    """At once: the main thread waits inside Ray, and what runs at a usual end asks the cluster, too. To be
+    killed at any moment is what all our work is prepared for."""
+    print(
+        f"\nthe Ray cluster at {address} is gone: its head was lost or began anew, or this machine's node "
+        "ended. What is done is kept: the same command goes on when the cluster is up.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def address() -> str:

@@ -196,19 +196,33 @@ def growing(groups: dict[str, dict[str, Any]], folder: Path) -> Iterator[str]:
     }
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
     command += ["--include-dashboard=false", *(str(each) for pair in flags.items() for each in pair)]
-    log = folder / "head.log"
-    with log.open("w") as stream:
-        head = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    head = ray_node(command, environment, folder / "head.log")
     try:
-        deadline = time.monotonic() + 60
-        while "runtime started" not in log.read_text():
-            assert head.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
         yield f"127.0.0.1:{gcs}"
     finally:
-        # `ray start --block` gives each of its processes half a minute to end.
-        for process in psutil.Process(head.pid).children(recursive=True):
+        kill_node(head)
+
+
+def ray_node(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """`ray start --block ...` as a child process, once it is up; what it prints goes to `log`."""
+    with log.open("w") as stream:
+        node = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while "runtime started" not in log.read_text():
+        if node.poll() is not None or time.monotonic() > deadline:
+            kill_node(node)
+            raise AssertionError(log.read_text())
+        time.sleep(0.2)
+    return node
+
+
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """All of its processes at once, as when a machine loses its power; `ray start --block` would give each of
+    them half a minute to end."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # it was killed before
+        processes = psutil.Process(node.pid).children(recursive=True)
+        node.kill()  # first, for it would end the others in its own way
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        head.kill()
-        head.wait(timeout=60)
+    node.wait(timeout=60)

@@ -117,6 +117,7 @@ def _trained(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": flat(config), "run_id": run_id},
+        torch_config=_torch_config(),
         scaling_config=ScalingConfig(
             **size,
             use_gpu=gpus,
@@ -155,6 +156,33 @@ def _trained(
     _log_artifacts(config, run_id)
     write_json(config.run, "result.json", result)
     return result
+
+
+def _torch_config() -> Any:
+    """Ray's own, with a word on the network to each worker before it makes the process group."""
+    from ray.train.torch import TorchConfig
+
+    base: Any = TorchConfig().backend_cls
+
+    class Backend(base):  # type: ignore[misc]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(_be_reached)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return Backend
+
+    return Config()
+
+
+def _be_reached() -> None:
+    import ray.util
+
+    from training.engine import distributed
+
+    distributed.be_reached_at(ray.util.get_node_ip_address())
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
