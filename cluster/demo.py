@@ -25,6 +25,7 @@ SWEEP_EPOCHS = "4"  # to see the sweep work; what is compared is trained for as 
 
 def run(config: DemoConfig) -> int:
     """Runs the steps in order; stops at the first that fails and returns its exit code."""
+    os.environ.pop("RAY_ADDRESS", None)  # all on this machine, whatever cluster is joined otherwise
     root = os.path.abspath(config.to)
     os.makedirs(root, exist_ok=True)
     _check_as_begun(config, root)

@@ -66,6 +66,12 @@ class Placement:
         """All are asked for at once: a pool that begins small reaches its size minutes late."""
         return Pool(self.actors, self.least)
 
+    @property
+    def decoder_pool(self) -> Pool:
+        """Beside a pool that grows one begins, and more come as pictures queue: asked for at once, they would
+        take the CPUs of the first nodes, and no engine would find room."""
+        return Pool(self.decoders, least=1, first=1) if self.least else Pool(self.decoders)
+
     def no_more_than(self, shards: int) -> Placement:
         """Of a pool that grows: no nodes are asked for that would have no shard to work on."""
         if not self.least:
@@ -79,9 +85,8 @@ def captioners(config: CaptionConfig, model: ModelRef, rows: int) -> Placement:
     if config.captioner == "openai":  # asking a server needs neither a GPU nor much of a core
         asking = config.replicas or 1
         decoders = asking if session.grows() else _decoders(asking, asking, "replicas")
-        return Placement(
-            actors=asking, gpus=0.0, cpus=1, decoders=decoders, least=_least(config.min_replicas)
-        )
+        least = min(asking, _least(config.min_replicas))
+        return Placement(actors=asking, gpus=0.0, cpus=1, decoders=decoders, least=least)
     on_gpus = session.computes_on_gpus(config.device)
     if session.grows() or (config.min_replicas and not session.is_local()):
         return _growing(config, on_gpus)
@@ -123,17 +128,25 @@ def _growing(config: CaptionConfig, on_gpus: bool) -> Placement:
         )
         raise SettingsError(message)
     cpus = 1 if on_gpus else config.engine_cores or 1
-    return Placement(
-        actors=actors,
-        gpus=float(on_gpus),
-        cpus=cpus,
-        decoders=max(actors, session.spare_cores()),
-        least=min(actors, _least(config.min_replicas)),
-    )
+    least = min(actors, _least(config.min_replicas))
+    decoders = max(actors, session.spare_cores())
+    if not session.grows():  # of what is there the least must leave room for one, and for the writer
+        decoders = max(1, min(decoders, session.cpus() - least * cpus - 1))
+    return Placement(actors=actors, gpus=float(on_gpus), cpus=cpus, decoders=decoders, least=least)
 
 
 def _least(wanted: int) -> int:
-    return wanted or int(session.grows())
+    return 0 if session.is_local() else wanted or int(session.grows())
+
+
+def check(captioning: CaptionConfig, embedding: EmbedConfig) -> None:
+    """Finds before anything is read or paid for that a cluster has nothing to compute on, or that nothing
+    says how much it should get; raises as `captioners` does."""
+    if captioning.captioner != "openai":
+        on_gpus = session.computes_on_gpus(captioning.device)
+        if session.grows():
+            _growing(captioning, on_gpus)
+    session.computes_on_gpus(embedding.device)
 
 
 def side_by_side(model: ModelRef, cores: int, memory: int, rows: int) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pipeline import placement, waiting
+from pipeline import placement, session, waiting
 from pipeline.config import (
     CaptionConfig,
     ClusterRuntime,
@@ -112,6 +112,9 @@ def describe(config: DescribeConfig) -> str:
     for."""
     captioning, embedding = config.part(CaptionConfig), config.part(EmbedConfig)
     captioner, encoder = which_model.captioner_model(captioning), which_model.encoder_model(embedding)
+    if not session.is_local():
+        start_ray()
+        placement.check(captioning, embedding)
     if config.images:
         ingest(config.part(SourceConfig))
     caption_variant = caption(captioning, captioner)
@@ -170,7 +173,8 @@ def retry(config: RetryConfig) -> None:
 def _ingest_chain(config: SourceConfig | RetryConfig) -> Chain:
     def build(ds: ray.data.Dataset, _: metrics.Watched) -> ray.data.Dataset:
         pool = placement.ingesters(ds.count())
-        _wait("ingest", waiting.Wanted(name="readers", count=pool.first, cpus=1, least=pool.least), config)
+        # One is enough to begin with: others at work on the cluster will end.
+        _wait("ingest", waiting.Wanted(name="readers", count=pool.first, cpus=1, least=1), config)
         # One CPU a task: reading and decoding one shard is one thread of work.
         return ds.map_batches(
             IngestShard,
@@ -198,7 +202,7 @@ def _caption_chain(config: CaptionConfig, model: models.ModelRef, variant: str) 
             fn_constructor_args=(config, variant, placed.crowded),
             **_shard_batches(),
             num_cpus=1,
-            compute=_actors(placement.Pool(placed.decoders)),
+            compute=_actors(placed.decoder_pool),
         )
         # A whole GPU an engine: two vLLM engines on one card race for its memory at start-up.
         ds = ds.map_batches(

@@ -10,13 +10,14 @@ import socket
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SettingsError, UnreachableError
 
-# A KubeRay head answers before the autoscaler beside it has reported for the first time.
-_FIRST_WORD_S = 60.0
+# A head answers before the autoscaler beside it has reported for the first time.
+_FIRST_WORD_S = 30.0
 _LOOK_S = 2.0  # between two looks at whether the cluster is still there
 
 
@@ -77,6 +78,13 @@ def _keep_memory() -> None:
 
 def _join() -> None:
     import ray
+
+    if (address := os.environ["RAY_ADDRESS"]).startswith("ray://"):
+        message = (
+            f"RAY_ADDRESS={address}: is Ray Client's, through which no run can be followed; send the verb as "
+            "a job (gpt4image submit --address http://...), or join from inside with the address of the GCS."
+        )
+        raise SettingsError(message)
 
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
@@ -158,9 +166,16 @@ def grows() -> bool:
     Ray has no public call for it: an autoscaler (v2, which KubeRay runs) numbers the states that it reports,
     and where there is none, or one that only looks on, the number stays 0.
     """
-    if is_local():
-        return False
-    deadline = time.monotonic() + (_FIRST_WORD_S if _only_a_head_that_does_not_work() else 0)
+    return not is_local() and _has_autoscaler(os.environ["RAY_ADDRESS"])
+
+
+@cache
+def _has_autoscaler(address: str) -> bool:
+    """Asked once: the answer must not change within a stage."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    expected = is_autoscaler_v2(fetch_from_server=True) or _only_a_head_that_does_not_work()
+    deadline = time.monotonic() + (_FIRST_WORD_S if expected else 0)
     while not (reports := bool(_autoscaling().autoscaler_state_version > 0)) and time.monotonic() < deadline:
         time.sleep(0.5)
     return reports

@@ -375,6 +375,11 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
             "--workers."
         )
         raise SettingsError(message)
+    if grows and not on_gpus and not config.place.threads:
+        message = (
+            "threads=0: the cluster grows, and nothing says how many cores a worker has; pass --threads."
+        )
+        raise SettingsError(message)
     workers = config.place.workers or gpus or 2
     if on_gpus and workers > gpus and not (config.place.min_workers or grows):
         message = f"workers={workers}: the cluster has {gpus} GPUs; pass --workers {gpus} or fewer."

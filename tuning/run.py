@@ -16,8 +16,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipeline import session
-from pipeline.errors import NotFiniteError, OtherSettingsError, TrialsFailedError
+from pipeline import session, waiting
+from pipeline.errors import NotFiniteError, OtherSettingsError, SettingsError, TrialsFailedError
 from pipeline.store import Store, locations, lock
 from training import preparation, run_folder, tracking
 from training import run as training_run
@@ -155,6 +155,7 @@ def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None
     from ray import tune as ray_tune
 
     concurrent, threads = _concurrent(config)
+    _wait(config.train, concurrent)
     print(f"tune: starting {len(todo)} trials, {concurrent} at a time", file=sys.stderr, flush=True)
     todo = [trial.but(threads=trial.place.threads or threads) for trial in todo]
     # The trial's own process only waits for its workers, whose CPUs and GPUs Ray Train asks for itself.
@@ -195,11 +196,35 @@ def _trial_name(trial: Any) -> str:
     return str(trial.config["trial"])
 
 
+def _wait(config: TrainConfig, concurrent: int) -> None:
+    """Here, where it is read: what a trial says reaches nobody."""
+    place = config.place
+    on_gpus = session.computes_on_gpus(place.device)
+    workers = place.workers or (session.gpus() if on_gpus else 0) or 2
+    room = waiting.Wanted(
+        name="workers",
+        count=workers * concurrent,
+        cpus=2 if on_gpus else place.threads or 1,
+        gpus=float(on_gpus),
+        least=place.min_workers or workers,
+        gang=True,
+    )
+    waiting.wait("tune", room, place.wait_minutes)
+
+
 def _concurrent(config: TuneConfig) -> tuple[int, int]:
     """(trials at a time, threads of a worker without a GPU): a gang of workers must fit whole, or trials wait
     for each other."""
-    gpus = session.gpus() if session.computes_on_gpus(config.train.place.device) else 0
-    workers = config.train.place.workers or gpus or 2
+    place = config.train.place
+    on_gpus = session.computes_on_gpus(place.device)
+    gpus = session.gpus() if on_gpus else 0
+    if session.grows() and not (config.concurrent and place.workers and (on_gpus or place.threads)):
+        message = (
+            "concurrent, workers: the cluster grows, and nothing says how much it should get; pass "
+            "--concurrent (trials at a time) and --workers (of each), on CPUs --threads, too."
+        )
+        raise SettingsError(message)
+    workers = place.workers or gpus or 2
     concurrent = config.concurrent or max(1, gpus // workers)
     return concurrent, max(1, session.cores() // (workers * concurrent))
 

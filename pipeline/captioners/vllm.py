@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline.captioners.protocol import Caption, finish, in_halves
 from pipeline.config import CaptionConfig
 from pipeline.encoders.models import ModelRef
+from pipeline.errors import SettingsError
 
 
 class VLLMCaptioner:
@@ -24,6 +25,7 @@ class VLLMCaptioner:
 
     def __init__(self, config: CaptionConfig, model: ModelRef) -> None:
         self._config = config
+        _refuse_cpu(config.device)
         _environment()
         from transformers import AutoProcessor
         from vllm import LLM
@@ -144,6 +146,13 @@ def _environment() -> None:
         defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def _refuse_cpu(device: str) -> None:
+    """A CUDA build would take a card that Ray has not given it."""
+    if device == "cpu" and _has_cuda():
+        message = "device=cpu: this build of vLLM computes on GPUs; use --captioner transformers."
+        raise SettingsError(message)
 
 
 def _has_cuda() -> bool:

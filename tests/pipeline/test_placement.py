@@ -182,3 +182,7 @@ def test_engines_of_a_fixed_cluster_may_come_and_go_when_told(
     assert captioners(small, replicas=4, min_replicas=1).pool == Pool(4, least=1)
     assert captioners(small).pool == Pool(2)
     assert captioners(small).no_more_than(1).actors == 2
+    cluster(monkeypatch, gpus=1, cpus=4, cores=4, joined=True)
+    few = captioners(small, replicas=8, min_replicas=1)
+    assert few.decoders == 2 and few.decoder_pool == Pool(2, least=1, first=1)
+    assert captioners(small, captioner="openai", min_replicas=2).pool == Pool(1)
