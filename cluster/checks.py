@@ -125,7 +125,8 @@ def _with_tracking(found: dict[str, list[str]], place: str, variables: Mapping[s
     elif not found["tracking_uri"] and "://" in place:
         message = (
             f"tracking_uri: with {place} its default is a file in the job's copy of this folder, which is "
-            "deleted; pass --tracking-uri with a server's address, or none."
+            "deleted, and MLFLOW_TRACKING_URI is not set here; pass --tracking-uri with the address of the "
+            "cluster's server, or none."
         )
         raise SettingsError(message)
 

@@ -17,8 +17,9 @@ class DoctorConfig:
     """What this machine, or with --address a cluster, can do, and how to mend what it cannot."""
 
     address: str = ""
-    """A cluster instead of this machine: host:port or auto joins it; http://... is its job server, to which
-    the question is sent as a job."""
+    """A cluster instead of this machine: http://... is its job server, to which the checkout is sent with the
+    question; host:port or auto joins it from one of its nodes. (With --env and such: gpt4image submit
+    [FLAGS] -- doctor --address auto ...)"""
     store: str = ""
     """With --address: folder or URI that every node must be able to write to and see alike."""
     caption_preset: str = ""

@@ -295,6 +295,9 @@ def _gpus(nodes: list[Node], preset: CaptionPreset | None, name: str, grows: boo
                 "bring nodes with GPUs to the cluster, or compute on CPUs with a smaller model (--device cpu)"
             )
             return Finding(name="gpus", state="missing", detail=f"none, and {name} needs one", mend=mend)
+        if preset and preset.gpu_gb:
+            mend = "bring one node with a GPU up and ask again: none was looked at"
+            return Finding(name="gpus", state="absent", detail=f"{detail}, and {name} needs one", mend=mend)
         return Finding(name="gpus", state="absent", detail=detail)
     # Cards are sold by a rounded size, of which a tenth may be kept back.
     small = [where for where, card in cards if preset and card < 0.9 * preset.gpu_gb * GB]

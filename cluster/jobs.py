@@ -248,6 +248,8 @@ def forwarded(asked: tuple[str, ...], environment: Mapping[str, str]) -> dict[st
         message = f"env={' '.join(missing)}: not set here; export it, or leave it out.{values}"
         raise SettingsError(message)
     found = {name: environment[name] for name in FORWARDED if name in environment}
+    if here := [name for name, value in found.items() if _is_here(value)]:
+        _say(f"note: {', '.join(here)} names this machine by a loopback address, which is another one there")
     if hidden := [name for name, value in found.items() if name not in asked and has_password(value)]:
         message = (
             f"env: {', '.join(hidden)} holds a password, which whoever may see the cluster's jobs could "
@@ -256,6 +258,10 @@ def forwarded(asked: tuple[str, ...], environment: Mapping[str, str]) -> dict[st
         )
         raise SettingsError(message)
     return found | {name: environment[name] for name in asked}
+
+
+def _is_here(value: str) -> bool:
+    return re.match(r"\w+://(localhost|127\.|\[::1\])", value) is not None
 
 
 def _free_name(client: Any, job: Job, config: SubmitConfig) -> str:
@@ -362,8 +368,9 @@ def _ways(config: JobConfig, name: str) -> str:
 def _unreachable(address: str, error: Exception) -> UnreachableError:
     return UnreachableError(
         f"address={address}: the job server does not answer or refuses ({_last_line(error)}). Start one "
-        "with `ray start --head`, or forward the cluster's port 8265. With token authentication set "
-        "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
+        "with `ray start --head` (after `ray get-auth-token --generate`, or it is open to all), or forward "
+        "the cluster's port 8265. With token authentication set RAY_AUTH_MODE=token, and "
+        "RAY_AUTH_TOKEN or ~/.ray/auth_token."
     )
 
 

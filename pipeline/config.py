@@ -50,7 +50,7 @@ class ModelRuntime(ClusterRuntime):
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """What models compute on. auto: GPUs, and the CPUs of a machine without any; a cluster that has no GPU
-    computes on CPUs only when told to. On a cluster that grows, cuda asks for nodes with GPUs."""
+    computes on CPUs only when told to. On a cluster that grows, auto and cuda ask for nodes with GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +158,8 @@ class CaptionRuntime(ModelRuntime):
     store: str
     """Folder of a store that `ingest` filled."""
     replicas: int = 0
-    """Engines; 0: one for each GPU. Without GPUs: one for each core if the model is small (and the store is
-    not), else one with all cores."""
+    """Engines; 0: one for each GPU (a cluster that grows from none must be told). Without GPUs: one for each
+    core if the model is small (and the store is not), else one with all cores."""
     min_replicas: int = 0
     """Begin with as few engines, grow to --replicas as nodes come, shrink as the queue empties (for spot
     machines). 0: --replicas from the start; on a cluster that grows, 1."""

@@ -18,6 +18,7 @@ from pipeline.errors import SettingsError, UnreachableError
 
 # A head answers before the autoscaler beside it has reported for the first time.
 _FIRST_WORD_S = 30.0
+_ANSWER_S = 10.0
 _LOOK_S = 2.0  # between two looks at whether the cluster is still there
 
 
@@ -79,20 +80,14 @@ def _keep_memory() -> None:
 def _join() -> None:
     import ray
 
-    if (address := os.environ["RAY_ADDRESS"]).startswith("ray://"):
-        message = (
-            f"RAY_ADDRESS={address}: is Ray Client's, through which no run can be followed; send the verb as "
-            "a job (gpt4image submit --address http://...), or join from inside with the address of the GCS."
-        )
-        raise SettingsError(message)
-
+    _check_address(os.environ["RAY_ADDRESS"])
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         message = (
-            f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there. Is it up, and is the "
-            "token right? With token authentication set RAY_AUTH_MODE=token, and the token in "
-            "~/.ray/auth_token or RAY_AUTH_TOKEN."
+            f"no Ray cluster answers at {os.environ['RAY_ADDRESS']} (RAY_ADDRESS). Is it up, and is the "
+            "token right? With token authentication set RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or "
+            "RAY_AUTH_TOKEN."
         )
         raise UnreachableError(message) from error
     from ray._private.worker import global_worker
@@ -100,6 +95,29 @@ def _join() -> None:
     node: Any = global_worker.node  # Ray has no public call for it
     if node is not None:  # of a client that joins through a proxy
         _watch(os.environ["RAY_ADDRESS"], node.raylet_socket_name)
+
+
+def _check_address(address: str) -> None:
+    """Ray itself tries for two minutes, with warnings of its own.
+
+    Raises:
+        SettingsError: it is no address that can be joined.
+        UnreachableError: nothing listens there.
+    """
+    if "://" in address:
+        message = (
+            f"RAY_ADDRESS={address}: a cluster is joined by host:port, from one of its nodes; through its "
+            "job server (http://...) a verb runs as a job: gpt4image submit --address ... -- VERB."
+        )
+        raise SettingsError(message)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # auto, local: Ray's to find
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError as error:
+        message = f"no Ray cluster answers at {address} (RAY_ADDRESS): {error.strerror or error}. Is it up?"
+        raise UnreachableError(message) from None
 
 
 def _watch(address: str, raylet: str) -> None:

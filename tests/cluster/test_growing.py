@@ -83,7 +83,7 @@ def test_describing_grows_from_nothing_survives_a_spot_node_and_lets_go(
     images = picture_folder({"train/a": 60, "train/b": 60, "val/a": 12, "val/b": 12})
     store = tmp_path / "store"
     flags = ["--images", str(images), "--store", str(store), "--shard-rows", "4"]
-    flags += ["--caption-preset", "scenes", "--temperature", "0.7", "--captions-per-image", "8"]
+    flags += ["--caption-preset", "scenes", "--temperature", "0.3", "--captions-per-image", "8"]
     refused = start(address, tmp_path / "refused", "describe", *flags)
     assert refused.wait(120) == 2
     assert "pass --replicas" in (tmp_path / "refused").read_text()
@@ -145,7 +145,7 @@ def test_training_begins_when_there_is_room_for_all_of_its_workers(
         "--threads",
         "2",
         "--wait-minutes",
-        "0.7",
+        "0.3",
     ]
     driver = start(address, log, "train", *flags, *many)
     assert driver.wait(120) == 1

@@ -93,7 +93,7 @@ class PlaceSettings(Free):
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """What workers compute on. auto: GPUs, and the CPUs of a machine without any; a cluster that has no GPU
-    computes on CPUs only when told to. On a cluster that grows, cuda asks for nodes with GPUs."""
+    computes on CPUs only when told to. On a cluster that grows, auto and cuda ask for nodes with GPUs."""
     workers: int = 0
     """Data-parallel processes; 0: one for each GPU of the cluster, or two without GPUs."""
     wait_minutes: float = 60.0
