@@ -86,8 +86,8 @@ def _join() -> None:
     except (ConnectionError, ValueError) as error:
         message = (
             f"no Ray cluster answers at {os.environ['RAY_ADDRESS']} (RAY_ADDRESS). Is it up, and is the "
-            "token right? With token authentication set RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or "
-            "RAY_AUTH_TOKEN."
+            "token right? With token authentication set RAY_AUTH_MODE=token, and the token in "
+            "~/.ray/auth_token or RAY_AUTH_TOKEN."
         )
         raise UnreachableError(message) from error
     from ray._private.worker import global_worker
