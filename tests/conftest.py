@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 # Nothing is fetched: a test that needs the hub is a test that is wrong.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What a shell runs in the background is deaf to Ctrl-C, and so would be all that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 RAY = "the session's Ray"
