@@ -84,7 +84,8 @@ def _trained(
     waiting.wait(f"train: {config.run}", gang, config.place.wait_minutes)
     filesystem, path = locations.resolve(config.run)
     filesystem.create_dir(path, recursive=True)
-    write_json(config.run, "config.json", run_folder.written(config, Store(config.store).contents))
+    before = read_json(config.run, "config.json")
+    write_json(config.run, "config.json", run_folder.written(config, Store(config.store).contents, before))
     for name in ("failure.json", "stopped.json", "progress.json"):
         if read_json(config.run, name) is not None:
             filesystem.delete_file(f"{path}/{name}")

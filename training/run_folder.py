@@ -36,16 +36,21 @@ _NO_SETTINGS = ("version", "recipes", "store_contents")
 _BEFORE: Recorded = {"ema_warmup": False}
 
 
-def written(config: TrainConfig, store_contents: str) -> Recorded:
-    """The content of config.json; see `Store.contents`."""
+def written(config: TrainConfig, store_contents: str, before: Recorded | None = None) -> Recorded:
+    """The content of config.json; see `Store.contents`. `before`: what it was, of a run that goes on."""
     masked = {"tracking_uri": tracking.masked(config.track.tracking_uri)}
     return {
         "version": VERSION,
-        "recipes": RECIPES,
+        "recipes": RECIPES if before is None else _recipes(before),
         "store_contents": store_contents,
         **flat(config),
         **masked,
     }
+
+
+def _recipes(recorded: Recorded) -> int:
+    """Which recipes a run was begun with (`presets.RECIPES`)."""
+    return int(recorded.get("recipes", int("epoch_repeats" in recorded)))
 
 
 def check_store(run: str, recorded: Recorded, store: Store) -> None:
@@ -127,7 +132,7 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
     open_ = {name for name in plain if name not in recorded and given[name] == plain[name]}
     if config.preset in FORMER and recorded.get("preset") == config.preset:
         (last, former), recipe = FORMER[config.preset], plain | PRESETS[config.preset]
-        if recorded.get("recipes", int("epoch_repeats" in recorded)) <= last:
+        if _recipes(recorded) <= last:
             # Begun when the recipe said something else; what it says now was not asked for.
             open_ |= {n for n in former if recorded.get(n) == former[n] and given[n] == recipe[n]}
     for name in config.method.left_open:

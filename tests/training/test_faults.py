@@ -246,6 +246,8 @@ def test_a_broken_picture_ends_the_run_with_its_name_and_without_retries(
         str(store),
         "--run",
         str(run),
+        "--device",
+        "cpu",
         *RECIPE,
         "--lr",
         "1e25",

@@ -207,6 +207,8 @@ def test_a_run_goes_on_with_each_recipe_that_has_changed(tmp_path: Path, recipe:
     then = now.but(**former)
     record = run_folder.written(then, "contents")
     assert run_folder.resumed(now, record | {"recipes": last}) == then != now
+    again = run_folder.written(then, "contents", record | {"recipes": last})
+    assert run_folder.resumed(now, again) == then, "and once more, after it has gone on"
     with pytest.raises(ValueError, match=f"{next(iter(former))}: "):
         run_folder.resumed(now, record | {"recipes": last + 1})
 
@@ -319,6 +321,7 @@ def test_the_command_of_an_early_release_ends_its_run(
     assert json.loads((folder / "result.json").read_text())["epochs"] == 40
     assert set(json.loads((folder / "config.json").read_text())) == {
         "version",
+        "recipes",
         "store_contents",
         *flat(BASE),
     }
