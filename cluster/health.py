@@ -64,12 +64,15 @@ def examine(config: DoctorConfig) -> list[Finding]:
 
     models = _models(config)
     mark = f".doctor-{uuid.uuid4().hex[:8]}"
+    made = bool(config.store) and not _is_there(config.store)
     driver_fault = _written(config.store, mark, make=True) if config.store else ""
     alive = [node for node in ray.nodes() if node["Alive"]]
     asked = [(node, _ask(node, config.store, mark, models)) for node in alive]
     nodes = [_answer(node, answer) for node, answer in asked]
     if config.store:
         _removed(config.store, mark)
+        if made:
+            _removed_folder(config.store)
     return judged(nodes, config, driver_fault, grows=session.grows())
 
 
@@ -173,6 +176,21 @@ def _removed(store: str, mark: str) -> None:
     with suppress(Exception):
         filesystem, path = locations.resolve(locations.join(store, mark))
         filesystem.delete_file(path)
+
+
+def _is_there(store: str) -> bool:
+    """Whether a folder is there; an object store has none to be left behind."""
+    from pipeline.store import locations
+
+    return not locations.is_local(store) or os.path.isdir(locations.resolve(store)[1])
+
+
+def _removed_folder(store: str) -> None:
+    """One that was made for the question, if nothing else has come into it."""
+    from pipeline.store import locations
+
+    with suppress(OSError):
+        os.rmdir(locations.resolve(store)[1])
 
 
 def _seen(store: str, mark: str) -> str:

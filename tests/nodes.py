@@ -207,7 +207,7 @@ def ray_node(command: list[str], environment: dict[str, str], log: Path) -> subp
     """`ray start --block ...` as a child process, once it is up; what it prints goes to `log`."""
     with log.open("w") as stream:
         node = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while "runtime started" not in log.read_text():
         if node.poll() is not None or time.monotonic() > deadline:
             kill_node(node)

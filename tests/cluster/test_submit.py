@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from pipeline.store import Store
-from tests.nodes import free_ports
+from tests.nodes import free_ports, kill_node, ray_node
 
 pytestmark = pytest.mark.alone
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -70,22 +70,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "--temp-dir",
         temporary,
     ]
-    log = home / "head.log"
-    with log.open("w") as stream:
-        child = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 120
-        while "runtime started" not in log.read_text():
-            assert child.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
-        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    finally:
-        # `ray start --block` gives each of its processes half a minute to end.
-        for process in psutil.Process(child.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        child.kill()
-        child.wait(timeout=60)
+    child = ray_node(command, environment, home / "head.log")
+    yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    kill_node(child)
 
 
 def command(verb: str, *arguments: str) -> list[str]:

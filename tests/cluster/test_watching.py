@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from pipeline.inspect import metrics
 from pipeline.store import Store
-from tests.nodes import ROOT, free_ports
+from tests.nodes import ROOT, free_ports, kill_node, ray_node
 
 DASHBOARD = ROOT / "cluster" / "grafana" / "gpt4image.json"
 # Ray exports it on nodes that have a GPU, and on no other.
@@ -123,22 +122,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, s
     }
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
     command += ["--include-dashboard=false", *(str(each) for pair in flags.items() for each in pair)]
-    log = folder / "head.log"
-    with log.open("w") as stream:
-        child = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 60
-        while "runtime started" not in log.read_text():
-            assert child.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}, port
-    finally:
-        # `ray start --block` gives each of its processes half a minute to end.
-        for process in psutil.Process(child.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        child.kill()
-        child.wait(timeout=60)
+    child = ray_node(command, environment, folder / "head.log")
+    yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}, port
+    kill_node(child)
 
 
 def work(environment: dict[str, str], *command: str) -> None:

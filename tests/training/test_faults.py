@@ -63,23 +63,14 @@ def store(tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Pa
     return make_store(tmp_path_factory.mktemp("faults") / "store", train=57, val=12)
 
 
+def training(store: Path, run: Path, *flags: str) -> list[str]:
+    """Arguments of Python."""
+    places = ["--store", str(store), "--run", str(run), "--device", "cpu"]
+    return ["-m", "training", "train", *places, *RECIPE, *flags]
+
+
 def start(nodes: TwoNodes, store: Path, run: Path, *flags: str) -> Driver:
-    return nodes.run(
-        [
-            "-m",
-            "training",
-            "train",
-            "--store",
-            str(store),
-            "--run",
-            str(run),
-            "--device",
-            "cpu",
-            *RECIPE,
-            *flags,
-        ],
-        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
-    )
+    return nodes.run(training(store, run, *flags), RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")
 
 
 @pytest.fixture(scope="module")
@@ -237,21 +228,7 @@ def test_a_broken_picture_ends_the_run_with_its_name_and_without_retries(
     nodes: TwoNodes, store: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "broken"
-    command = [
-        sys.executable,
-        "-m",
-        "training",
-        "train",
-        "--store",
-        str(store),
-        "--run",
-        str(run),
-        "--device",
-        "cpu",
-        *RECIPE,
-        "--lr",
-        "1e25",
-    ]
+    command = [sys.executable, *training(store, run, "--lr", "1e25")]
     environment = {**os.environ, "RAY_ADDRESS": nodes.address}
     done = subprocess.run(
         [*command, "--workers", "1"],
