@@ -117,7 +117,7 @@ def _trained(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": flat(config), "run_id": run_id},
+        train_loop_config={"config": flat(config), "run_id": run_id, "threads": cpus},
         torch_config=_torch_config(),
         scaling_config=ScalingConfig(
             **size,
@@ -195,6 +195,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     from training.engine import loop
 
     config = TrainConfig.of(**arguments["config"])
+    # Ray says it in OMP_NUM_THREADS, which torch read long ago where the process had it loaded.
+    torch.set_num_threads(arguments["threads"])
     if read_json(config.run, "stopped.json") is not None:
         return  # started again after what the next start would meet, too
     rank = ray.train.get_context().get_world_rank()
