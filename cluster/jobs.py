@@ -7,15 +7,12 @@ off, and a second job for the same place is refused while the first one runs.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import difflib
 import logging
 import os
 import re
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -23,7 +20,8 @@ from typing import Any, TypeVar
 from cluster import packing
 from cluster.checks import Job, checked, has_password
 from cluster.config import JobConfig, LogsConfig, StopConfig, SubmitConfig
-from pipeline.errors import INTERRUPTED, SettingsError, UnreachableError, UserError
+from cluster.following import ANSWER_S, ENDED, follow, last_line, say, show, ways, within
+from pipeline.errors import SettingsError, UnreachableError, UserError
 
 FORWARDED = (
     "MLFLOW_TRACKING_URI",
@@ -41,11 +39,8 @@ FORWARDED = (
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Variables by which Ray's client overrules the address that it is given."""
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-ANSWER_S = 60.0
-"""After which an unanswered question counts as a lost connection."""
-QUIET_S = 60.0
-"""After which a log's line that tells nothing is looked into."""
+BEGINS_S = 10.0
+"""In which a job begins where nothing is wrong."""
 PLACE = "writes_to"
 """In a job's metadata: what it writes to."""
 T = TypeVar("T")
@@ -67,14 +62,14 @@ def submit(config: SubmitConfig, verb: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="gpt4image-submit-") as copy:
         packed = packing.pack(folder, copy, names)
         more = f", and {', '.join(variables)}" if variables else ""
-        _say(f"sends {packed} of {folder} to {client.get_address()}{more}")
+        say(f"sends {packed} of {folder} to {client.get_address()}{more}")
         # The log is told as UTF-8 or not at all: a file name may hold any bytes.
         written = {"PYTHONIOENCODING": "utf-8:backslashreplace"}
         environment = {"working_dir": copy, "env_vars": written | variables}
         name = _submitted(client, job, name, environment, config)
-    _say(f"{name} runs: {job.entrypoint}")
+    say(f"{name} runs: {job.entrypoint}")
     if config.detach:
-        _say(_ways(config, name))
+        say(ways(config, name))
         print(name)
         return 0
     return follow(client, name, config)
@@ -85,154 +80,40 @@ def logs(config: LogsConfig) -> int:
     without a job's id which jobs there are."""
     client = _client(config)
     if not config.job:
-        for each in _within(ANSWER_S, client.list_jobs):
+        for each in within(ANSWER_S, client.list_jobs):
             print(f"{each.submission_id or each.job_id:40} {each.status:10} {each.entrypoint}")
         return 0
     info = _asked(client, client.get_job_info, config.job)
     if config.follow:
         return follow(client, config.job, config)
-    _show(_asked(client, client.get_job_logs, config.job))
-    _say(f"{config.job}: {info.status}")
+    show(_asked(client, client.get_job_logs, config.job))
+    say(f"{config.job}: {info.status}")
     return 0
 
 
 def stop(config: StopConfig) -> int:
     """Ends a job; what it has finished is kept."""
     client = _client(config)
-    deadline = time.monotonic() + config.patience
+    begun = time.monotonic()
     before = _asked(client, client.get_job_info, config.job).status
     if before in ENDED:
-        _say(f"{config.job} had ended before: {before}")
+        say(f"{config.job} had ended before: {before}")
         return 0
     _asked(client, client.stop_job, config.job)
-    while (status := _asked(client, client.get_job_info, config.job).status) not in ENDED:
-        if time.monotonic() > deadline:
-            message = f"{config.job}: still {status} after {config.patience:.0f} s; see `gpt4image logs`."
+    while (info := _asked(client, client.get_job_info, config.job)).status not in ENDED:
+        waited = time.monotonic() - begun
+        if info.status == "PENDING" and waited > min(BEGINS_S, config.patience):
+            message = (
+                f"{config.job}: is told to end, but has not begun yet ({info.message}), and Ray ends a job "
+                "only once it has begun; one that does not begin Ray gives up after 15 minutes."
+            )
+            raise UserError(message)
+        if waited > config.patience:
+            message = f"{config.job}: still {info.status} after {waited:.0f} s; see `gpt4image logs`."
             raise UserError(message)
         time.sleep(0.5)
-    _say(f"{config.job} ended: {status}. The same command goes on with it")
+    say(f"{config.job} ended: {info.status}. The same command goes on with it")
     return 0
-
-
-def follow(client: Any, name: str, config: JobConfig) -> int:
-    """Prints a job's log until it ends, over interruptions; its exit code, 130 after Ctrl-C and for a job
-    that was stopped.
-
-    Raises:
-        UserError: the server did not answer for so many seconds.
-    """
-    log = Log(client, name)
-    try:
-        info = _ended(client, name, log, config.patience)
-    except KeyboardInterrupt:
-        _say(f"{name} goes on; {_ways(config, name)}")
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read the log has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    # Ray's message repeats the end of the log, which stands above.
-    why = (info.message or "").partition(", last available logs")[0]
-    _say(f"{name} ended: {info.status}" + (f" ({why})" if info.status != "SUCCEEDED" and why else ""))
-    if info.status == "STOPPED":
-        return INTERRUPTED
-    if info.driver_exit_code is None:
-        return 0 if info.status == "SUCCEEDED" else 1
-    code = int(info.driver_exit_code)
-    return code if code >= 0 else 128 - code  # of one that a signal ended, as shells have it
-
-
-def _ended(client: Any, name: str, log: Log, patience: float) -> Any:
-    """What the server knows of the job once it has ended and all of its log is printed."""
-    lost: float | None = None
-    told = False
-    while True:
-        broke: Exception | None = None
-        try:
-            asyncio.run(log.print_new())
-        except Exception as error:  # whatever a line breaks with: of aiohttp, requests, Ray's client
-            if isinstance(error, BrokenPipeError) and log.stuck:
-                raise
-            broke = error
-            lost = None if log.heard else lost
-        try:
-            info = _within(ANSWER_S, lambda: client.get_job_info(name))
-            if info.status in ENDED:
-                log.print_rest()
-                return info
-            lost = None
-        except Exception as error:
-            if isinstance(error, BrokenPipeError) and log.stuck:
-                raise
-            lost = lost or time.monotonic()
-            gone = time.monotonic() - lost
-            if gone > patience:
-                message = (
-                    f"{name}: no connection for {gone:.0f} s ({_last_line(error)}). The job may go on: "
-                    f"gpt4image logs {name} follows it again."
-                )
-                raise UserError(message) from None
-            broke = broke or error
-        if broke is not None and not told:
-            _say(f"the connection broke ({_last_line(broke)}); trying again, the job goes on")
-        told = broke is not None and not log.heard
-        time.sleep(2.0 if broke is not None else 0.5)
-
-
-class Log:
-    """A job's log on its way to standard output: told from its beginning each time, printed once."""
-
-    def __init__(self, client: Any, name: str) -> None:
-        self._client, self._name, self._printed = client, name, 0
-        self.heard = False
-        """Whether the last try to follow it told anything."""
-        self.stuck = False
-        """Whether nobody reads standard output any more."""
-
-    async def print_new(self) -> None:
-        """Until the line ends or breaks. One that is quiet may be dumb, as after a laptop slept: now and then
-        the server is asked whether there is more."""
-        self.heard, seen = False, 0
-        pieces = self._client.tail_job_logs(self._name)
-        coming: asyncio.Future[str] | None = None
-        try:
-            while True:
-                coming = coming or asyncio.ensure_future(anext(pieces))
-                if not (await asyncio.wait({coming}, timeout=QUIET_S))[0]:
-                    printed = self._printed
-                    status = _within(ANSWER_S, lambda: self._client.get_job_info(self._name)).status
-                    self.print_rest()
-                    if status in ENDED or self._printed > printed:
-                        return
-                    continue
-                try:
-                    piece = coming.result()
-                except StopAsyncIteration:
-                    return
-                coming, self.heard = None, True
-                self._show(piece[max(0, self._printed - seen) :])
-                seen += len(piece)
-                self._printed = max(self._printed, seen)
-        finally:
-            if coming is not None:
-                coming.cancel()
-
-    def print_rest(self) -> None:
-        """What was written while the line was down; a log that cannot be told is no reason to lose the exit
-        code."""
-        try:
-            whole = _within(ANSWER_S, lambda: self._client.get_job_logs(self._name))
-        except Exception as error:
-            _say(f"the log cannot be read ({_last_line(error)})")
-            return
-        self._show(whole[self._printed :])
-        self._printed = len(whole)
-
-    def _show(self, text: str) -> None:
-        try:
-            _show(text)
-        except BrokenPipeError:
-            self.stuck = True
-            raise
 
 
 def forwarded(asked: tuple[str, ...], environment: Mapping[str, str]) -> dict[str, str]:
@@ -249,7 +130,7 @@ def forwarded(asked: tuple[str, ...], environment: Mapping[str, str]) -> dict[st
         raise SettingsError(message)
     found = {name: environment[name] for name in FORWARDED if name in environment}
     if here := [name for name, value in found.items() if _is_here(value)]:
-        _say(f"note: {', '.join(here)} names this machine by a loopback address, which is another one there")
+        say(f"note: {', '.join(here)} names this machine by a loopback address, which is another one there")
     if hidden := [name for name, value in found.items() if name not in asked and has_password(value)]:
         message = (
             f"env: {', '.join(hidden)} holds a password, which whoever may see the cluster's jobs could "
@@ -271,7 +152,7 @@ def _free_name(client: Any, job: Job, config: SubmitConfig) -> str:
         SettingsError: a job for that place runs.
     """
     numbers = [0]
-    for other in _within(ANSWER_S, client.list_jobs) if job.name else ():
+    for other in within(ANSWER_S, client.list_jobs) if job.name else ():
         if (other.metadata or {}).get(PLACE) == job.name and other.status not in ENDED:
             raise _runs_already(other.submission_id, other.status, config)
         if found := re.fullmatch(rf"{re.escape(job.name)}-(\d+)", other.submission_id or ""):
@@ -280,6 +161,12 @@ def _free_name(client: Any, job: Job, config: SubmitConfig) -> str:
 
 
 def _submitted(client: Any, job: Job, name: str, environment: dict[str, Any], config: SubmitConfig) -> str:
+    """Its id.
+
+    Raises:
+        SettingsError: another terminal was quicker since `_free_name` looked.
+        UnreachableError: the server does not take it.
+    """
     try:
         found: str = client.submit_job(
             entrypoint=job.entrypoint,
@@ -288,15 +175,44 @@ def _submitted(client: Any, job: Job, name: str, environment: dict[str, Any], co
             metadata={PLACE: job.name},
         )
     except Exception as error:  # of requests, Ray's client, the server's own
-        if name and "already" in str(error):  # another terminal was quicker
-            raise _runs_already(name, "there", config) from None
+        if name and f"{name} already exists" in str(error):
+            raise _taken(client, job, name, config) from None
         raise _unreachable(str(client.get_address()), error) from None
+    if first := _begun_before(client, job, found):
+        client.stop_job(found)
+        raise _runs_already(first.submission_id, first.status, config)
     return found
+
+
+def _taken(client: Any, job: Job, name: str, config: SubmitConfig) -> SettingsError:
+    """Why an id cannot be had: Ray's server gives each of them once."""
+    other = within(ANSWER_S, lambda: client.get_job_info(name))
+    if (other.metadata or {}).get(PLACE) == job.name and other.status not in ENDED:
+        return _runs_already(name, other.status, config)
+    mend = "pass another --job-id, or none" if config.job_id else "the same command takes the next one"
+    return SettingsError(f"job_id={name}: another job has it ({other.status}); {mend}.")
+
+
+def _begun_before(client: Any, job: Job, name: str) -> Any:
+    """An unfinished job for the same place that the server was given before this one; None: there is none.
+
+    Ids that are made of the place cannot be had twice at a time, those that users choose can.
+    """
+    found = within(ANSWER_S, client.list_jobs) if job.name else []
+    ours = next((each.start_time for each in found if each.submission_id == name), 0)
+    others = [
+        each
+        for each in found
+        if (each.metadata or {}).get(PLACE) == job.name
+        and each.status not in ENDED
+        and (each.start_time, each.submission_id) < (ours, name)
+    ]
+    return min(others, key=lambda each: each.start_time, default=None)
 
 
 def _runs_already(name: str, status: str, config: SubmitConfig) -> SettingsError:
     return SettingsError(
-        f"job_id={name}: {status} already, and two at a time would write to one place: {_ways(config, name)}."
+        f"job_id={name}: {status} already, and two at a time would write to one place: {ways(config, name)}."
     )
 
 
@@ -306,11 +222,11 @@ def _client(config: JobConfig) -> Any:
     before = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
     address = config.address or before.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)
     address = address if "://" in address else f"http://{address}"
-    for module in ("job.sdk", "dashboard_sdk"):  # what they would say is said here
-        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+    for module in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env"):
+        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # what they would say is said here
     try:
         client = JobSubmissionClient(address)
-        _within(ANSWER_S, client.list_jobs)  # a wrong token shows here, before anything is sent
+        within(ANSWER_S, client.list_jobs)  # a wrong token shows here, before anything is sent
     except Exception as error:  # of requests, Ray's client, a page that is no job server's
         raise _unreachable(address, error) from None
     finally:
@@ -325,11 +241,11 @@ def _asked(client: Any, ask: Callable[[str], T], name: str) -> T:
         SettingsError: it knows none of that name, or does not answer.
     """
     try:
-        return _within(ANSWER_S, lambda: ask(name))
+        return within(ANSWER_S, lambda: ask(name))
     except Exception as error:
-        why = _last_line(error)
+        why = last_line(error)
         with contextlib.suppress(Exception):
-            known = [each.submission_id for each in _within(ANSWER_S, client.list_jobs) if each.submission_id]
+            known = [each.submission_id for each in within(ANSWER_S, client.list_jobs) if each.submission_id]
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
                 why = "no job of that name" + (f"; did you mean {' or '.join(close)}?" if close else "")
@@ -337,56 +253,10 @@ def _asked(client: Any, ask: Callable[[str], T], name: str) -> T:
         raise SettingsError(message) from None
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` gives, or TimeoutError: Ray's client waits for an answer without end."""
-    found: list[T] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            found.append(work())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not found:
-        message = f"no answer for {seconds:.0f} s"
-        raise TimeoutError(message)
-    return found[0]
-
-
-def _ways(config: JobConfig, name: str) -> str:
-    """What can be done with a job from here."""
-    there = f"--address {config.address} " if config.address else ""
-    return f"gpt4image logs {there}{name} follows it, gpt4image stop {there}{name} ends it"
-
-
 def _unreachable(address: str, error: Exception) -> UnreachableError:
     return UnreachableError(
-        f"address={address}: the job server does not answer or refuses ({_last_line(error)}). Start one "
+        f"address={address}: the job server does not answer or refuses ({last_line(error)}). Start one "
         "with `ray start --head` (after `ray get-auth-token --generate`, or it is open to all), or forward "
         "the cluster's port 8265. With token authentication set RAY_AUTH_MODE=token, and "
         "RAY_AUTH_TOKEN or ~/.ray/auth_token."
     )
-
-
-def _last_line(error: BaseException) -> str:
-    """What an error says; the server's answers may be whole tracebacks."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (
-        (lines[-1] if lines and lines[0].startswith("Traceback") else lines[0])
-        if lines
-        else type(error).__name__
-    )
-
-
-def _show(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def _say(text: str) -> None:
-    print(f"gpt4image: {text}", file=sys.stderr, flush=True)

@@ -91,6 +91,30 @@ def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     )
 
 
+MAIN = "import sys; from cluster import __main__; sys.exit(__main__.main(sys.argv[1:]))"
+# Goes on when another has looked which jobs there are, too, and found none.
+AT_ONCE = """
+import os, sys, time
+from cluster import jobs
+folder, real = sys.argv.pop(1), jobs._free_name
+def free_name(*arguments):
+    found = real(*arguments)
+    open(os.path.join(folder, str(os.getpid())), "w").close()
+    while len(os.listdir(folder)) < 2:
+        time.sleep(0.001)
+    return found
+jobs._free_name = free_name
+"""
+# What Ray's server is asked for has another environment than it should.
+SPOILED = """
+import sys
+from cluster import following
+from ray.job_submission import JobSubmissionClient as Client
+following.QUIET_S, real, (name, value) = 1, Client.submit_job, sys.argv.pop(1).split("=")
+Client.submit_job = lambda self, **a: real(self, **a | {"runtime_env": a["runtime_env"] | {name: value}})
+"""
+
+
 def submit(environment: dict[str, str], *verb: str) -> subprocess.CompletedProcess[str]:
     return run(environment, "submit", "--", *verb)
 
@@ -146,6 +170,27 @@ def test_a_wrong_token_and_none_are_refused_with_a_way_out(
     done = submit({**head, **change}, "status", "--store", "/nowhere")
     assert done.returncode == 2
     assert "RAY_AUTH_TOKEN" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("ids", [("", ""), ("mine", "yours")])
+def test_of_two_that_are_sent_at_once_to_one_place_one_runs(
+    head: dict[str, str], tmp_path: Path, picture_folder: Callable[..., Path], ids: tuple[str, str]
+) -> None:
+    images, store, meeting = picture_folder({"train/a": 4}), tmp_path / "store", tmp_path / "meeting"
+    meeting.mkdir()
+    children = []
+    for own in ids:
+        flags = ["submit", *(["--job-id", own] if own else []), "--", "ingest", "--images", str(images)]
+        sent = [sys.executable, "-c", AT_ONCE + MAIN, str(meeting), *flags, "--store", str(store)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        children.append(subprocess.Popen(sent, cwd=ROOT, env=head, text=True, **pipes))  # type: ignore[call-overload]
+    told = [child.communicate(timeout=120) for child in children]
+    by_code = {child.returncode: "".join(said) for child, said in zip(children, told, strict=True)}
+    assert by_code.keys() == {0, 2}, told
+    assert "ended: SUCCEEDED" in by_code[0] and "ingest" in by_code[0]
+    assert "already, and two at a time would write to one place" in by_code[2]
+    assert "ingest: " not in by_code[2] and "Traceback" not in by_code[2]
+    assert Store(str(store)).pending("images") == []
 
 
 class Line:
@@ -247,8 +292,7 @@ def test_a_job_outlives_its_connection_its_terminal_and_its_driver(
     child.send_signal(signal.SIGINT)
     assert child.wait(60) == 130
     assert f"{name} goes on" in errors.read_text() and "Traceback" not in errors.read_text()
-    quick = "import sys; from cluster import jobs, __main__; jobs.QUIET_S, jobs.ANSWER_S = 1, 2; "
-    quick += "sys.exit(__main__.main(sys.argv[1:]))"
+    quick = f"from cluster import following; following.QUIET_S, following.ANSWER_S = 1, 2; {MAIN}"
     with log.open("wb") as out, errors.open("wb") as err:
         watching = [sys.executable, "-c", quick, "logs", name]
         child = subprocess.Popen(watching, cwd=ROOT, env=through, stdout=out, stderr=err)
@@ -303,3 +347,27 @@ def test_a_log_that_cannot_be_told_costs_no_exit_code(head: dict[str, str], tmp_
     done = run(head, "logs", "odd")
     assert done.returncode == 3, done.stderr
     assert "the log cannot be read" in done.stderr and "ended: FAILED" in done.stderr
+
+
+def test_a_job_whose_environment_fails_or_hangs_is_told_of(head: dict[str, str]) -> None:
+    def sent(spoiled: str) -> subprocess.Popen[str]:
+        submitted = ["submit", "--job-id", f"never-{spoiled[:2]}", "--", "status", "--store", "/nowhere"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        arguments = [sys.executable, "-c", SPOILED + MAIN, spoiled, *submitted]
+        return subprocess.Popen(arguments, cwd=ROOT, env=head, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+    gone = sent("working_dir=gcs://_ray_pkg_00000000000000aa.zip")
+    _, told = gone.communicate(timeout=60)
+    assert gone.returncode == 1 and "Traceback" not in told, told
+    assert "ended: FAILED (what the job needs could not be set up on its node: OSError: Failed to" in told
+
+    hangs = sent("py_executable=/nowhere/python")
+    assert hangs.stderr is not None
+    while "never-py has not begun yet (Job has not started yet. It may" not in (
+        line := hangs.stderr.readline()
+    ):
+        assert line, "it ended"
+    hangs.send_signal(signal.SIGINT)
+    assert hangs.wait(60) == 130
+    stopped = run(head, "stop", "never-py", "--patience", "1")
+    assert stopped.returncode == 1 and "is told to end, but has not begun yet" in stopped.stderr
