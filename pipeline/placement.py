@@ -26,8 +26,9 @@ _PROCESS = 2**31
 _ROWS_EACH = 2048
 # CPUs, by Ray's count, of a decoder and of the writer (half of one).
 _BESIDE = 2
-# Of a cluster that grows; reading and decoding are then seldom what a stage waits for.
-_MOST_INGESTERS = 32
+# Processes of one CPU that a cluster which grows is asked for where the settings leave their number open: it
+# should not grow without bounds, and with so many reading, or embedding, is seldom what a job waits for.
+_MOST_UNASKED = 32
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ def encoders(config: EmbedConfig, model: ModelRef, rows: int) -> Placement:
     """
     on_gpus = session.computes_on_gpus(config.device)
     if session.grows():
-        # Embedding takes minutes: it does with the GPUs that are there, or with one.
-        actors = config.encoder_replicas or (on_gpus and session.gpus()) or 1
+        # On GPUs embedding takes minutes: it does with those that are there, or with one.
+        unasked = session.gpus() if on_gpus else min(_MOST_UNASKED, rows // _ROWS_EACH)
+        actors = config.encoder_replicas or max(1, unasked)
         return Placement(actors=actors, gpus=float(on_gpus), cpus=1, least=1)
     return _placement(config.encoder_replicas, "encoder_replicas", model, rows, on_gpus=on_gpus)
 
@@ -115,7 +117,7 @@ def ingesters(shards: int) -> Pool:
     if not session.grows():
         return Pool(now)
     now = min(now, shards)
-    return Pool(max(now, min(_MOST_INGESTERS, shards)), least=1, first=now)
+    return Pool(max(now, min(_MOST_UNASKED, shards)), least=1, first=now)
 
 
 def _growing(config: CaptionConfig, on_gpus: bool) -> Placement:

@@ -80,8 +80,10 @@ def _trained(
         gpus=float(gpus),
         least=config.place.min_workers,
         gang=True,
+        helpers=decoders(config),
     )
-    waiting.wait(f"train: {config.run}", gang, config.place.wait_minutes)
+    with run_folder.waits(config.run, aloud=progress) as say:
+        waiting.wait(f"train: {config.run}", gang, config.place.wait_minutes, say)
     filesystem, path = locations.resolve(config.run)
     filesystem.create_dir(path, recursive=True)
     before = read_json(config.run, "config.json")
@@ -367,6 +369,14 @@ def actor_decoding(spec: decoder.DecoderSpec, count: int) -> Decoding:
     return _ActorDecoding(spec, count)
 
 
+def decoders(config: TrainConfig) -> int:
+    """Actors that decode for each worker, a CPU each; 0 where threads do."""
+    chosen = config.place.loader == "actors" or (
+        config.place.loader == "auto" and config.data.needs_processes
+    )
+    return config.place.loader_workers if chosen else 0
+
+
 def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
     """(settings with the numbers filled in, CPUs of a worker, whether each gets a GPU), checked against the
     cluster."""
@@ -401,16 +411,14 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
             "smaller --threads."
         )
         raise SettingsError(message)
-    loader = config.place.loader
-    if loader == "auto":
-        loader = "actors" if config.data.needs_processes else "threads"
-    wanted = workers * (cpus + config.place.loader_workers)
-    if loader == "actors" and wanted > total and not grows:
+    wanted = workers * (cpus + decoders(config))
+    if decoders(config) and wanted > total and not grows:
         message = (
             f"loader=actors: {workers} workers with {config.place.loader_workers} decoders each need "
             f"{wanted} CPUs, the cluster has {total}; pass a smaller --loader-workers."
         )
         raise SettingsError(message)
+    loader = "actors" if decoders(config) else "threads"
     return config.but(workers=workers, loader=loader), cpus, on_gpus
 
 

@@ -8,12 +8,14 @@ said of what it did.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Self
 
 from pipeline.errors import MissingError, OtherSettingsError, SettingsError
 from pipeline.inspect.metrics import Watched
@@ -232,6 +234,58 @@ def _read(run: str, name: str) -> str | None:
         return None
 
 
+@contextmanager
+def waits(run: str, *, aloud: bool) -> Iterator[Callable[[str], None]]:
+    """Where a run's wait for room is told: here, or, of a process that nobody hears, in its folder
+    (waiting.json), for whoever started it (`Listener`)."""
+
+    def say(text: str) -> None:
+        if aloud:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            write_json(run, "waiting.json", {"told": text})
+
+    try:
+        yield say
+    finally:
+        if not aloud and read_json(run, "waiting.json") is not None:
+            filesystem, path = locations.resolve(run)
+            filesystem.delete_file(f"{path}/waiting.json")
+
+
+class Listener:
+    """Prints what runs that nobody hears say while they wait for room."""
+
+    def __init__(self, runs: Sequence[str], pause: float = 5.0) -> None:
+        self._told = dict.fromkeys(runs, "")
+        self._pause = pause
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="waits", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _listen(self) -> None:
+        while not self._stop.wait(self._pause):
+            for run, before in self._told.items():
+                with suppress(OSError, ValueError):
+                    now = (read_json(run, "waiting.json") or {"told": ""})["told"]
+                    if now and now != before:
+                        print(now, file=sys.stderr, flush=True)
+                    self._told[run] = now
+
+
+def label(run: str) -> str:
+    """What a run is called where its address may not be seen: by its folder's name, and what tells it from
+    others of that name."""
+    return f"{run.rpartition('/')[2]}-{hashlib.sha256(run.encode()).hexdigest()[:6]}"
+
+
 class Follower:
     """Prints a line an epoch and a bar of the present one, from what rank 0 writes into the run's folder.
 
@@ -242,7 +296,7 @@ class Follower:
         self, run: str, epochs: int, *, show: bool, watch: bool = False, metric: Metric | None = None
     ) -> None:
         self._run, self._epochs, self._show = run, epochs, show
-        self._watched = Watched(watch, run=run.rpartition("/")[2])
+        self._watched = Watched(watch, run=label(run))
         self._metric = metric or Metric()
         self._follows = show or watch
         self._shown = 0

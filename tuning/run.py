@@ -189,7 +189,8 @@ def _run_trials(config: TuneConfig, sweep: str, todo: list[TrainConfig]) -> None
             failure_config=ray_tune.FailureConfig(max_failures=1),
         ),
     )
-    tuner.fit()
+    with run_folder.Listener([config["run"] for config in configs.values()]):
+        tuner.fit()
 
 
 def _trial_name(trial: Any) -> str:
@@ -208,6 +209,7 @@ def _wait(config: TrainConfig, concurrent: int) -> None:
         gpus=float(on_gpus),
         least=place.min_workers or workers,
         gang=True,
+        helpers=training_run.decoders(config),
     )
     waiting.wait("tune", room, place.wait_minutes)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from pipeline import placement, run, session
+from pipeline import placement, run, session, waiting
 from pipeline.config import CaptionConfig, EmbedConfig, EstimateConfig, SourceConfig
 from pipeline.errors import SettingsError
 from pipeline.sources import plan
@@ -77,22 +77,37 @@ def estimate(config: EstimateConfig) -> Estimate:
     begun = time.monotonic()
     session.start_ray()
     ray_s = time.monotonic() - begun
-    if session.several_nodes() and not config.work_dir:
+    grows = session.grows()
+    if (grows or session.several_nodes()) and not config.work_dir:
+        several = "grows" if grows else "has several nodes"
         message = (
-            "work_dir: the cluster has several nodes, and this machine's temporary folder is seen by one; "
+            f"work_dir: the cluster {several}, and this machine's temporary folder is seen by one node; "
             "pass --work-dir with a folder or address that every node can write to, such as the one that "
             "--store will have."
         )
         raise SettingsError(message)
+    placed: dict[Stage, placement.Placement] = {
+        "captions": placement.captioners(captioning, captioner, whole.rows),
+        "embeddings": placement.encoders(embedding, encoder, whole.rows),
+    }
     actors: dict[Stage, int] = {
         "images": session.spare_cores(),
-        "captions": placement.captioners(captioning, captioner, whole.rows).actors,
-        "embeddings": placement.encoders(embedding, encoder, whole.rows).actors,
+        **{stage: placed[stage].actors for stage in ON_GPUS},
     }
-    sample = plan_sample(
-        config, whole.rows, max(actors["captions"], actors["embeddings"]), alike=session.gpus() > 0
-    )
+    gpus = round(max(each.actors * each.gpus for each in placed.values())) if grows else session.gpus()
+    # Where it grows each actor has room of its own, and captioning engines alone are asked for by number.
+    engines = actors["captions"] if grows else max(actors["captions"], actors["embeddings"])
+    sample = plan_sample(config, whole.rows, engines, alike=gpus > 0 or grows)
     used = actors | {stage: min(actors[stage], sample.engines) for stage in ON_GPUS}
+
+    def ready(stage: Stage, name: str) -> None:
+        """Waits for all of a stage's actors, before its clock runs: a rate is that of so many."""
+        each = placed.get(stage, placement.Placement(actors=1, gpus=0, cpus=1))
+        room = waiting.Wanted(
+            name=name, count=used[stage] if stage in placed else 1, cpus=each.cpus, gpus=each.gpus
+        )
+        waiting.wait("estimate", room, config.wait_minutes)
+
     with _place(config.work_dir) as folder:
         settings = replace(
             config,
@@ -100,13 +115,15 @@ def estimate(config: EstimateConfig) -> Estimate:
             limit=sample.rows,
             shard_rows=sample.shard_rows,
             replicas=used["captions"],
+            min_replicas=0,
             encoder_replicas=used["embeddings"],
         )
-        seconds = {
-            "images": _timed(lambda: run.ingest(settings.part(SourceConfig))),
-            "captions": _timed(lambda: run.caption(settings.part(CaptionConfig), captioner)),
-            "embeddings": _timed(lambda: run.embed(settings.part(EmbedConfig), encoder)),
-        }
+        ready("images", "readers")
+        seconds = {"images": _timed(lambda: run.ingest(settings.part(SourceConfig)))}
+        ready("captions", "engines")
+        seconds["captions"] = _timed(lambda: run.caption(settings.part(CaptionConfig), captioner))
+        ready("embeddings", "encoders")
+        seconds["embeddings"] = _timed(lambda: run.embed(settings.part(EmbedConfig), encoder))
         store = Store(settings.store)
         # No more actors have work at a time than there are shards.
         working = {stage: min(actors[stage], whole.shards) for stage in STAGES}
@@ -115,7 +132,8 @@ def estimate(config: EstimateConfig) -> Estimate:
             for stage in STAGES
         ]
         counts = _counts(store)
-    return _scaled(config, whole.rows, ray_s, stages, actors, counts | {"engines": used["captions"]})
+    counts |= {"engines": used["captions"]}
+    return _scaled(config, whole.rows, ray_s, stages, actors, counts, gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +250,9 @@ def _scaled(
     stages: list[StageCost],
     actors: dict[Stage, int],
     counts: dict[str, int],
+    present: int,
 ) -> Estimate:
+    """`present`: GPUs that the sample's rates are scaled to, unless the settings name another number."""
     on_gpus = {"embeddings"} if config.captioner == "openai" else {"captions", "embeddings"}
     wall = ray_s
     on_gpu = 0.0
@@ -243,7 +263,7 @@ def _scaled(
             on_gpu += cost.start_s + steady
         wall += cost.start_s + steady
     prompt, output = (counts[name] * images / counts["rows"] for name in ("prompt", "output"))
-    gpus = config.gpus or session.gpus()
+    gpus = config.gpus or present
     gpu_hours = gpus * (on_gpu or wall) / 3600
     billed = gpu_hours if gpus else wall / 3600
     tokens_in, tokens_out = config.price_per_million_tokens
@@ -285,6 +305,7 @@ def as_text(estimated: Estimate) -> str:
         f"captions, {estimated.prompt_tokens} of prompts; {estimated.storage_bytes / 1e9:.2f} GB of storage"
         + (f"; cost {estimated.cost:.2f}" if estimated.cost else ""),
         f"from {estimated.sampled} images by {estimated.engines} engines, {estimated.failed} failed; steady "
-        "rates as measured, scaled by the number of engines, nothing added for breakdowns",
+        "rates as measured, scaled by the number of engines, nothing added for breakdowns, or "
+        "for nodes that are still to come",
     ]
     return "\n".join(lines)

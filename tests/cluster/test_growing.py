@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -77,6 +78,24 @@ def wait_until(condition: Callable[[], object], seconds: float) -> float:
     return time.monotonic() - begun
 
 
+def test_an_estimate_waits_for_its_engines_as_describing_would(
+    address: str, tmp_path: Path, picture_folder: Callable[..., Path]
+) -> None:
+    images, work = picture_folder({"train/a": 60, "train/b": 60}), tmp_path / "work"
+    work.mkdir()
+    log = tmp_path / "log"
+    flags = ["--images", str(images), "--caption-preset", "scenes", "--captioner", "transformers", "--json"]
+    flags += ["--sample", "24", "--shard-rows", "8", "--replicas", "1", "--work-dir", str(work)]
+    driver = start(address, log, "estimate", *flags)
+    assert driver.wait(150) == 0, log.read_text()[-3000:]
+    told = log.read_text()
+    assert "estimate: waits for 1 readers of 1 CPU each, 60 min at most; the cluster has 0 GPUs" in told
+    assert "estimate: waits for 1 engines of 1 GPU and 1 CPU each, 60 min at most" in told
+    found = json.loads(told.splitlines()[-1])
+    assert (found["sampled"], found["failed"], found["engines"], found["gpus"]) == (24, 0, 1, 1)
+    assert list(work.iterdir()) == []
+
+
 def test_describing_grows_from_nothing_survives_a_spot_node_and_lets_go(
     address: str, tmp_path: Path, picture_folder: Callable[..., Path]
 ) -> None:
@@ -129,9 +148,10 @@ def test_training_begins_when_there_is_room_for_all_of_its_workers(
     refused = start(address, tmp_path / "refused", "train", *flags)
     assert refused.wait(120) == 2
     assert "pass --workers" in (tmp_path / "refused").read_text()
+    flags += ["--loader", "actors", "--loader-workers", "1"]
     driver = start(address, log, "train", *flags, "--workers", "2", "--threads", "2")
     assert driver.wait(200) == 0, log.read_text()[-3000:]
-    assert "waits for 2 workers of 2 CPUs each" in log.read_text()
+    assert "waits for 2 workers of 2 CPUs each, with 1 of 1 CPU beside each" in log.read_text()
     assert "2 of 2 workers have room after" in log.read_text()
 
     log = tmp_path / "too many"
@@ -139,9 +159,9 @@ def test_training_begins_when_there_is_room_for_all_of_its_workers(
         "--batch-size",
         "10",
         "--run",
-        f"{run}5",
+        f"{run}3",
         "--workers",
-        "5",
+        "3",
         "--threads",
         "2",
         "--wait-minutes",
@@ -149,8 +169,8 @@ def test_training_begins_when_there_is_room_for_all_of_its_workers(
     ]
     driver = start(address, log, "train", *flags, *many)
     assert driver.wait(120) == 1
-    assert "no room for 5 workers of 2 CPUs each after 0.3 min" in log.read_text()
-    assert "no group of nodes gives 2 CPUs now" in log.read_text()
+    assert "no room for 3 workers of 2 CPUs each, with 1 of 1 CPU beside each after" in log.read_text()
+    assert re.search(r"no group of nodes gives \d CPUs? now", log.read_text()), "eight CPUs are the most"
 
 
 def test_the_doctor_looks_at_every_node(address: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 from pipeline.inspect import metrics
 from pipeline.store import Store
 from tests.nodes import ROOT, free_ports, kill_node, ray_node
+from training.run_folder import label
 
 DASHBOARD = ROOT / "cluster" / "grafana" / "gpt4image.json"
 # Ray exports it on nodes that have a GPU, and on no other.
@@ -182,11 +183,11 @@ def test_every_query_of_the_dashboard_finds_what_a_run_exported(
 
     result = json.loads((run / "result.json").read_text())
     last = result["last"]
-    assert heard.total("training_epoch", run="watched") == result["epochs"] == 2
-    assert heard.total("training_step", run="watched") == last["step"]
-    assert heard.total("training_score", run="watched", metric="top1") == pytest.approx(last["top1"])
+    assert heard.total("training_epoch", run=label(str(run))) == result["epochs"] == 2
+    assert heard.total("training_step", run=label(str(run))) == last["step"]
+    assert heard.total("training_score", run=label(str(run)), metric="top1") == pytest.approx(last["top1"])
     for part in ("loss", "cross_entropy", "alignment"):
-        assert heard.total("training_loss", run="watched", part=part) == pytest.approx(last[part])
+        assert heard.total("training_loss", run=label(str(run)), part=part) == pytest.approx(last[part])
 
     told = {value for (name, series) in heard.series if name in ours for _, value in series}
     assert not [value for value in told if "/" in value or SECRET in value or str(tmp_path) in value]

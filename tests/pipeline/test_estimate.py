@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import session
+from pipeline import session, waiting
 from pipeline.config import EstimateConfig
+from pipeline.errors import RunStoppedError
 from pipeline.inspect import estimate
 from pipeline.inspect.estimate import (
     Sample,
@@ -37,12 +38,9 @@ ACTORS: dict[Stage, int] = {"images": 1, "captions": 1, "embeddings": 1}
 COUNTS = {"rows": 1000, "engines": 1, "failed": 3, "prompt": 300_000, "output": 100_000}
 
 
-def test_more_gpus_divide_the_steady_time_of_their_stages_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("pipeline.session.gpus", lambda: 1)
+def test_more_gpus_divide_the_steady_time_of_their_stages_and_nothing_else() -> None:
     config = EstimateConfig(images="x", caption_preset="scenes", gpus=8, price_per_gpu_hour=2.0)
-    found = _scaled(config, 1_000_000, 5, STAGES, ACTORS, COUNTS)
+    found = _scaled(config, 1_000_000, 5, STAGES, ACTORS, COUNTS, 1)
     on_gpu = 100 + 50_000 / 8 + 10 + 2_000 / 8
     assert found.hours == pytest.approx((5 + 2 + 1000 + on_gpu) / 3600)
     assert found.gpu_hours == pytest.approx(8 * on_gpu / 3600)
@@ -52,10 +50,9 @@ def test_more_gpus_divide_the_steady_time_of_their_stages_and_nothing_else(
     assert "1000000 images" in as_text(found) and "on 8 GPUs" in as_text(found)
 
 
-def test_a_paid_server_costs_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.session.gpus", lambda: 0)
+def test_a_paid_server_costs_by_the_token() -> None:
     config = EstimateConfig(images="x", captioner="openai", price_per_million_tokens=(0.5, 2.0))
-    assert _scaled(config, 1_000_000, 5, STAGES, ACTORS, COUNTS).cost == pytest.approx(300 * 0.5 + 100 * 2)
+    assert _scaled(config, 1_000_000, 5, STAGES, ACTORS, COUNTS, 0).cost == pytest.approx(300 * 0.5 + 100 * 2)
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.3, 2.0, 3.9])
@@ -125,9 +122,34 @@ def test_a_cluster_of_several_nodes_needs_a_place_for_the_sample(
 ) -> None:
     monkeypatch.setattr(session, "start_ray", lambda: None)
     monkeypatch.setattr(session, "several_nodes", lambda: True)
+    monkeypatch.setattr(session, "grows", lambda: False)
     config = EstimateConfig(images=str(picture_folder({"a": 2})), caption_preset="scenes")
     with pytest.raises(ValueError, match="work_dir: the cluster has several nodes"):
         estimate.estimate(config)
+    monkeypatch.setattr(session, "several_nodes", lambda: False)
+    monkeypatch.setattr(session, "grows", lambda: True)
+    with pytest.raises(ValueError, match="work_dir: the cluster grows"):
+        estimate.estimate(config)
+
+
+def test_an_estimate_waits_no_longer_than_it_may(
+    monkeypatch: pytest.MonkeyPatch, picture_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """That it waits is tested on a cluster that grows."""
+    zero = {"start_ray": None, "grows": True, "several_nodes": False, "gpus": 0, "spare_cores": 1}
+    for name, value in zero.items():
+        monkeypatch.setattr(session, name, lambda value=value: value)
+    asked = []
+
+    def wait(verb: str, wanted: waiting.Wanted, minutes: float) -> None:
+        asked.append((verb, wanted.told(), minutes))
+        raise RunStoppedError(verb)
+
+    monkeypatch.setattr(waiting, "wait", wait)
+    flags = {"caption_preset": "scenes", "replicas": 3, "work_dir": str(tmp_path / "work"), "wait_minutes": 4}
+    with pytest.raises(RunStoppedError):
+        estimate.estimate(EstimateConfig(images=str(picture_folder({"a": 2})), **flags))  # type: ignore[arg-type]
+    assert asked == [("estimate", "1 readers of 1 CPU each", 4)]
 
 
 def test_an_estimate_needs_something_to_describe() -> None:

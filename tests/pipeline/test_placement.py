@@ -168,6 +168,11 @@ def test_a_cluster_that_grows_is_asked_for_what_is_wanted(
     with pytest.raises(ValueError, match="replicas=0: the cluster grows, has no GPU now"):
         captioners(small)
     assert placement.encoders(EmbedConfig(store="-"), small, 10**6).gpus == 1.0
+    on_cpus = EmbedConfig(store="-", device="cpu")
+    found = [placement.encoders(on_cpus, small, rows) for rows in (100, 10_000, 10**6)]
+    assert [each.pool for each in found] == [Pool(1), Pool(4, least=1), Pool(32, least=1)]
+    told = EmbedConfig(store="-", device="cpu", encoder_replicas=50)
+    assert placement.encoders(told, small, 100) == Placement(actors=50, gpus=0.0, cpus=1, least=1)
     assert placement.ingesters(100) == Pool(32, least=1, first=1)
     cluster(monkeypatch, gpus=4, cpus=64, cores=64, joined=True, grows=True)
     assert captioners(small).actors == 4

@@ -98,6 +98,7 @@ def test_retry_takes_what_decides_from_the_record_and_the_rest_from_its_flags(
             replicas=3,
             http_retries=1,
             encoder_batch=7,
+            wait_minutes=5,
         )
     )
     (verb, todo, config), (_, todo_vectors, embed) = here
@@ -109,6 +110,7 @@ def test_retry_takes_what_decides_from_the_record_and_the_rest_from_its_flags(
         3,
         1,
     )
+    assert (config.wait_minutes, embed.wait_minutes) == (5, 5)
     assert (embed.long_captions, embed.captions, embed.encoder_batch) == ("split", captions, 7)
     here.clear()
     run.retry(RetryConfig(store=store.uri))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.inspect.metrics import Watched
-from training.run_folder import Follower
+from training.run_folder import Follower, Listener, label, waits
 
 EPOCH = {"cross_entropy": 1.0, "top1": 50.0, "top5": 90.0, "seconds": 2.0, "images_per_s": 10.0}
 
@@ -45,6 +46,32 @@ def test_a_new_run_prints_every_epoch(tmp_path: Path, capsys: pytest.CaptureFixt
         write(tmp_path, 2)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and "1/2" in said[0].replace(" ", "") and "2/2" in said[1].replace(" ", "")
+
+
+def test_what_a_run_waits_for_is_heard_where_its_own_process_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    runs = [str(tmp_path / name) for name in ("one", "two", "not begun")]
+    with Listener(runs, pause=0.02):
+        with waits(runs[0], aloud=False) as say, waits(runs[1], aloud=False):
+            for text in ("waits for 2 workers", "has waited 30 s"):
+                say(text)
+                time.sleep(0.2)
+        assert not (tmp_path / "one" / "waiting.json").exists()
+        (tmp_path / "one" / "waiting.json").write_text("{half")  # of no use, and no reason to go deaf
+        time.sleep(0.1)
+    assert capsys.readouterr().err.splitlines() == ["waits for 2 workers", "has waited 30 s"]
+    with waits(runs[1], aloud=True) as say:
+        say("waits for 1 workers")
+    assert capsys.readouterr().err == "waits for 1 workers\n"
+    assert list((tmp_path / "two").iterdir()) == []
+
+
+def test_runs_of_one_name_have_two_labels_and_no_address() -> None:
+    labels = {label("/runs/a/x"), label("/runs/b/x"), label("s3://runs/b/x")}
+    assert len(labels) == 3 and all(re.fullmatch(r"x-[0-9a-f]{6}", each) for each in labels)
 
 
 def test_a_run_that_is_watched_and_not_shown_is_told_and_prints_nothing(
