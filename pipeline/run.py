@@ -16,18 +16,11 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline import placement, session, waiting
-from pipeline.config import (
-    CaptionConfig,
-    ClusterRuntime,
-    DescribeConfig,
-    EmbedConfig,
-    RetryConfig,
-    SourceConfig,
-)
+from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
 from pipeline.inspect import metrics
-from pipeline.session import start_ray
+from pipeline.session import ClusterRuntime, start_ray
 from pipeline.sources.plan import Plan, make_plan, notes
 from pipeline.stages import on_record, which_model
 from pipeline.stages.caption import CaptionPictures, PreparePictures, WriteCaptions

@@ -10,9 +10,10 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.errors import SettingsError, UnreachableError
 
@@ -20,6 +21,30 @@ from pipeline.errors import SettingsError, UnreachableError
 _FIRST_WORD_S = 30.0
 _ANSWER_S = 10.0
 _LOOK_S = 2.0  # between two looks at whether the cluster is still there
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterRuntime:
+    """How long a cluster is waited for."""
+
+    wait_minutes: float = 60.0
+    """Longest wait until a cluster has room, where it grows or others work on it; said while it lasts."""
+
+
+def wait_faults(config: ClusterRuntime) -> list[str]:
+    """What is wrong with how long a cluster is waited for."""
+    if config.wait_minutes < 0:
+        return [f"wait_minutes={config.wait_minutes}: must be 0 or more."]
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRuntime(ClusterRuntime):
+    """What models compute on."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """What models compute on. auto: GPUs, and the CPUs of a machine without any; a cluster that has no GPU
+    computes on CPUs only when told to. On a cluster that grows, auto and cuda ask for nodes with GPUs."""
 
 
 def start_ray() -> None:

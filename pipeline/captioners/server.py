@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pipeline.config import address_faults
+from pipeline.captioners.settings import address_faults
 from pipeline.errors import SettingsError, UnreachableError
 
 if TYPE_CHECKING:

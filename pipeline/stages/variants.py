@@ -10,15 +10,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from pipeline.config import (
-    CaptionConfig,
-    CaptionRuntime,
-    CaptionSettings,
-    EmbedConfig,
-    EmbedRuntime,
-    EmbedSettings,
-)
+from pipeline.captioners.settings import CaptionRuntime, CaptionSettings
+from pipeline.config import CaptionConfig, EmbedConfig
 from pipeline.encoders.models import ModelRef
+from pipeline.encoders.settings import EmbedRuntime, EmbedSettings
 from pipeline.store import variant_name
 
 

@@ -10,20 +10,18 @@ from typing import Any
 
 import pytest
 
+from pipeline.captioners.settings import CaptionRuntime, CaptionSettings
 from pipeline.config import (
     CaptionConfig,
-    CaptionRuntime,
-    CaptionSettings,
     DescribeConfig,
     EmbedConfig,
-    EmbedRuntime,
-    EmbedSettings,
     EstimateConfig,
     ImportConfig,
     RetryConfig,
     SourceConfig,
 )
 from pipeline.encoders.models import ModelRef
+from pipeline.encoders.settings import EmbedRuntime, EmbedSettings
 from pipeline.sources import plan
 from pipeline.stages import import_captions
 from pipeline.stages.variants import CaptionVariant, EmbedVariant
