@@ -66,6 +66,8 @@ def start_ray() -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
         _keep_memory()
+    else:
+        _outlast_the_node()
     import ray
 
     if ray.is_initialized():
@@ -84,6 +86,17 @@ def start_ray() -> None:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
+
+
+@cache
+def _outlast_the_node() -> None:
+    """Lets this process wait longer for a lost head than its node does, whose end `_watch` then tells of.
+
+    Ray would end both at the same time, a driver at once, with a line about its GCS and nothing of what is
+    kept. Read by Ray when it is imported.
+    """
+    name = "RAY_gcs_rpc_server_reconnect_timeout_s"
+    os.environ[name] = str(int(os.environ.get(name, "60")) + 30)
 
 
 def _keep_memory() -> None:

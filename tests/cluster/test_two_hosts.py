@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,8 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 S3 = f"http://{ADDRESSES[0]}:5000"
 # Debian's installer gives a host's own name an address of loopback: nobody else finds it there.
 HOSTS = "127.0.0.1 localhost\n127.0.1.1 {name}\n"
-# Beyond it all that the test and Ray write is this host's own: scratch, Ray's folder, shared memory.
+# Beyond it all that the test and Ray write is this host's own: scratch, Ray's folder, shared memory. A host
+# goes on when its node has ended.
 ON_ITS_OWN = """
 set -e
 hostname "$1"
@@ -33,7 +35,8 @@ mount --bind "$2" /etc/hosts
 for folder in "$3" "$4" /dev/shm; do mount -t tmpfs none "$folder"; done
 mkdir "$3/tmp"
 shift 4
-exec "$@"
+"$@" || true
+sleep 90
 """
 UPLOAD = """
 import sys
@@ -44,6 +47,9 @@ host = sys.argv[2].removeprefix("http://")
 remote = fs.S3FileSystem(endpoint_override=host, scheme="http", region="us-east-1")
 fs.copy_files(sys.argv[1], "pictures/images", destination_filesystem=remote)
 """
+
+
+APART = ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc"]
 
 
 class Host:
@@ -59,6 +65,7 @@ class Host:
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "HF_HUB_OFFLINE": "1",
+            "PYTHONFAULTHANDLER": "1",  # see `wait_until_told`
             "PYTHONPATH": str(ROOT),
             "HOME": str(folder),
             "TMPDIR": str(folder / "tmp"),
@@ -74,16 +81,21 @@ class Host:
         return ["ip", "netns", "exec", self.space, *command]
 
     def alone(self, *command: str) -> list[str]:
-        """The command that begins this host: nothing written outside is seen in it, nor the other way."""
+        """The command that begins this host: nothing written outside is seen in it, nor the other way.
+
+        Its processes are its own, too: a driver takes the address of the Ray daemon that it sees running, a
+        head's first; with the other host's, workers wait for the driver's objects for ever.
+        """
         names = self.folder.parent / f"{self.name}.hosts"
         names.write_text(HOSTS.format(name=self.name))
         shell = ["sh", "-c", ON_ITS_OWN, "sh", self.name, str(names), str(self.folder), str(self.ray_folder)]
-        return self.on_network("unshare", "--mount", "--uts", *shell, *command)
+        return self.on_network(*APART, *shell, *command)
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """A driver on this host; what it prints goes to `log`."""
         assert self.node is not None
-        inside = ["nsenter", f"--target={self.node.pid}", "--mount", "--net", "--uts", f"--wd={ROOT}"]
+        (begun,) = psutil.Process(self.node.pid).children()
+        inside = ["nsenter", f"--target={begun.pid}", "--mount", "--net", "--uts", "--pid", f"--wd={ROOT}"]
         command = [*inside, sys.executable, "-m", "cluster.cli", *arguments]
         with self.log.open("w") as stream:
             return subprocess.Popen(
@@ -120,7 +132,7 @@ def joined(hosts: list[Host]) -> str:
             ["ip", "-n", host.space, "link", "set", "lan0", "up"],
             ["ip", "-n", host.space, "link", "set", "lo", "up"],
         ]
-    commands += [host.on_network("unshare", "--mount", "--uts", "true") for host in hosts]
+    commands += [host.on_network(*APART, "true") for host in hosts]
     for command in commands:
         try:
             done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -173,7 +185,9 @@ def node(host: Host, log: Path) -> subprocess.Popen[bytes]:
         flags += ["--head", "--port", "6379", "--include-dashboard=false", "--temp-dir", str(host.ray_folder)]
     else:
         flags += ["--address", f"{ADDRESSES[0]}:6379"]
-    return ray_node(host.alone(ray, *flags), host.environment, log)
+    # For so long a node waits for a head that is gone; by Ray's own settings a minute.
+    patience = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+    return ray_node(host.alone(ray, *flags), host.environment | patience, log)
 
 
 def actors_until_done(driver: subprocess.Popen[bytes], hosts: list[Host], seconds: float) -> list[set[str]]:
@@ -186,7 +200,7 @@ def actors_until_done(driver: subprocess.Popen[bytes], hosts: list[Host], second
         time.sleep(0.3)
     told = hosts[0].log.read_text()
     if driver.poll() is None:
-        driver.kill()
+        kill_node(driver)
     assert driver.wait() == 0, told[-5000:]
     return seen
 
@@ -225,8 +239,34 @@ def test_a_store_is_described_and_a_model_trained_by_hosts_that_share_only_s3(ho
         )
 
 
+def test_a_driver_on_another_host_than_the_heads_says_that_the_head_is_lost(hosts: list[Host]) -> None:
+    """The last test here: the first host does not come back."""
+    first, second = hosts
+    train = ["train", "--store", "s3://pictures/store", "--run", "s3://pictures/long", "--preset", "smoke"]
+    train += ["--device", "cpu", "--workers", "1", "--threads", "1", "--batch-size", "32", "--epochs", "9999"]
+    driver = second.start(*train, "--tracking-uri", "none")
+    wait_until_told(second, "epoch   1/", driver, 120)
+    assert first.node is not None
+    kill_node(first.node)
+    lost = time.monotonic()
+    try:
+        code = driver.wait(60)
+        assert code == 1, f"{code}: {second.log.read_text()[-5000:]}"
+    finally:
+        kill_node(driver)
+    print(f"the driver ended {time.monotonic() - lost:.1f} s after the head")
+    assert "What is done is kept: the same command goes on" in second.log.read_text()
+    assert "Traceback" not in second.log.read_text(), second.log.read_text()[-5000:]
+
+
 def wait_until_told(host: Host, words: str, driver: subprocess.Popen[bytes], seconds: float) -> None:
+    """One that does not say them says where it stands: a signal makes it print its threads' stacks."""
     deadline = time.monotonic() + seconds
     while words not in host.log.read_text():
-        assert driver.poll() is None and time.monotonic() < deadline, host.log.read_text()[-5000:]
+        if driver.poll() is not None or time.monotonic() > deadline:
+            for process in psutil.Process(driver.pid).children():
+                process.send_signal(signal.SIGABRT)
+                process.wait(10)
+            kill_node(driver)
+            raise AssertionError(host.log.read_text()[-5000:])
         time.sleep(0.1)
