@@ -34,6 +34,8 @@ PATHS = frozenset(
 MODELS = frozenset({"model", "encoder", "backbone", "backbones"})
 """Names on a hub, or folders; those of the checkout travel with it."""
 URIS = frozenset({"tracking_uri"})
+CONFIG = "--config"
+"""Names a file of settings, which those that are parsed have taken in; the job reads it again."""
 REQUIRED = {"train": "run", "tune": "sweep"}
 """What a verb writes to; here its default would lie in the job's own copy of the checkout."""
 WRITES = {"train": "run", "tune": "sweep", "evaluate": "to", "export": "to", "inspect": "to"}
@@ -91,6 +93,13 @@ def checked(command: list[str], sent: Collection[str], variables: Mapping[str, s
         for value in values
         if _stays_behind(setting, value, sent)
     ]
+    file = verbs.value_of(CONFIG, command, "")
+    if file and "://" not in file and not os.path.isabs(file) and os.path.normpath(file) not in sent:
+        faults.append(
+            f"config={file}: is not among the files that a job gets (none of runs/, docs/, tests/ and "
+            "benchmarks/, and none that git ignores); copy it beside the others, or pass an absolute path or "
+            "URI on storage that every node of the cluster sees."
+        )
     if faults:
         raise SettingsError("\n".join(faults))
     return Job(shlex.join(["python", "-m", package, *command]), _name_of(name, found))

@@ -88,6 +88,8 @@ def _steps(config: DemoConfig, root: str) -> dict[str, Callable[[], int]]:
             "--concurrent",
             "2",
             "--no-export",
+            "--fresh-seeds",
+            "0",
             *(() if config.epochs else ("--epochs", SWEEP_EPOCHS)),
         ),
         # The recipe's weight, fixed beforehand, on seeds that the sweep has not seen.
@@ -109,6 +111,8 @@ def _steps(config: DemoConfig, root: str) -> dict[str, Callable[[], int]]:
             "5",
             "--concurrent",
             "2",
+            "--fresh-seeds",
+            "0",  # these are: nothing is chosen here
         ),
         "evaluate": verb("evaluate", f"{root}/seeds/test_resnet-w0.5-d0-s1"),
         "report": verb("report", f"{root}/sweep", f"{root}/seeds", "--html", f"{root}/report.html"),

@@ -22,6 +22,7 @@ from cluster.checks import Job, checked, has_password
 from cluster.config import JobConfig, LogsConfig, StopConfig, SubmitConfig
 from cluster.following import ANSWER_S, ENDED, follow, last_line, say, show, ways, within
 from pipeline.errors import SettingsError, UnreachableError, UserError
+from training.tracking.commit import VARIABLE, commit_of
 
 FORWARDED = (
     "MLFLOW_TRACKING_URI",
@@ -65,6 +66,8 @@ def submit(config: SubmitConfig, verb: list[str]) -> int:
         say(f"sends {packed} of {folder} to {client.get_address()}{more}")
         # The log is told as UTF-8 or not at all: a file name may hold any bytes.
         written = {"PYTHONIOENCODING": "utf-8:backslashreplace"}
+        if found := commit_of(folder) or os.environ.get(VARIABLE):  # the repository stays here
+            written[VARIABLE] = found
         environment = {"working_dir": copy, "env_vars": written | variables}
         name = _submitted(client, job, name, environment, config)
     say(f"{name} runs: {job.entrypoint}")

@@ -15,10 +15,12 @@ All others are faults of ours and end with their traceback and 1.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
 INTERRUPTED = 130
+UNREAD = 141
 """Exit code after Ctrl-C, as of any program that SIGINT ends."""
 
 
@@ -88,6 +90,9 @@ def reported(name: str, work: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
+    except BrokenPipeError:  # of `gpt4image report SWEEP | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except UserError as error:
         code = exit_code(error)
         if code is None:

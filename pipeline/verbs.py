@@ -54,3 +54,15 @@ def unknown(name: str, known: Iterable[str]) -> str:
     """That there is no such verb, and which one may be meant."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"no verb {name!r}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def value_of(flag: str, arguments: Sequence[str], default: str) -> str:
+    """What a command line gives a flag (the last one counts) that must be known before the others are
+    read."""
+    value = default
+    for number, argument in enumerate(arguments):
+        if argument == flag and number + 1 < len(arguments):
+            value = arguments[number + 1]
+        elif argument.startswith(f"{flag}="):
+            value = argument.split("=", 1)[1]
+    return value

@@ -8,15 +8,28 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
 from pipeline import verbs
-from pipeline.verbs import Verb
+from pipeline.errors import SettingsError
+from pipeline.verbs import Verb, value_of
 from training import config
 from training.objectives.settings import metric_named, settings_of
-from training.presets import ABOUT, preset, value_of
+from training.presets import ABOUT, preset
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Command(Generic[Config]):
+    # Without a name of its own its flags stand, and are grouped, as if there were no `config` beside it.
+    settings: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+    config: str = ""
+    """FILE of settings, JSON by their names, such as RUN/config.json (of which it takes all but where the run
+    lies): they win over the recipe's, flags over both, and this help shows them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,16 +38,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_train(arguments: list[str]) -> config.TrainConfig:
-    """The settings of a command line: the preset's, overruled by the flags beside it."""
-    objective = value_of("--objective", arguments, "align")
-    settings = preset(value_of("--preset", arguments, "small-64"), objective)
-    default = config.TrainConfig.unjudged(**settings | {"objective": objective})
+    """The settings of a command line: the preset's, overruled by those of --config, and by the flags beside.
+
+    Raises:
+        SettingsError: no such preset, or a file that cannot be read or holds what is no setting.
+        SystemExit: flags that do not fit; said on stderr.
+    """
+    file = value_of("--config", arguments, "")
+    found = _of_file(file, arguments) if file else _of_preset({}, arguments)
+    default: Any = _Command(settings=config.TrainConfig.unjudged(**found), config=file)
     about = f"Trains one model, or goes on with one. {ABOUT}"
-    kind: Any = config.TrainConfig[settings_of(objective)]  # type: ignore[misc]
-    parsed: config.TrainConfig = tyro.cli(
-        kind, args=arguments, prog="gpt4image train", default=default, description=about
-    )
-    return parsed
+    kind: Any = _Command[config.TrainConfig[settings_of(found["objective"])]]  # type: ignore[misc]
+    try:
+        parsed = tyro.cli(kind, args=arguments, prog="gpt4image train", default=default, description=about)
+    except SettingsError as error:
+        where = f"config={file}, with the flags beside it: " if file else ""
+        print(f"gpt4image train: {where}{error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    settings: config.TrainConfig = parsed.settings
+    return settings
+
+
+def _of_preset(given: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
+    """The settings of the preset and the method that flags name, or else `given`."""
+    objective = value_of("--objective", arguments, given.get("objective", "align"))
+    settings = preset(value_of("--preset", arguments, given.get("preset", "small-64")), objective)
+    return settings | {"objective": objective}
+
+
+def _of_file(file: str, arguments: list[str]) -> dict[str, Any]:
+    """The settings of a file over those of the preset.
+
+    Raises:
+        SettingsError: see `run_folder.of_file`; every message names the file.
+    """
+    from training import run_folder
+
+    content = run_folder.read_file(file)
+    try:
+        recipe = _of_preset({n: content[n] for n in ("objective", "preset") if n in content}, arguments)
+        return run_folder.of_file(content, recipe)
+    except SettingsError as error:
+        message = "\n".join(f"config={file}: {line}" for line in str(error).splitlines())
+        raise SettingsError(message) from None
 
 
 def _train(settings: config.TrainConfig) -> int:
@@ -47,10 +93,17 @@ def _train(settings: config.TrainConfig) -> int:
     last, metric = result["last"], metric_named(settings.objective)
     top5 = f", top-5 {run_folder.headline(last, 'top5'):.2f}" if "top5" in last else ""
     score, best = metric.shown(run_folder.headline(last, metric.name)), metric.shown(result["best_top1"])
+    of = "" if result["complete"] else f" of {settings.optim.epochs}"
     print(
-        f"{result['run']}: {result['epochs']} epochs, {metric.title} {score} (best {best} in epoch "
+        f"{result['run']}: {result['epochs']}{of} epochs, {metric.title} {score} (best {best} in epoch "
         f"{result['best_epoch']}){top5}"
     )
+    if not result["complete"]:
+        print(
+            f"train: ended by --until-epoch {settings.place.until_epoch}; the same command with a larger "
+            f"one, or without it, goes on (--run {result['run']})",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -8,7 +8,7 @@ when a run is resumed.
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Generic, Literal, Self
+from typing import Any, Generic, Literal, Self, get_type_hints
 
 import tyro
 from typing_extensions import TypeVar
@@ -30,6 +30,8 @@ from training.settings import (
 )
 from training.tracking.settings import TrackSettings
 
+NO_SETTINGS = ("version", "recipes", "store_contents", "commit", "variants")
+"""What else a run's record tells, see `run_folder.written`: names that no setting may have."""
 Method = TypeVar("Method", bound=MethodSettings, default=Any)
 
 
@@ -86,7 +88,7 @@ class TrainConfig(Generic[Method]):
         kinds = {name: kind for name, kind in made.items() if kind is not MISSING}
         method = settings_of(objective)
         kinds["method"] = kinds["method"] if issubclass(kinds["method"], method) else method
-        others = made.keys() - kinds.keys()
+        others = {*made, *NO_SETTINGS} - kinds.keys()
         for name, kind in kinds.items():
             others |= {own.name for own in fields(kind)} if name != "method" else set()
         if taken := sorted(others & {own.name for own in fields(kinds["method"])}):
@@ -109,6 +111,19 @@ class TrainConfig(Generic[Method]):
         }
 
     @classmethod
+    def kinds(cls, objective: str) -> dict[str, Any]:
+        """Every setting by its name with its type."""
+        groups = cls.groups(objective)
+        kinds: list[Any] = [cls, *groups.values()]
+        hints = {kind: get_type_hints(kind) for kind in kinds}
+        return {
+            each.name: hints[kind][each.name]
+            for kind in kinds
+            for each in fields(kind)
+            if each.name not in groups
+        }
+
+    @classmethod
     def unjudged(cls, **settings: Any) -> Self:
         """What a command line fills: as `of`, but not checked, and `tyro.MISSING` for what has no default."""
         objective = settings.get("objective", "align")
@@ -124,6 +139,11 @@ class TrainConfig(Generic[Method]):
     def but(self, **settings: Any) -> Self:
         """The same with other values, by names alone; see `of`."""
         return self.of(**flat(self) | settings)
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch that this start ends after: that of --until-epoch, or the run's last."""
+        return min(self.place.until_epoch or self.optim.epochs, self.optim.epochs)
 
     def deciding(self) -> dict[str, Any]:
         """What decides the results, by names: everything but the groups that are free, and where the run

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from pipeline.errors import SettingsError
+from pipeline.verbs import value_of as value_of
 from training.objectives.settings import AlignSettings, settings_of
 
 _Settings = dict[str, Any]
@@ -235,15 +235,3 @@ def preset(name: str, objective: str = "align") -> dict[str, Any]:
         foreign = {own.name for own in fields(AlignSettings)}
     values = {key: value for key, value in PRESETS[name].items() if key not in foreign}
     return {"preset": name, **values}
-
-
-def value_of(flag: str, arguments: Sequence[str], default: str) -> str:
-    """What a command line gives a flag (the last one counts) that must be known before the others are
-    read."""
-    value = default
-    for number, argument in enumerate(arguments):
-        if argument == flag and number + 1 < len(arguments):
-            value = arguments[number + 1]
-        elif argument.startswith(f"{flag}="):
-            value = argument.split("=", 1)[1]
-    return value

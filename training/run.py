@@ -3,7 +3,8 @@ objects.
 
 A run is a folder, on a disk or s3://: settings (config.json), MLflow id, Ray Train's checkpoints,
 metrics.jsonl, progress.json, and result.json at the end. The same command on the same folder goes on from the
-last checkpoint, inside an epoch too. `python -m training train --store STORE --preset scenes`.
+last checkpoint, inside an epoch too, or after the epoch that --until-epoch ended it at.
+`python -m training train --store STORE --preset scenes`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from training.config import TrainConfig
 from training.objectives.settings import metric_named
 from training.run_folder import Follower, read_json, write_json, write_text
 from training.settings import flat
+from training.tracking.commit import TAG, commit
 
 if TYPE_CHECKING:
     from training.data import decoder
@@ -40,7 +42,10 @@ Result = dict[str, Any]
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool = True) -> Result:
-    """Trains, or resumes, or finds the run finished; returns the content of result.json.
+    """Trains, or resumes, or finds the run finished.
+
+    Returns the content of result.json and `complete`: whether the run is at its end. After a piece that
+    `until_epoch` ended it is False, there is no result.json, and what is returned is of the epochs so far.
 
     Args:
         config: the run's settings; everything is checked before any worker starts.
@@ -55,7 +60,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
     finished = read_json(config.run, "result.json")
     if finished is not None:
         print(f"train: {config.run} is complete; nothing to do", file=sys.stderr)
-        return finished
+        return finished | {"complete": True}
     with lock.held(config.run, "run"):  # two drivers would write each other's checkpoints
         recorded, finished = read_json(config.run, "config.json"), read_json(config.run, "result.json")
         if recorded is not None:  # perhaps another driver's, which has ended just now
@@ -63,7 +68,9 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
         elif progress and (note := preparation.few_steps(config)):
             print(f"train: {note}", file=sys.stderr)
         if finished is not None:
-            return finished
+            return finished | {"complete": True}
+        if recorded is not None and (piece := _piece_done(config)) is not None:
+            return piece
         return _trained(config, variants, callbacks, progress)
 
 
@@ -72,12 +79,12 @@ def _trained(
 ) -> Result:
     config = _tracked_as_begun(config)
     session.start_ray()
-    config, cpus, gpus = _placed(config)
+    config, cpus, gpus = placed(config)
     gang = waiting.Wanted(
         name="workers",
         count=config.place.workers,
         cpus=cpus,
-        gpus=float(gpus),
+        gpus=gpus,
         least=config.place.min_workers,
         gang=True,
         helpers=decoders(config),
@@ -87,7 +94,9 @@ def _trained(
     filesystem, path = locations.resolve(config.run)
     filesystem.create_dir(path, recursive=True)
     before = read_json(config.run, "config.json")
-    write_json(config.run, "config.json", run_folder.written(config, Store(config.store).contents, before))
+    contents = Store(config.store).contents
+    record = run_folder.written(config, contents, before, commit=commit(), variants=variants)
+    write_json(config.run, "config.json", record)
     for name in ("failure.json", "stopped.json", "progress.json"):
         if read_json(config.run, name) is not None:
             filesystem.delete_file(f"{path}/{name}")
@@ -96,7 +105,7 @@ def _trained(
     # A report waits until the one before has been fetched; Ray's two seconds are longer than an epoch of a
     # small set.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
     _drop_useless_record(config.run)
@@ -107,13 +116,7 @@ def _trained(
         checkpoint_score_attribute=run_folder.headline_name(config),
         checkpoint_score_order="max" if metric.higher_is_better else "min",
     )
-    # Settings of Ray Train V2, which the declared type, V1's, does not know.
-    size: dict[str, Any] = {"num_workers": config.place.workers}
     if config.place.min_workers:
-        size = {
-            "num_workers": (config.place.min_workers, config.place.workers),
-            "elastic_resize_monitor_interval_s": config.place.resize_seconds,
-        }
         # What Ray takes for free may lie on a node of whose death it has not heard yet: it looks again after
         # this, and not after a minute of waiting for that node.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
@@ -121,11 +124,7 @@ def _trained(
         train_worker,
         train_loop_config={"config": flat(config), "run_id": run_id, "threads": cpus},
         torch_config=_torch_config(),
-        scaling_config=ScalingConfig(
-            **size,
-            use_gpu=gpus,
-            resources_per_worker={"CPU": cpus, "GPU": int(gpus)},
-        ),
+        scaling_config=_scaling(config, cpus, gpus),
         run_config=RunConfig(
             name=path.rpartition("/")[2],
             storage_path=path.rpartition("/")[0],
@@ -136,7 +135,9 @@ def _trained(
         ),
     )
     if progress:
-        where = "a GPU each" if gpus else f"{cpus} CPU threads each"
+        where = f"{cpus} CPU threads each"
+        if gpus:
+            where = "a GPU each" if gpus == 1 else f"{gpus:g} of a GPU each"
         print(
             f"train: {config.run}: starting {config.place.workers} workers, {where}",
             file=sys.stderr,
@@ -155,10 +156,39 @@ def _trained(
         raise RunStoppedError(stopped["message"])
     if (failure := read_json(config.run, "failure.json")) is not None:
         raise NotFiniteError(failure["message"])
-    result = _result(config, tracking.actual_run_id(run_id, _spool(config)))
-    _log_artifacts(config, run_id)
-    write_json(config.run, "result.json", result)
-    return result
+    history = _history(config.run)
+    result = _result(config, run_id, history)
+    complete = len(history) >= config.optim.epochs
+    if complete:
+        _log_artifacts(config, run_id)
+        write_json(config.run, "result.json", result)
+    return result | {"complete": complete}
+
+
+def _piece_done(config: TrainConfig) -> Result | None:
+    """What `train` returns of a run that has all epochs of the piece asked for, on record and in a
+    checkpoint; None: there is something to train."""
+    if config.last_epoch == config.optim.epochs or not (history := _history(config.run)):
+        return None
+    told = run_folder.epochs_told(config.run)  # a kill may have come between a checkpoint and this
+    if min(len(history), told) < config.last_epoch:
+        return None
+    run_id = str((read_json(config.run, "mlflow.json") or {"run_id": ""})["run_id"])
+    return _result(config, run_id, history) | {"complete": False}
+
+
+def _scaling(config: TrainConfig, cpus: int, gpus: float) -> Any:
+    """What Ray Train is to ask for, of what `placed` found."""
+    from ray.train import ScalingConfig
+
+    # Settings of Ray Train V2, which the declared type, V1's, does not know.
+    size: dict[str, Any] = {"num_workers": config.place.workers}
+    if config.place.min_workers:
+        size = {
+            "num_workers": (config.place.min_workers, config.place.workers),
+            "elastic_resize_monitor_interval_s": config.place.resize_seconds,
+        }
+    return ScalingConfig(**size, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus, "GPU": gpus})
 
 
 def _torch_config() -> Any:
@@ -223,7 +253,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
         reporter.finish("FAILED")
         raise
     else:
-        reporter.finish("FINISHED")
+        # Ended before its end, like one that was interrupted; the next piece sets it running again.
+        reporter.finish("FINISHED" if config.last_epoch == config.optim.epochs else "KILLED")
 
 
 @contextmanager
@@ -279,6 +310,7 @@ class _Reporter:
             self._lines.append(json.dumps(metrics) + "\n")
             if self._rank == 0:  # a kill may have come between an epoch's checkpoint and its metrics
                 self._tracker.metrics(metrics, step=int(metrics["epoch"]), once=True)
+        self._write_lines()
 
     def __call__(self, metrics: loop.Metrics | None, take: Callable[[], checkpoint.Snapshot]) -> None:
         """See `loop.Report`; returns as soon as rank 0 holds a copy."""
@@ -306,7 +338,7 @@ class _Reporter:
         if metrics is not None:
             self._tracker.metrics(metrics, step=int(metrics["epoch"]), once=True)
             self._lines.append(json.dumps(metrics) + "\n")
-            self._writer.submit(write_text, self._config.run, "metrics.jsonl", "".join(self._lines))
+            self._write_lines()
 
     def progress(self, now: loop.Metrics) -> None:
         """Tells the run's folder how far it is, every two seconds at most (ten where it is remote)."""
@@ -314,6 +346,10 @@ class _Reporter:
         if self._rank == 0 and time.monotonic() - self._shown > pause:
             self._shown = time.monotonic()
             self._writer.submit(write_json, self._config.run, "progress.json", now)
+
+    def _write_lines(self) -> None:
+        if self._rank == 0:
+            self._writer.submit(write_text, self._config.run, "metrics.jsonl", "".join(self._lines))
 
     def finish(self, status: str) -> None:
         """Waits for what is still being written, for a server of MLflow not longer than 20 s."""
@@ -377,12 +413,18 @@ def decoders(config: TrainConfig) -> int:
     return config.place.loader_workers if chosen else 0
 
 
-def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
-    """(settings with the numbers filled in, CPUs of a worker, whether each gets a GPU), checked against the
-    cluster."""
+def placed(config: TrainConfig) -> tuple[TrainConfig, int, float]:
+    """(settings with the numbers filled in, CPUs of a worker, its share of a GPU or 0), checked against the
+    cluster that this process has joined.
+
+    Raises:
+        SettingsError: the cluster has no such workers, and does not grow; or it grows, and nothing says how.
+    """
     on_gpus, grows, total = session.computes_on_gpus(config.place.device), session.grows(), session.cpus()
     gpus = session.gpus() if on_gpus else 0
-    if grows and not (config.place.workers or gpus):
+    share = config.place.gpu_share
+    asked = config.place.workers or int(share < 1)
+    if grows and not (asked or gpus):
         message = (
             "workers=0: the cluster grows, and nothing says how many workers it should get room for; pass "
             "--workers."
@@ -393,7 +435,7 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
             "threads=0: the cluster grows, and nothing says how many cores a worker has; pass --threads."
         )
         raise SettingsError(message)
-    workers = config.place.workers or gpus or 2
+    workers = asked or gpus or 2
     if on_gpus and workers > gpus and not (config.place.min_workers or grows):
         message = f"workers={workers}: the cluster has {gpus} GPUs; pass --workers {gpus} or fewer."
         raise SettingsError(message)
@@ -419,7 +461,7 @@ def _placed(config: TrainConfig) -> tuple[TrainConfig, int, bool]:
         )
         raise SettingsError(message)
     loader = "actors" if decoders(config) else "threads"
-    return config.but(workers=workers, loader=loader), cpus, on_gpus
+    return config.but(workers=workers, loader=loader), cpus, share if on_gpus else 0.0
 
 
 def _tracked_as_begun(config: TrainConfig) -> TrainConfig:
@@ -448,14 +490,14 @@ def _tracking_run(config: TrainConfig, variants: dict[str, str]) -> str:
     recorded = read_json(config.run, "mlflow.json")
     if recorded is not None and (recorded["run_id"] or config.track.tracking_uri == tracking.OFF):
         return str(recorded["run_id"])
-    params = config.deciding()
+    params, tags = config.deciding(), variants | ({TAG: commit()} if commit() else {})
     name = config.run.rpartition("/")[2]
     run_id = tracking.start_run(
         config.track.tracking_uri,
         config.track.experiment,
         name,
         params,
-        variants,
+        tags,
         config.track.parent_run,
         spool=_spool(config),
     )
@@ -493,18 +535,28 @@ def _log_artifacts(config: TrainConfig, run_id: str) -> None:
         tracker.finish(wait_s=20)
 
 
-def _result(config: TrainConfig, run_id: str) -> Result:
+def _history(run: str) -> list[dict[str, float]]:
+    """The metrics of the epochs that the last checkpoint knows of; none, where there is no checkpoint."""
     from training.engine import checkpoint
 
-    history = checkpoint.read_state(checkpoint.find(config.run))["history"]
+    try:
+        state = checkpoint.read_state(checkpoint.find(run))
+    except MissingError:
+        return []
+    history: list[dict[str, float]] = state["history"]
+    return history
+
+
+def _result(config: TrainConfig, run_id: str, history: list[dict[str, float]]) -> Result:
     metric = metric_named(config.objective)
     best = max(history, key=lambda epoch: run_folder.merit(epoch, metric))
     return {
         "run": config.run,
-        "run_id": run_id,
+        "run_id": tracking.actual_run_id(run_id, _spool(config)),
         "epochs": len(history),
         "last": history[-1],
         "best_epoch": best["epoch"],
         "best_top1": run_folder.headline(best, metric.name),
         "history": history,
+        "commit": commit(),
     }

@@ -8,12 +8,13 @@ said of what it did.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Self
 
@@ -21,10 +22,10 @@ from pipeline.errors import MissingError, OtherSettingsError, SettingsError
 from pipeline.inspect.metrics import Watched
 from pipeline.store import Store, files, locations
 from training import tracking
-from training.config import TrainConfig
+from training.config import NO_SETTINGS, TrainConfig
 from training.objectives.settings import SHORT_LOSSES, Metric, metric_named
 from training.presets import FORMER, PRESETS, RECIPES
-from training.settings import flat
+from training.settings import fitting, flat
 
 Recorded = dict[str, Any]
 
@@ -32,19 +33,34 @@ Recorded = dict[str, Any]
 # versions.
 VERSION = 1
 
-_NO_SETTINGS = ("version", "recipes", "store_contents")
-
 # What releases did that did not know a setting, where that is not the setting's default.
 _BEFORE: Recorded = {"ema_warmup": False}
 
 
-def written(config: TrainConfig, store_contents: str, before: Recorded | None = None) -> Recorded:
-    """The content of config.json; see `Store.contents`. `before`: what it was, of a run that goes on."""
+def written(
+    config: TrainConfig,
+    store_contents: str,
+    before: Recorded | None = None,
+    *,
+    commit: str = "",
+    variants: Mapping[str, str] | None = None,
+) -> Recorded:
+    """The content of config.json.
+
+    Args:
+        config: the run's settings.
+        store_contents: see `Store.contents`.
+        before: what it was, of a run that goes on: that tells what the run was begun with.
+        commit: of the code; empty: not known.
+        variants: of the store, as they are trained on; see `Facts.variants`.
+    """
     masked = {"tracking_uri": tracking.masked(config.track.tracking_uri)}
     return {
         "version": VERSION,
         "recipes": RECIPES if before is None else _recipes(before),
         "store_contents": store_contents,
+        "commit": commit if before is None else before.get("commit", ""),
+        "variants": dict(variants or {}) if before is None else before.get("variants", dict(variants or {})),
         **flat(config),
         **masked,
     }
@@ -53,6 +69,67 @@ def written(config: TrainConfig, store_contents: str, before: Recorded | None = 
 def _recipes(recorded: Recorded) -> int:
     """Which recipes a run was begun with (`presets.RECIPES`)."""
     return int(recorded.get("recipes", int("epoch_repeats" in recorded)))
+
+
+def read_file(file: str) -> Recorded:
+    """The content of a file of settings, a path or an address.
+
+    Raises:
+        SettingsError: it is not there, or no JSON object.
+    """
+    folder, _, name = file.rpartition("/")
+    try:
+        content = json.loads(locations.fetch(folder or ("/" if file.startswith("/") else "."), name))
+    except (FileNotFoundError, NotADirectoryError):
+        message = f"config={file}: there is no such file."
+        raise MissingError(message) from None
+    except (IsADirectoryError, PermissionError) as error:
+        message = f"config={file}: {error.strerror or error}; name a file, such as RUN/config.json."
+        raise SettingsError(message) from None
+    except ValueError as error:
+        message = f"config={file}: is no JSON ({error})."
+        raise SettingsError(message) from None
+    if not isinstance(content, dict):
+        message = f'config={file}: must hold an object of settings by name, such as {{"epochs": 10}}.'
+        raise SettingsError(message)
+    return content
+
+
+def of_file(content: Recorded, recipe: Recorded) -> Recorded:
+    """The settings that a file's content gives a new run.
+
+    Args:
+        content: a record of a run, or some settings by their names.
+        recipe: the settings of the preset, its name and the method's; what the file does not name has their
+            value. (A record names all that its release knew; the rest is what that release did.)
+
+    Raises:
+        SettingsError: a newer release's record, names that are no settings, or values of a wrong kind.
+    """
+    version = content.get("version", 0)
+    if not isinstance(version, int) or version > VERSION:
+        message = f"version={version!r}: this release reads up to {VERSION}; use the one that wrote it."
+        raise SettingsError(message)
+    known = TrainConfig.kinds(recipe["objective"])
+    left = {*NO_SETTINGS, "run", "parent_run"}
+    given = {name: value for name, value in content.items() if name not in left}
+    if "***" in str(given.get("tracking_uri", "")):  # its password is not on record
+        del given["tracking_uri"]
+    faults = []
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            faults.append(f"{name}: is no setting" + (f"; did you mean {close[0]}?" if close else "."))
+            continue
+        try:
+            given[name] = fitting(known[name], value)
+        except ValueError as error:
+            faults.append(f"{name}={json.dumps(value)}: must be {error}.")
+    if faults:
+        raise SettingsError("\n".join(faults))
+    names = {name: recipe[name] for name in ("preset", "objective")}
+    recorded = {name: value for name, value in _BEFORE.items() if name in known}
+    return (names | recorded if "version" in content else recipe) | given | names
 
 
 def check_store(run: str, recorded: Recorded, store: Store) -> None:
@@ -81,7 +158,7 @@ def settings(run: str, recorded: Recorded) -> TrainConfig:
         ValueError: a newer release wrote it, or it holds settings that this one does not know.
     """
     version = recorded.get("version", 0)
-    values = {name: recorded[name] for name in recorded if name not in _NO_SETTINGS}
+    values = {name: recorded[name] for name in recorded if name not in NO_SETTINGS}
     known = TrainConfig.defaults(values.get("objective", "align"))
     unknown = sorted(values.keys() - known.keys())
     if version > VERSION or unknown:
@@ -206,7 +283,7 @@ def _tracked(run: str, name: str) -> str:
 
 def read_json(run: str, name: str) -> dict[str, Any] | None:
     """A JSON file of a run; None where there is none."""
-    text = _read(run, name)
+    text = read_text(run, name)
     if text is None:
         return None
     content: dict[str, Any] = json.loads(text)
@@ -225,13 +302,19 @@ def write_text(run: str, name: str, text: str) -> None:
     files.write_whole(filesystem, f"{root}/{name}", text.encode(), lasting)
 
 
-def _read(run: str, name: str) -> str | None:
+def read_text(run: str, name: str) -> str | None:
+    """A text file of a run; None where there is none."""
     if not run:
         return None
     try:
         return locations.fetch(run, name).decode()
     except FileNotFoundError:
         return None
+
+
+def epochs_told(run: str) -> int:
+    """How many epochs metrics.jsonl tells of."""
+    return len((read_text(run, "metrics.jsonl") or "").splitlines())
 
 
 @contextmanager
@@ -254,10 +337,16 @@ def waits(run: str, *, aloud: bool) -> Iterator[Callable[[str], None]]:
 
 
 class Listener:
-    """Prints what runs that nobody hears say while they wait for room."""
+    """Prints what runs that nobody hears say while they wait for room.
 
-    def __init__(self, runs: Sequence[str], pause: float = 5.0) -> None:
-        self._told = dict.fromkeys(runs, "")
+    Args:
+        runs: gives those that are under way.
+        pause: seconds between two looks.
+    """
+
+    def __init__(self, runs: Callable[[], Iterable[str]], pause: float = 5.0) -> None:
+        self._runs = runs
+        self._told: dict[str, str] = {}
         self._pause = pause
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="waits", daemon=True)
@@ -272,10 +361,10 @@ class Listener:
 
     def _listen(self) -> None:
         while not self._stop.wait(self._pause):
-            for run, before in self._told.items():
+            for run in self._runs():
                 with suppress(OSError, ValueError):
                     now = (read_json(run, "waiting.json") or {"told": ""})["told"]
-                    if now and now != before:
+                    if now and now != self._told.get(run):
                         print(now, file=sys.stderr, flush=True)
                     self._told[run] = now
 
@@ -325,7 +414,7 @@ class Follower:
         self._watched.end()
 
     def _lines(self) -> list[str]:
-        return (_read(self._run, "metrics.jsonl") or "").splitlines()
+        return (read_text(self._run, "metrics.jsonl") or "").splitlines()
 
     def _follow(self) -> None:
         from tqdm import tqdm

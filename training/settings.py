@@ -4,11 +4,14 @@ holds one of each, and its flags and records are flat: no two groups have a sett
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin
 
 T = TypeVar("T")
 
@@ -49,6 +52,8 @@ class MethodSettings(Deciding):
     """Settings that tell runs of the method apart in sweeps, and how a table heads them."""
     grid: ClassVar[type[Grid]] = Grid
     """Values of the axes, as flags of a sweep."""
+    baseline: ClassVar[dict[str, Any]] = {}
+    """Settings that make it the baseline, which every sweep has; empty: the method has none."""
 
     @property
     def is_baseline(self) -> bool:
@@ -79,9 +84,13 @@ def flaws(kind: Any) -> list[str]:
             f"{name} is no field: is @dataclass missing on {each.__name__}?"
             for name in sorted(hinted - names)
         ]
-        found += [f"{name} must be a ClassVar" for name in ("left_open", "axes", "grid") if name in names]
-    unknown = sorted({*kind.left_open, *kind.axes} - {own.name for own in fields(kind)})
-    found += [f"left_open or axes name {name}, which is no setting" for name in unknown]
+        found += [
+            f"{name} must be a ClassVar"
+            for name in ("left_open", "axes", "grid", "baseline")
+            if name in names
+        ]
+    unknown = sorted({*kind.left_open, *kind.axes, *kind.baseline} - {own.name for own in fields(kind)})
+    found += [f"left_open, axes or baseline name {name}, which is no setting" for name in unknown]
     found += [
         f"grid: {own.name} must have a tuple of values"
         for own in fields(kind.grid)
@@ -105,6 +114,37 @@ def restored(kind: type[T], values: Mapping[str, Any]) -> T:
 
 def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(each) for each in value) if isinstance(value, list) else value
+
+
+def fitting(kind: Any, value: Any) -> Any:
+    """A JSON value as a setting of a type holds it.
+
+    Raises:
+        ValueError: it is of another kind; the text says which one it must be.
+    """
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for option in options:
+            with suppress(ValueError):
+                return fitting(option, value)
+    elif origin is Literal:
+        if value in options:
+            return value
+    elif origin is tuple and isinstance(value, list):
+        kinds = options[:1] * len(value) if options[1:] == (...,) else options
+        if len(kinds) == len(value):
+            return tuple(fitting(one, each) for one, each in zip(kinds, value, strict=True))
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif kind in (bool, int, float, str, NoneType):
+        if type(value) is kind:
+            return value
+    elif origin is not tuple:  # of a method's own, which judges it
+        return _as_tuple(value)
+    told = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+    if origin is Literal:
+        told[kind] = f"one of {', '.join(json.dumps(option) for option in options)}"
+    raise ValueError(told.get(kind, f"a value of {kind}"))
 
 
 class Free(Settings):

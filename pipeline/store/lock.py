@@ -62,6 +62,25 @@ def held(folder: str, what: str) -> Iterator[None]:
         yield
 
 
+def is_held(folder: str) -> bool:
+    """Whether some process, this one too, is at work in a folder, as far as can be told without waiting."""
+    try:
+        if locations.is_local(folder):
+            with open(os.path.join(locations.resolve(folder)[1], FILE), encoding="utf-8") as stream:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        filesystem, root = locations.resolve(folder)
+        infos = filesystem.get_file_info(fs.FileSelector(root))
+        said = [info for info in infos if info.base_name.startswith(_PREFIX) and info.mtime]
+        return any(
+            time.time() - each.mtime.timestamp() < SILENCE_S and not _is_dead(each.path) for each in said
+        )
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
 @contextmanager
 def _announced(folder: str, what: str) -> Iterator[None]:
     filesystem, root = locations.resolve(folder)

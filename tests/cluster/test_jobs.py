@@ -135,6 +135,25 @@ def test_what_is_the_same_on_every_node_passes(more: list[str]) -> None:
     checks.checked(["train", "--store", "s3://b/s", "--run", "/r", *more], SENT, {})
 
 
+def test_a_file_of_settings_travels_or_lies_where_every_node_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in it is checked as flags are."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text('{"epochs": 7, "store": "s3://b/s", "run": "runs/of another"}')
+    (tmp_path / "here.json").write_text('{"store": "pictures", "epochs": 7}')
+    train = ["train", "--run", "/r", "--config"]
+    job = checks.checked([*train, "mine.json"], ["mine.json"], {})
+    assert job.entrypoint == "python -m training train --run /r --config mine.json"
+    checks.checked([*train, str(tmp_path / "mine.json")], [], {})
+    with pytest.raises(ValueError, match=r"config=\./mine\.json: is not among the files that a job gets"):
+        checks.checked([*train, "./mine.json"], ["theirs.json"], {})
+    with pytest.raises(ValueError, match=r"store=pictures: a job runs in a copy"):
+        checks.checked([*train, "here.json"], ["here.json"], {})
+    with pytest.raises(ValueError, match="run: pass --run"):  # that of the file is another run's
+        checks.checked(["train", "--config", "mine.json"], ["mine.json"], {})
+
+
 def test_where_mlflow_writes_is_checked_wherever_it_is_said() -> None:
     train = ["train", "--store", "s3://b/s", "--run", "s3://b/r"]
     checks.checked(train, SENT, {"MLFLOW_TRACKING_URI": "http://mlflow:5000"})

@@ -4,6 +4,7 @@ copy of the packages on its path."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ import pytest
 
 from pipeline.store import Store
 from tests.nodes import free_ports, kill_node, ray_node
+from training.tracking.commit import commit_of
 
 pytestmark = pytest.mark.alone
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -157,6 +159,8 @@ def test_stages_run_as_jobs_and_hand_back_their_exit_codes(
     done = submit(head, "train", "--store", str(store), *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "result.json").exists() and "top-1" in done.stdout
+    recorded = json.loads((run / "config.json").read_text())
+    assert recorded["commit"] == commit_of(str(ROOT)), "which the job's copy of the code does not tell"
 
     done = submit(head, "train", "--store", str(store), *flags[:-1], f"{run}2", "--backbone", "resnet81")
     assert done.returncode == 2, "wrong settings are 2 through a job too"

@@ -207,15 +207,12 @@ def test_a_run_stopped_anywhere_ends_with_the_weights_of_an_uninterrupted_one(
     assert straight.name == "step-10", "150 samples"
     from safetensors.torch import load_file
 
-    for stop in (1, 4, 6, 9):
-        stopped = run_alone(config, tmp_path / f"stopped-{stop}", stop_at=stop)
-        assert stopped.name == f"step-{stop}"
-        resumed = run_alone(config, tmp_path / f"resumed-{stop}", resume=str(stopped))
+    def check(resumed: Path, told: str) -> None:
         for file in ("model", "optimizer", *(["ema"] if config.optim.ema else [])):
             expected, found = (load_file(folder / f"{file}.safetensors") for folder in (straight, resumed))
             assert expected.keys() == found.keys()
             for name, value in expected.items():
-                assert torch.equal(value, found[name]), (stop, file, name)
+                assert torch.equal(value, found[name]), (told, file, name)
         measured = [
             [m["cross_entropy"], m["top1"], m["samples"]]
             for m in checkpoint.read_state(str(resumed))["history"]
@@ -224,7 +221,18 @@ def test_a_run_stopped_anywhere_ends_with_the_weights_of_an_uninterrupted_one(
             [m["cross_entropy"], m["top1"], m["samples"]]
             for m in checkpoint.read_state(str(straight))["history"]
         ]
+
+    for stop in (1, 4, 6, 9):
+        stopped = run_alone(config, tmp_path / f"stopped-{stop}", stop_at=stop)
+        assert stopped.name == f"step-{stop}"
+        check(run_alone(config, tmp_path / f"resumed-{stop}", resume=str(stopped)), f"stopped at {stop}")
     assert [m["samples"] for m in checkpoint.read_state(str(straight))["history"]] == [64, 48, 48]
+    piece: str | None = None
+    for until, step in ((1, 4), (2, 7), (9, 10)):
+        ended = run_alone(config.but(until_epoch=until), tmp_path / f"until-{until}", resume=piece)
+        assert ended.name == f"step-{step}", "the end of an epoch"
+        piece = str(ended)
+    check(ended, "in pieces")
 
 
 def test_a_batch_computed_in_parts_has_the_gradient_of_the_whole(

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import SettingsError
+from tests.tuning import contents
 from training import preparation, run_folder
 from training.__main__ import main, parse_train
 from training.config import ExportConfig, TrainConfig
@@ -25,9 +26,11 @@ from training.export.export import export
 from training.objectives.protocol import Objective
 from training.objectives.settings import BUILT_IN, module_of
 from training.settings import MethodSettings, flat
-from tuning import plots, report
 from tuning.cells import cell_of
-from tuning.significance import paired
+from tuning.report import landscape, plots, words
+from tuning.report.comparison import comparisons
+from tuning.report.configurations import configurations
+from tuning.report.table import table
 
 NAME = "tests.toy_objective"
 
@@ -121,20 +124,32 @@ def test_its_settings_are_flags_and_those_of_other_methods_are_none(
 
 def test_sweeps_compare_it_in_its_own_units_and_less_is_a_gain() -> None:
     def trial(noise: float, seed: int, error: float) -> dict[str, Any]:
-        last = {"colour_error": error, "images_per_s": 9.0, "epoch": 1.0}
-        config = {"objective": NAME, "backbone": "r", "noise": noise, "seed": seed}
-        result = {"last": last, "best_top1": error, "best_epoch": 1, "run_id": "", "history": [last]}
-        return {"name": "t", "config": config, "result": result}
+        values = {"noise": noise} if noise else {}
+        made = contents.trial(
+            "t",
+            [error],
+            arm="method" if noise else "baseline",
+            configuration=int(noise > 0),
+            seed=seed,
+            values=values,
+            backbone="r",
+            objective=NAME,
+            metric="colour_error",
+        )
+        made["config"] |= {"noise": noise}
+        return made
 
     trials = [trial(0, seed, 0.004 + seed / 10000) for seed in range(3)]
     trials += [trial(0.5, seed, 0.001 + seed / 9000) for seed in range(3)]
-    (compared,) = paired(trials)
-    assert compared.baseline == [0.004, 0.0041, 0.0042] and compared.mean < 0
-    assert report.sentence(compared).startswith("r, noise 0.5: -0.0030 of error over the baseline, 95 %")
-    assert report.sentence(compared).endswith("3 seeds: a gain")
-    table = report.table({"trials": trials})
-    assert table.index("0.0010") < table.index("0.0040") and "nan" not in table and "noise" in table
-    assert "error" in plots.curves_plot(trials) and plots.heat_maps(trials) == []
+    content = contents.content(trials, objective=NAME)
+    (compared,) = comparisons([content])
+    assert compared.befores == (0.004, 0.0041, 0.0042) and compared.mean < 0
+    assert words.sentence(compared).startswith("r, noise 0.5: -0.0030 of error over the baseline, 95 %")
+    assert words.sentence(compared).endswith(" 3 seeds, p < 0.0001: a gain")
+    told = table(content)
+    assert told.index("0.0010") < told.index("0.0040") and "nan" not in told and "noise" in told
+    found = configurations(content)
+    assert "error" in plots.curves_plot(found) and landscape.heat_map(found) == ""
 
 
 @pytest.fixture
@@ -189,7 +204,7 @@ def test_a_required_setting_is_asked_for_and_a_recipe_says_nothing_of_another_me
     ("kind", "said"),
     [
         (settings_with(lr=0.5, seed=3), "its settings lr, seed are names of training's own"),
-        (settings_with({"alpah": "a"}, alpha=1.0), "left_open or axes name alpah, which is no setting"),
+        (settings_with({"alpah": "a"}, alpha=1.0), "axes or baseline name alpah, which is no setting"),
         (dict, "no subclass of MethodSettings"),
         (
             type("Bare", (MethodSettings,), {"__annotations__": {"alpha": "float"}}),
@@ -225,25 +240,30 @@ def test_a_baseline_is_one_whatever_its_axes(method: Callable[..., str]) -> None
     name = method(kind)
 
     def trial(alpha: float, beta: float, seed: int, top1: float) -> dict[str, Any]:
-        config = {"objective": name, "backbone": "r", "alpha": alpha, "beta": beta, "seed": seed}
-        return {"config": config, "result": {"last": {"top1": top1}, "best_top1": top1}}
+        own = {"alpha": alpha, "beta": beta}
+        values, arm = (own, "method") if alpha else ({}, "baseline")
+        told: dict[str, Any] = {"configuration": int(alpha), "seed": seed, "backbone": "r", "objective": name}
+        made = contents.trial("t", [top1], arm=arm, values=values, **told)
+        made["config"] |= own
+        return made
 
     trials = [trial(0, 0, 0, 10), trial(0, 0, 1, 11), trial(0, 1, 2, 12)]
     trials += [trial(1, -2, seed, 20 + seed) for seed in range(3)]
-    (compared,) = paired(trials)
-    assert compared.baseline == [10, 11, 12] and compared.mean == 10
-    assert compared.cell.words == "alpha 1, beta -2"
+    (compared,) = comparisons([contents.content(trials, objective=name)])
+    assert compared.befores == (10, 11, 12) and compared.mean == 10
+    assert compared.method.words == "alpha 1, beta -2"
+    assert compared.verdict == "no difference shown", "three equal differences: by signs one in four"
+    assert {cell_of(each["config"]) for each in trials[:3]} == {cell_of(trials[0]["config"])}
     assert TrainConfig.of(store="s", objective=name, alpha=2.0).method.title() == "alpha2.0-beta0.0"
     odd = method(settings_with({"word": "w"}, word="a"), "odd_method")
     assert TrainConfig.of(store="s", objective=odd, word="../a b").method.title() == "w.._a_b"
-    cells = [cell_of(trial(1, beta, 0, 0)["config"]) for beta in (10, -2, 2)]
-    assert list(plots._ticks(cells, 1).values()) == ["-2", "2", "10"]
 
 
 @pytest.mark.alone
 def test_it_is_trained_by_several_workers_and_swept(
     ray_session: None, tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from tuning import record
     from tuning.__main__ import main
 
     store, sweep = make_store(tmp_path / "store", train=36), tmp_path / "sweep"
@@ -272,7 +292,7 @@ def test_it_is_trained_by_several_workers_and_swept(
     assert main(command) == 0
     told = capsys.readouterr()
     assert "error" in told.out and "toy-0.5-s0" in told.err and "noise" in told.out
-    content = json.loads((sweep / "sweep.json").read_text())
+    content = record.read(str(sweep))
     scores = {
         trial["name"]: run_folder.headline(trial["result"]["last"], "colour_error")
         for trial in content["trials"]

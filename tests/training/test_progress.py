@@ -54,7 +54,7 @@ def test_what_a_run_waits_for_is_heard_where_its_own_process_is_not(
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     runs = [str(tmp_path / name) for name in ("one", "two", "not begun")]
-    with Listener(runs, pause=0.02):
+    with Listener(lambda: runs, pause=0.02):
         with waits(runs[0], aloud=False) as say, waits(runs[1], aloud=False):
             for text in ("waits for 2 workers", "has waited 30 s"):
                 say(text)

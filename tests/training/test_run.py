@@ -12,17 +12,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
 from cluster import cli
+from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training import run_folder
 from training.__main__ import main
+from training.config import EvaluateConfig
 from training.engine import checkpoint, loop
+from training.evaluation.evaluate import evaluate
+from training.evaluation.remote import evaluate_remote
 from training.objectives import align
+from training.tracking import commit
 
 pytestmark = pytest.mark.alone
 SMALL = ["--preset", "smoke", "--projection-dim", "4", "--batch-size", "12", "--workers", "2"]
@@ -97,6 +104,46 @@ def test_a_run_on_an_object_store_with_decoding_actors_ends_with_the_same_weight
     assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(last["top1"], abs=1e-3)
 
 
+def test_a_training_in_pieces_from_anothers_record_ends_with_the_weights_of_the_other(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its epochs measure the same to the last bit, and it says how it goes on."""
+    from mlflow import MlflowClient
+
+    from training import run as training_run
+
+    run = tmp_path / "pieces"
+    command = ["train", "--config", str(trained / "config.json"), "--run", str(run)]
+    whole = json.loads((trained / "result.json").read_text())
+    timed = {"seconds", "images_per_s"}
+
+    def measured(history: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [{name: m[name] for name in m.keys() - timed} for m in history]
+
+    def status() -> str:
+        recorded = json.loads((run / "mlflow.json").read_text())
+        client = MlflowClient(tracking_uri=recorded["tracking_uri"])
+        return str(client.get_run(recorded["run_id"]).info.status)
+
+    assert main([*command, "--until-epoch", "1"]) == 0
+    said = capsys.readouterr()
+    assert "1 of 2 epochs" in said.out and "the same command with a larger " in said.err
+    assert not (run / "result.json").exists() and status() == "KILLED"
+    assert measured(epochs_of(run)) == measured(whole["history"][:1])
+    assert checkpoint.read_state(checkpoint.find(str(run)))["epoch"] == 1
+    with monkeypatch.context() as patched:  # nothing is started for what is done
+        patched.setattr(training_run.session, "start_ray", None)
+        again = training_run.train(run_folder.read(str(run)))
+    assert (again["complete"], again["epochs"], again["best_epoch"]) == (False, 1, 1)
+    assert again["last"] == again["history"][0] == epochs_of(run)[0]
+    assert main(command) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert measured(result["history"]) == measured(whole["history"])
+    assert epochs_of(run) == result["history"] and status() == "FINISHED"
+    here, there = (load_file(Path(checkpoint.find(str(r))) / "model.safetensors") for r in (trained, run))
+    assert all(torch.equal(value, there[name]) for name, value in here.items())
+
+
 def test_timms_augmentation_runs_in_actors_by_itself(trained: Path, tmp_path: Path) -> None:
     command = [
         "train",
@@ -144,6 +191,9 @@ def test_mlflow_has_the_parameters_and_the_metrics_of_every_epoch(trained: Path)
     assert run.data.params["backbone"] == "test_resnet"
     assert run.data.tags["embeddings"] == "test" and run.data.tags["captions"] == "test"
     assert run_folder.read(str(trained)).method.embeddings == "test"
+    written, result = (json.loads((trained / f"{name}.json").read_text()) for name in ("config", "result"))
+    assert written["variants"] == {"embeddings": "test", "captions": "test"}
+    assert written["commit"] == result["commit"] == run.data.tags.get(commit.TAG, "") == commit.commit()
     # Early releases recorded an empty name; what MLflow was told stands in the run's folder, too.
     early = json.loads((trained / "config.json").read_text()) | {"embeddings": ""}
     assert run_folder.settings(str(trained), early).method.embeddings == "test"
@@ -159,6 +209,25 @@ def test_evaluate_gives_what_training_measured(trained: Path, capsys: pytest.Cap
         pytest.approx(last["top5"], abs=1e-3),
     )
     assert found["images"] == 30 and found["epoch"] == 2
+
+
+def test_a_task_elsewhere_finds_what_evaluate_finds_and_tells_of_each_picture(
+    trained: Path, tmp_path: Path
+) -> None:
+    settings = EvaluateConfig(run=str(trained), to=str(tmp_path / "judged"))
+    here, there = evaluate(EvaluateConfig(run=str(trained))), evaluate_remote(settings, threads=1)
+    assert there.summary == here.summary
+    assert there.outputs.correct.dtype == np.bool_ and len(there.outputs.correct) == 30
+    assert np.array_equal(there.outputs.correct, here.outputs.correct)
+    assert 100 * there.outputs.correct.mean() == pytest.approx(there.summary["top1"], abs=1e-3)
+    rows = pq.read_table(tmp_path / "judged" / "predictions.parquet")
+    assert (rows["label"].to_numpy() == rows["predicted"].to_numpy()).tolist() == (
+        there.outputs.correct.tolist()
+    ), "in the order of the files"
+    with pytest.raises(SettingsError, match="the store has train, val"):
+        evaluate_remote(EvaluateConfig(run=str(trained), split="test"), threads=1)
+    with pytest.raises(SettingsError, match="threads=9999: no node of the cluster has so many CPUs"):
+        evaluate_remote(settings, threads=9999)
 
 
 def test_export_is_a_plain_timm_model_with_the_same_logits(trained: Path, tmp_path: Path) -> None:

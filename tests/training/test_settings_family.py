@@ -4,7 +4,9 @@ releases are read."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -23,12 +25,13 @@ from training.__main__ import main, parse_train
 from training.config import TrainConfig
 from training.data import text_targets
 from training.engine import checkpoint, loop
-from training.presets import FORMER
+from training.presets import FORMER, preset
 from training.settings import Deciding, Free, flat
+from training.tracking import commit
 from training.tracking.journal import Journal
 
 BASE = TrainConfig.of(
-    store="/store", run="/run", embeddings="first", alignment_weight=0.5, batch_size=64, workers=2, ema=0.5
+    store="/store", run="/run", embeddings="first", alignment_weight=0.5, batch_size=64, workers=1, ema=0.5
 )
 GROUPS = TrainConfig.groups("align")
 HINTS = {
@@ -125,6 +128,127 @@ def test_a_record_of_a_later_release_is_refused_with_what_is_unknown() -> None:
 def test_a_record_holds_no_secrets_and_its_version() -> None:
     content = run_folder.written(BASE.but(tracking_uri="https://me:secret@host"), "")
     assert content["version"] == run_folder.VERSION and "secret" not in json.dumps(content)
+
+
+def test_a_new_run_takes_its_settings_from_a_file_and_flags_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over the recipe that the file names; help shows what it holds."""
+    monkeypatch.chdir(tmp_path)
+    values = {"preset": "smoke", "store": "pictures", "lr": 1, "epochs": 7, "run": "theirs", "commit": "c"}
+    Path("mine.json").write_text(json.dumps(values))
+    found = parse_train(["--config", "mine.json", "--epochs", "9"])
+    assert found == TrainConfig.of(**preset("smoke") | {"store": "pictures", "lr": 1.0, "epochs": 9}), (
+        "all but where the run lies"
+    )
+    other = parse_train(["--config=mine.json", "--preset", "scenes", "--store", "s3://b/s"])
+    assert (other.preset, other.store, other.optim.epochs, other.data.flip) == ("scenes", "s3://b/s", 7, 0.0)
+    with pytest.raises(SystemExit, match="0"):
+        parse_train(["--config", "mine.json", "--help"])
+    told = capsys.readouterr().out
+    assert "default: pictures" in told and "default: 7)" in told and "default: 1.0)" in told
+
+
+def test_a_runs_record_is_a_file_of_settings(tmp_path: Path) -> None:
+    """All but the run and its parent; addresses with passwords are not on record; what the release that wrote
+    it did not know has the value of what that release did, and not the recipe's."""
+    config = TrainConfig.of(
+        **preset("scenes") | {"store": "/store", "run": "/run", "parent_run": "p", "embeddings": "first"}
+    )
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(recorded(config)))
+    assert parse_train(["--config", str(file)]) == config.but(run="", parent_run="")
+    content = recorded(config.but(tracking_uri="https://me:secret@host"))
+    del content["epoch_repeats"], content["ema_warmup"]
+    file.write_text(json.dumps(content))
+    found = parse_train(["--config", str(file), "--run", "new"])
+    assert (found.run, found.track.tracking_uri, found.data.epoch_repeats) == ("new", "", 1)
+    assert not found.optim.ema_warmup and found.optim.epochs == 30
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"epoch": 3}, "epoch: is no setting; did you mean epochs?"),
+        (
+            {"epochs": 3.5, "lr": "fast"},
+            "(?s)epochs=3.5: must be a whole number.*lr=.fast.: must be a number",
+        ),
+        ({"pretrained": 1}, "pretrained=1: must be true or false"),
+        ({"clip_mode": "all"}, 'clip_mode="all": must be one of "norm", "value", "agc"'),
+        ({"preset": "nope"}, "preset='nope': unknown"),
+        ({"mixup": -1}, "mixup=-1.0: must be 0 or more"),
+        ({"version": 99}, "version=99: this release reads up to"),
+        ([], "must hold an object"),
+    ],
+)
+def test_what_is_wrong_in_a_file_of_settings_is_told_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any, said: str
+) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(content))
+    try:
+        code = main(["train", "--config", str(file), "--store", "s"])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        code = stop.code
+    told = capsys.readouterr().err
+    assert code == 2 and f"config={file}" in told and re.search(said, told)
+
+
+def test_a_file_of_settings_that_cannot_be_read_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text("epochs: 3")
+    for name, said in (("none.json", "no such file"), ("mine.yaml", "is no JSON"), ("", "name a file")):
+        assert main(["train", "--config", f"{tmp_path}/{name}".rstrip("/"), "--store", "s"]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_record_tells_the_code_and_the_variants_that_a_run_was_begun_with() -> None:
+    """Which decide nothing: a run goes on with another commit, and keeps what it was begun with."""
+    then = run_folder.written(BASE, "", commit="c0ffee", variants={"embeddings": "first", "captions": "of"})
+    assert (then["commit"], then["variants"]) == ("c0ffee", {"embeddings": "first", "captions": "of"})
+    assert run_folder.resumed(BASE, then) == BASE == run_folder.settings("/run", then)
+    again = run_folder.written(BASE, "", then, commit="decade", variants={"embeddings": "other"})
+    assert again == then
+    early = {name: value for name, value in then.items() if name not in ("commit", "variants")}
+    now = run_folder.written(BASE, "", early, commit="decade", variants=then["variants"])
+    assert (now["commit"], now["variants"]) == ("", then["variants"]), "of which code is not known"
+
+
+def test_the_commit_is_that_of_the_working_tree_and_says_when_files_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    def found() -> str:
+        commit.commit_of.cache_clear()
+        return commit.commit_of(str(tmp_path))
+
+    code = tmp_path / "pipeline" / "__main__.py"
+    code.parent.mkdir()
+    code.write_text("1\n")
+    assert found() == "", "no repository"
+    git("init", "-q")
+    assert found() == "", "git does not know the files"
+    git("add", ".")
+    git("commit", "-qm", "one")
+    git("tag", "-am", "v1", "v1")
+    (tmp_path / "notes").write_text("not git's")
+    assert found() == git("rev-parse", "HEAD") and len(found()) == 40
+    code.write_text("2\n")
+    assert found() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setenv(commit.VARIABLE, "c0ffee")
+    assert commit.commit() == "c0ffee", "as submit says it"
+    commit.commit_of.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    assert commit.commit_of(str(tmp_path)) == "", "no git"
 
 
 @pytest.fixture
@@ -323,6 +447,8 @@ def test_the_command_of_an_early_release_ends_its_run(
         "version",
         "recipes",
         "store_contents",
+        "commit",
+        "variants",
         *flat(BASE),
     }
 

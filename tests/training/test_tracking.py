@@ -11,13 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.mlflow_server import Server
 from training import tracking
 from training.tracking import sender
 from training.tracking import tracker as tracker_module
@@ -27,61 +27,6 @@ from training.tracking.journal import Journal, State
 from training.tracking.secrets import masked, recordable
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-class Server:
-    """`mlflow server` on loopback over one SQLite file, which can be killed and started again on the same
-    store."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        store = [
-            "--backend-store-uri",
-            f"sqlite:///{self._folder}/server.db",
-            "--artifacts-destination",
-            f"{self._folder}/artifacts",
-        ]
-        place = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        with open(self._folder / "server.log", "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *store, *place],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env={
-                    **os.environ,
-                    "MLFLOW_DISABLE_TELEMETRY": "true",
-                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-                },
-                cwd=self._folder,
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                    return
-            except OSError:
-                time.sleep(0.1)
-        raise TimeoutError((self._folder / "server.log").read_text()[-2000:])
-
-    def signal(self, number: int) -> None:
-        assert self._process is not None
-        os.killpg(self._process.pid, number)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self.signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
 
 
 @pytest.fixture(scope="module")
@@ -433,6 +378,25 @@ def test_processes_that_share_one_sqlite_file_all_get_through(tmp_path: Path) ->
         assert run.info.status == "FINISHED" and run.data.params == {"n": str(number)}
         assert [entry.path for entry in client(uri).list_artifacts(run_id, "best")] == ["best/a.txt"]
     assert list((tmp_path / "tracking").iterdir()) == []  # nothing is left to send
+
+
+@pytest.mark.slow
+def test_a_run_in_pieces_goes_on_with_each_point_once_though_no_folder_is_named(tmp_path: Path) -> None:
+    """As one on an object store."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_id = tracking.start_run(uri, "tests", "run", {}, {})
+    for status, epochs in (("KILLED", 1), ("FINISHED", 2)):
+        tracker = tracking.Tracker(uri, run_id, system_metrics_s=0)
+        deadline = time.monotonic() + 30
+        while client(uri).get_run(run_id).info.status != "RUNNING" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert client(uri).get_run(run_id).info.status == "RUNNING"
+        for epoch in range(1, epochs + 1):  # the history of a checkpoint, and what is new
+            tracker.metrics({"loss": 1.0}, epoch, once=True)
+        assert tracker.finish(status, wait_s=30)
+        assert client(uri).get_run(run_id).info.status == status
+    assert history(uri, run_id, "loss") == [(1, 1.0), (2, 1.0)]
+    assert list((tmp_path / "tracking").iterdir()) == []
 
 
 @pytest.mark.slow

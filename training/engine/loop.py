@@ -40,7 +40,8 @@ def fit(
     decode: Callable[[DecoderSpec, int], Decoding] | None = None,
     progress: Progress | None = None,
 ) -> list[Metrics]:
-    """Trains on this worker; every worker of the group calls it. Returns the metrics of all epochs.
+    """Trains on this worker, until `config.last_epoch`; every worker of the group calls it. Returns the
+    metrics of all epochs so far.
 
     Args:
         config: the run's settings.
@@ -64,7 +65,7 @@ def fit(
     def take(now: checkpoint.State) -> Callable[[], checkpoint.Snapshot]:
         return lambda: checkpoint.Snapshot.take(task, run.optimizer, run.ema, now)
 
-    while len(state.history) < config.optim.epochs:
+    while len(state.history) < config.last_epoch:
         epoch = len(state.history) + 1
         run.model.train()
         watch.begin()

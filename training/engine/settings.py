@@ -96,6 +96,10 @@ class PlaceSettings(Free):
     computes on CPUs only when told to. On a cluster that grows, auto and cuda ask for nodes with GPUs."""
     workers: int = 0
     """Data-parallel processes; 0: one for each GPU of the cluster, or two without GPUs."""
+    gpu_share: float = 1.0
+    """Share of a GPU that each worker is given; two runs of 0.5 train side by side on one card, whose memory
+    they must share by themselves. Workers of one run never share a card: with a share below 1 there is one
+    worker."""
     wait_minutes: float = 60.0
     """Longest wait until a cluster has room for all workers (with --min-workers for so many), where it grows
     or others work on it; said while it lasts."""
@@ -119,6 +123,9 @@ class PlaceSettings(Free):
     """Steps between checkpoints inside an epoch, in place of a time."""
     max_failures: int = 3
     """Times that a failed worker group is started again from the last checkpoint."""
+    until_epoch: int = 0
+    """End after this epoch, as if interrupted there: schedule and length stay those of --epochs, and the same
+    command goes on later; 0: at the end."""
 
     def faults(self) -> list[str]:
         """See `Settings.faults`."""
@@ -135,8 +142,16 @@ class PlaceSettings(Free):
                 "wait_minutes",
                 "checkpoint_minutes",
                 "checkpoint_steps",
+                "until_epoch",
             ),
         ]
+        if not 0 < self.gpu_share <= 1:
+            faults.append(f"gpu_share={self.gpu_share}: must be above 0 and at most 1.")
+        elif self.gpu_share < 1 and self.workers > 1:
+            faults.append(
+                f"gpu_share={self.gpu_share}: is for a run of one worker, and --workers is {self.workers}; "
+                "workers of one run never share a card."
+            )
         if self.min_workers and (not self.workers or self.min_workers > self.workers):
             faults.append(
                 f"min_workers={self.min_workers}: needs --workers of at least as many (now {self.workers})."

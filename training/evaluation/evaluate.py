@@ -1,4 +1,5 @@
-"""`evaluate`: what a run's model can do on a split, in this process, on a GPU if there is one.
+"""`evaluate`: what a run's model can do on a split, in this process, on a GPU if there is one (`remote`: in
+a Ray task).
 
 Pictures are resized, cropped and normalised as timm validates the exported model, and arithmetic is float32
 wherever it runs, so top-1 and top-5 are timm's own to the image (of pictures with an EXIF rotation the store
@@ -98,7 +99,7 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
 
 def _judged(outputs: Outputs, classes: list[str]) -> Judgement:
     """What the classifier's answers alone say."""
-    correct = outputs.predicted == outputs.labels
+    correct = outputs.correct
     calibrated = measures.calibration(outputs.confidence, correct)
     matrix = measures.confusion(outputs.labels, outputs.predicted, len(classes))
     images, hits = matrix.sum(1), matrix.diagonal()

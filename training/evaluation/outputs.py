@@ -79,6 +79,12 @@ class Outputs:
     groups: Array | None
     """[n] equal for equal captions, -1 where there is none."""
 
+    @property
+    def correct(self) -> Array:
+        """[n] bool, whether the predicted class is the picture's."""
+        same: Array = self.predicted == self.labels
+        return same
+
 
 class Judge:
     """A run's model and what is needed to show it the pictures of its store."""

@@ -69,6 +69,7 @@ class AlignSettings(MethodSettings):
     left_open = ("embeddings",)
     axes: ClassVar = {"alignment_weight": "weight", "projection_dim": "dim"}
     grid = AlignGrid
+    baseline: ClassVar = {"alignment_weight": 0.0, "projection_dim": 0}
 
     alignment_weight: float = 0.3
     """lambda of L = L_CE + lambda L_align; 0 is the plain baseline."""

@@ -131,9 +131,10 @@ class Tracker:
         try:
             self._journal = Journal(self._spool)
             state = self._journal.state()
-            if not self._journal.size:
+            begins = not self._journal.size
+            if begins:
                 self._journal.append({"kind": "find", "run": run_id})
-            if state.ended:
+            if begins or state.ended:  # where the journal was elsewhere, it may have ended there
                 self._journal.append({"kind": "status", "status": "RUNNING", "t": _now()})
         except OSError as error:
             self._journal = None
@@ -196,7 +197,7 @@ class Tracker:
         self._append(journal, {"kind": "status", "status": status, "t": _now()})
         self._ended.set()
         done = _flush(self._sender, journal, self._uri, wait_s)
-        if done and self._own:
+        if done and self._own and status == "FINISHED":  # one that goes on must know what it has logged
             shutil.rmtree(self._spool, ignore_errors=True)
         return done
 
