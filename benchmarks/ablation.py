@@ -311,7 +311,7 @@ def labelled(config: Any, share: float) -> Any:
 def comparisons(plan: Settings, rows: dict[str, Row], options: argparse.Namespace) -> list[Row]:
     """For each stage, set, backbone and arm: means over seeds, and the difference to the first arm with the
     95 % Student interval of the mean over paired seeds."""
-    from tuning.significance import half_width
+    from tuning.report.significance import student_interval
 
     found = []
     jobs = [job for job in ready(plan, rows, options) if job.key in rows]
@@ -326,8 +326,8 @@ def comparisons(plan: Settings, rows: dict[str, Row], options: argparse.Namespac
             row["values"] = {seed: round(each["top1"], 2) for seed, each in mine.items()}
             paired = [each["top1"] - first[seed] for seed, each in mine.items() if seed in first]
             if len(paired) > 1 and arm != reference:
-                row["gain"], half = statistics.fmean(paired), half_width(paired, 0.95)
-                row |= {"low": row["gain"] - half, "high": row["gain"] + half}
+                row["gain"] = statistics.fmean(paired)
+                row["low"], row["high"] = student_interval(paired)
             found.append(row)
     return found
 

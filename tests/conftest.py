@@ -187,6 +187,7 @@ def build_store(
     classes: int = 3,
     train: int = 24,
     val: int = 9,
+    test: int = 0,
     dim: int = 8,
     shard_rows: int = 10,
     size: int = 40,
@@ -200,7 +201,7 @@ def build_store(
 
     rng = np.random.default_rng(1)
     splits, shards, first = {}, [], 0
-    for split, count in (("train", train), ("val", val)):
+    for split, count in (("train", train), ("val", val), *([("test", test)] if test else [])):
         sizes = [min(shard_rows, count - start) for start in range(0, count, shard_rows)]
         splits[split] = Split(rows=count, first_shard=first, num_shards=len(sizes))
         shards += [(split, rows) for rows in sizes]

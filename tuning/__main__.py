@@ -79,30 +79,27 @@ def _tune(settings: config.TuneConfig) -> int:
 
 
 def _report(settings: config.ReportConfig) -> int:
-    from tuning import report
+    from tuning import record
 
-    sweeps = [report.read_sweep(folder) for folder in settings.sweeps]
-    for content in sweeps:
-        print(f"\n{content['sweep']}")
-        _print(content)
+    sweeps = [record.read(folder) for folder in settings.sweeps]
+    _print(*sweeps)
     if settings.html:
-        from tuning import page
+        from tuning.report import page
 
         page.write(settings.html, sweeps, pictures=settings.pictures)
         print(f"\npage: {settings.html}")
     return 0
 
 
-def _print(content: dict[str, Any]) -> None:
-    from tuning.report import comparisons, table
+def _print(*contents: dict[str, Any]) -> None:
+    from tuning import report
 
-    print(table(content))
-    print(f"\n{comparisons(content)}")
+    print(report.text(contents))
 
 
 VERBS = {
     "tune": Verb("sweep weight x dimension x backbone x seed", parse_tune, _tune),
-    "report": Verb("the table of a sweep, and the page", config.ReportConfig, _report),
+    "report": Verb("what a sweep found, at any time of it: words, table, page", config.ReportConfig, _report),
 }
 
 

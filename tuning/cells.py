@@ -21,6 +21,8 @@ class Cell:
     shown: tuple[str, ...] = field(compare=False)
     """The values as tables show them."""
     is_baseline: bool
+    names: tuple[str, ...] = field(compare=False, default=())
+    """Of the axes' settings."""
 
     @property
     def words(self) -> str:
@@ -42,4 +44,5 @@ def cell_of(recorded: Mapping[str, Any]) -> Cell:
         headings=tuple(told),
         shown=tuple(told.values()),
         is_baseline=method.is_baseline,
+        names=tuple(kind.axes),
     )

@@ -21,7 +21,7 @@ from training.engine import checkpoint, loop
 from training.objectives.settings import AlignGrid
 from training.settings import flat
 from tuning import config as tuning_config
-from tuning import space
+from tuning import record, space
 from tuning.__main__ import main, parse_tune
 from tuning.config import TuneConfig
 
@@ -34,11 +34,21 @@ def store(tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Pa
 @pytest.fixture(scope="module")
 def weights(store: Path) -> Path:
     """The checkpoint of one epoch of a baseline."""
-    (trial,) = space.trials(parse_tune(command(store, "sweep", "0")[1:]), "/sweep")
+    (trial,) = trials_of(parse_tune(command(store, "sweep", "0")[1:]), "/sweep")
     taken: list[checkpoint.Snapshot] = []
     loop.fit(trial, torch.device("cpu"), 0, None, lambda metrics, take: taken.append(take()))
     taken[-1].write(str(store.parent / "checkpoint"))
     return store.parent / "checkpoint"
+
+
+def trials_of(config: TuneConfig, sweep: str) -> list[TrainConfig]:
+    """Every training of a grid."""
+    return [
+        space.settings(config, space.Configuration(0, arm, values), seed, sweep)
+        for arm in space.arms(config)
+        for values in arm.grid()
+        for seed in config.seeds
+    ]
 
 
 def command(store: Path, sweep: object, *seeds: str) -> list[str]:
@@ -61,7 +71,7 @@ def command(store: Path, sweep: object, *seeds: str) -> list[str]:
 def begun(command: list[str], weights: Path, sweep: Path, **ends: float | str) -> None:
     """Makes trials' folders as `train` leaves them: `s0=51.0` is a result, `s1="step 3: ..."` a
     divergence."""
-    for trial in space.trials(parse_tune(command[1:]), str(sweep)):
+    for trial in trials_of(parse_tune(command[1:]), str(sweep)):
         end = ends.get(trial.run.rpartition("-")[2])
         if end is None:
             continue
@@ -85,8 +95,7 @@ def begun(command: list[str], weights: Path, sweep: Path, **ends: float | str) -
 
 
 def content_of(sweep: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((sweep / "sweep.json").read_text())
-    return content
+    return record.read(str(sweep))
 
 
 def test_a_better_trial_of_a_grown_grid_is_exported_anew_and_finished_trials_stay(
@@ -156,7 +165,7 @@ def test_a_trial_is_named_by_its_folder_whatever_its_backbone_is_pinned_to() -> 
         backbones=("local-dir:models/own",),
         grid=AlignGrid(alignment_weights=(0.1,), projection_dims=(0,)),
     )
-    [trial] = space.trials(config, "s3://bucket/sweep?region=eu-west-1")
+    _, trial = trials_of(config, "s3://bucket/sweep?region=eu-west-1")
     pinned = trial.but(backbone="local-dir:/home/somebody/models/own")
     assert space.trial_name(pinned) == space.trial_name(trial)
     assert trial.run == f"s3://bucket/sweep/{space.trial_name(trial)}?region=eu-west-1"
@@ -187,22 +196,6 @@ def test_a_trial_that_diverged_is_told_not_run_again_and_the_best_of_the_others_
     assert content_of(sweep)["exported"] == str(sweep / "best")
     assert main(["report", str(sweep), "--html", str(tmp_path / "report.html")]) == 0
     assert "diverged: step 3" in (tmp_path / "report.html").read_text()
-
-
-def test_the_best_trial_is_that_of_the_weights_that_are_exported() -> None:
-    from tuning.run import best_trial
-
-    def trial(name: str, **last: float) -> dict[str, Any]:
-        return {"name": name, "config": {}, "result": {"last": last}}
-
-    trials = [
-        trial("raw", top1=60.0, ema_top1=20.0),
-        trial("average", top1=40.0, ema_top1=50.0),
-        trial("none", top1=45.0),
-    ]
-    best = best_trial({"trials": [*trials, {"name": "failed", "result": None}]})
-    assert best is not None and best["name"] == "average"
-    assert best_trial({"trials": [{"name": "failed", "result": None}]}) is None
 
 
 def test_a_second_sweep_in_the_same_folder_is_refused(
@@ -245,11 +238,11 @@ def test_a_sweep_on_an_object_store_is_served_from_there(
 def test_every_setting_of_a_sweep_says_whether_it_may_differ_when_the_sweep_goes_on() -> None:
     """What decides the results of trials that are there already; axes, which may have other values; and the
     rest, which changes no result."""
-    axes = {
-        name for name in TuneConfig(train=TrainConfig(store="s")).axes() if name in ("backbones", "seeds")
-    }
-    deciding, free = {"train"}, {"sweep", "concurrent", "export"}
-    assert deciding | axes | {"grid"} | free == {field.name for field in fields(TuneConfig)}
+    axes = {"backbones", "seeds", "grid", "axis"}
+    which = {"search", "trials", "search_seed", "hours", "gpu_hours", "fresh_seeds", "max_failed_trials"}
+    how_long = {"scheduler", "reduction_factor", "grace_epochs"}
+    free = {"sweep", "concurrent", "trials_per_gpu", "export", "test_split"}
+    assert {"train"} | axes | which | how_long | free == {field.name for field in fields(TuneConfig)}
 
 
 def test_what_the_sweep_sets_is_no_flag_of_it_and_is_refused_with_the_flag_that_is_meant(
@@ -265,7 +258,7 @@ def test_what_the_sweep_sets_is_no_flag_of_it_and_is_refused_with_the_flag_that_
     }
     shared = tuning_config.shared("align").of(store="s", **given)
     grid = AlignGrid(alignment_weights=(1,), projection_dims=(3,))
-    (trial,) = space.trials(TuneConfig(train=shared, grid=grid, backbones=("a",), seeds=(2,)), "/sweep")
+    _, trial = trials_of(TuneConfig(train=shared, grid=grid, backbones=("a",), seeds=(2,)), "/sweep")
     assert {name for name, value in flat(trial).items() if value != flat(shared)[name]} == set(given)
     refused = [f"--{name.replace('_', '-')}" for name in (*given, "parent_run")]
     with pytest.raises(SystemExit):
@@ -278,7 +271,7 @@ def test_what_the_sweep_sets_is_no_flag_of_it_and_is_refused_with_the_flag_that_
 
 
 def test_a_trial_is_a_plain_training_run() -> None:
-    (trial,) = space.trials(
+    (trial,) = trials_of(
         TuneConfig(
             train=TrainConfig(store="s"),
             grid=AlignGrid(alignment_weights=(0,), projection_dims=(3, 4)),
@@ -295,7 +288,36 @@ def test_trials_of_one_name_are_refused() -> None:
     near = TuneConfig(
         train=TrainConfig(store="s"), grid=AlignGrid(alignment_weights=(0.3, 0.3000001), projection_dims=(8,))
     )
-    assert [space.trial_name(trial) for trial in space.trials(near, "/sweep")] == [
+    assert [space.trial_name(trial) for trial in trials_of(near, "/sweep")] == [
+        "resnet18-baseline-s0",
         "resnet18-w0.3-d8-s0",
         "resnet18-w0.3000001-d8-s0",
     ]
+
+
+def test_the_command_line_takes_the_recipes_flags_and_the_grids() -> None:
+    settings = parse_tune(
+        [
+            "--store",
+            "s",
+            "--preset",
+            "scenes",
+            "--epochs",
+            "3",
+            "--alignment-weights",
+            "0",
+            "0.5",
+            "--projection-dims",
+            "8",
+            "--seeds",
+            "1",
+            "2",
+        ]
+    )
+    assert (settings.train.optim.epochs, settings.train.data.flip) == (3, 0.0)
+    assert (settings.grid.alignment_weights, settings.seeds) == ((0.0, 0.5), (1, 2))
+
+
+def test_a_folder_that_is_no_sweep_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "gpt4image tune" in capsys.readouterr().err
