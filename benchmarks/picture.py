@@ -1,0 +1,131 @@
+"""The picture of docs/evidence.md: gains over the baseline, seed by seed, drawn from tables of ablations.
+
+Run `python benchmarks/picture.py ROWS.jsonl [ROWS.jsonl ...] [--to docs/evidence.png]` with the tables that
+`benchmarks/evidence.py` (runs/evidence/rows.jsonl) and `benchmarks/ablation.py` wrote. A point is a seed: the
+arm minus the baseline of the same seed; the bar is Student's 95 % interval of their mean. Of two seeds
+nothing is coloured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tuning.report.significance import FEWEST_SEEDS, student_interval  # noqa: E402
+
+Scores = dict[int, float]
+Key = tuple[str, str, str]
+
+# Panels with scales of their own: set, backbone, arm, and what the picture calls it.
+PANELS = {
+    "drawn scenes, captions of the picture": [
+        ("scenes", "test_resnet", "class means", "mean text of the class"),
+        ("scenes", "test_resnet", "random", "control: random vectors"),
+        ("scenes", "test_resnet", "permuted", "control: another class's text"),
+        (
+            "three-captions",
+            "test_resnet",
+            "class means",
+            "mean of three captions of each picture of the class",
+        ),
+        ("three-captions", "test_resnet", "half way, one drawn", "own caption, half way to the class"),
+        ("three-captions", "test_resnet", "own, mean of three", "own captions alone"),
+        ("wrong-50", "test_resnet", "half way", "half of the labels wrong: half way"),
+        ("wrong-50", "test_resnet", "own", "half of the labels wrong: own caption"),
+        ("relations", "test_resnet", "class means", "classes that no caption tells of"),
+    ],
+    "photographs, ResNet-18, sentences of the class": [
+        ("cifar10", "resnet18", "class means, balanced", "CIFAR-10, 500 a class: mean text of the class"),
+        ("cifar10", "resnet18", "similar labels", "CIFAR-10, 500 a class: similar labels"),
+        ("cifar10-50", "resnet18", "class means, balanced", "CIFAR-10, 50 a class: mean text of the class"),
+        ("cifar10-50", "resnet18", "similar labels", "CIFAR-10, 50 a class: similar labels"),
+        (
+            "caltech101",
+            "resnet18",
+            "class means, balanced",
+            "Caltech-101, 30 a class: mean text of the class",
+        ),
+        ("caltech101", "resnet18", "similar labels", "Caltech-101, 30 a class: similar labels"),
+    ],
+}
+GAIN, LOSS, UNCLEAR = "#009E73", "#D55E00", "#56606B"
+
+
+def main() -> int:
+    """Draws the picture; says which of its lines have no rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="+", help="tables of JSON lines")
+    parser.add_argument("--to", default=str(ROOT / "docs" / "evidence.png"))
+    options = parser.parse_args()
+    scores = read(options.rows)
+    panels = {title: [line for line in lines if differences(scores, line)] for title, lines in PANELS.items()}
+    for title, lines in PANELS.items():
+        for line in set(lines) - set(panels[title]):
+            print(f"{title}: no rows of {', '.join(line[:3])}", file=sys.stderr)
+    draw(scores, panels, options.to)
+    return 0
+
+
+def read(tables: list[str]) -> dict[Key, Scores]:
+    """Top-1 by set, backbone and arm, and seed; of two rows of one seed the first counts, as in the text."""
+    found: dict[Key, Scores] = defaultdict(dict)
+    for row in (json.loads(line) for table in tables for line in Path(table).read_text().splitlines()):
+        found[row["set"], row["backbone"], row["arm"]].setdefault(row["seed"], row["top1"])
+    return found
+
+
+def differences(scores: dict[Key, Scores], line: tuple[str, str, str, str]) -> list[float]:
+    """Of each seed that both have."""
+    arm, base = scores[line[0], line[1], line[2]], scores[line[0], line[1], "baseline"]
+    return [arm[seed] - base[seed] for seed in sorted(arm.keys() & base.keys())]
+
+
+def draw(scores: dict[Key, Scores], panels: dict[str, list[tuple[str, str, str, str]]], to: str) -> None:
+    """Points, means and intervals; an interval beyond the panel ends in an arrow."""
+    from matplotlib.figure import Figure
+
+    heights = [len(lines) for lines in panels.values()]
+    figure = Figure(figsize=(9.5, 0.42 * sum(heights) + 1.7), layout="constrained")
+    axes = figure.subplots(len(panels), 1, height_ratios=heights)
+    for panel, (title, lines) in zip(axes, panels.items(), strict=True):
+        found = [differences(scores, line) for line in lines]
+        reach = 1.25 * max(abs(value) for each in found for value in each)
+        for place, each in enumerate(found):
+            low, high = student_interval(each)
+            colour = UNCLEAR
+            if len(each) >= FEWEST_SEEDS and not low <= 0 <= high:
+                colour = GAIN if low > 0 else LOSS
+            mean, height = statistics.fmean(each), len(found) - 1 - place
+            panel.plot([max(low, -reach), min(high, reach)], [height] * 2, color=colour, lw=2.2, alpha=0.75)
+            for end, beyond, mark in ((-reach, low < -reach, "<"), (reach, high > reach, ">")):
+                if beyond:
+                    panel.plot([end], [height], marker=mark, color=colour, ms=7, clip_on=False)
+            panel.scatter(each, [height] * len(each), s=18, color="white", edgecolor=colour, zorder=3)
+            panel.plot([mean], [height], marker="D", color=colour, ms=6, zorder=4)
+            told = f"{mean:+.1f}  ({len(each)} seeds)"
+            panel.annotate(
+                told, (1.025, height), xycoords=("axes fraction", "data"), va="center", fontsize=8.5
+            )
+        panel.axvline(0, color="black", lw=0.8)
+        panel.set_yticks(range(len(found)), [line[3] for line in reversed(lines)], fontsize=8.5)
+        panel.set_xlim(-reach, reach)
+        panel.set_ylim(-0.6, len(found) - 0.4)
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.grid(axis="x", color="#e3e6ea")
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+    axes[-1].set_xlabel("points of top-1 over the baseline of the same seed; diamond: mean; bar: 95 %")
+    figure.savefig(to, dpi=110)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
