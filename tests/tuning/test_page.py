@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import html.parser
 import math
 import random
 import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +13,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.store import CAPTIONS, Store
+from tests.browser import Browse, Page, browser
 from tests.tuning import contents
 from tuning import report
 from tuning.report import page, words
 from tuning.report.comparison import comparisons
 from tuning.report.table import rows
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def lead(content: dict[str, Any]) -> str:
@@ -181,56 +177,13 @@ def test_the_table_tells_of_every_training() -> None:
     assert all(math.isnan(row.metric) for row in found if row.status in ("diverged", "failed", "waiting"))
 
 
-class Page(html.parser.HTMLParser):
-    """Attributes of the elements that have data."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.data: list[dict[str, str]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        data = {name.removeprefix("data-"): value or "" for name, value in attrs if name.startswith("data-")}
-        if data:
-            self.data.append(data)
-
-    def of(self, kind: str) -> list[dict[str, str]]:
-        return [data for data in self.data if kind in data]
-
-
 @pytest.fixture
-def browse(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a real browser, without a window, on a file."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert found, f"none of {', '.join(BROWSERS)} is here: install chromium"
-    count: Iterator[int] = iter(range(99))
-
-    def run(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-        profile = tmp_path / f"profile{next(count)}"
-        command = [
-            str(found),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--disable-dev-shm-usage",
-            "--enable-logging=stderr",
-            f"--user-data-dir={profile}",
-            *flags,
-            path.as_uri(),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        shutil.rmtree(profile, ignore_errors=True)
-        return done
-
-    return run
+def browse(tmp_path: Path) -> Browse:
+    return browser(tmp_path)
 
 
 def test_a_browser_reads_the_numbers_of_the_content_off_the_page(
-    tmp_path: Path, make_store: Callable[..., Path], browse: Callable[..., subprocess.CompletedProcess[str]]
+    tmp_path: Path, make_store: Callable[..., Path], browse: Browse
 ) -> None:
     store = Store(str(make_store(tmp_path / "store")))
     captions = store.read_shard("captions", "test", 0).to_pylist()
@@ -288,9 +241,7 @@ def test_a_browser_reads_the_numbers_of_the_content_off_the_page(
     assert (tmp_path / "page.pdf").stat().st_size > 50_000
 
 
-def test_nothing_sticks_out_of_a_narrow_screen(
-    tmp_path: Path, browse: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_nothing_sticks_out_of_a_narrow_screen(tmp_path: Path, browse: Browse) -> None:
     """In a frame of 420 pixels, since a window has 500 at least: what is wider scrolls by itself."""
     file, frame = tmp_path / "report.html", tmp_path / "frame.html"
     page.write(str(file), [contents.large(final=False), contents.single() | {"sweep": "/other"}], pictures=0)

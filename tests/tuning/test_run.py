@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import timm
 
+from tests.browser import Page, browser
 from tests.mlflow_server import Server
 from tuning import record
 from tuning.__main__ import main
@@ -163,13 +163,11 @@ def test_a_sweep_that_is_killed_goes_on_stops_most_trials_early_and_ends_in_a_co
     files = [path for path in (sweep / "tune").rglob("*") if path.is_file()]
     assert len(files) > STOPPED and not [path for path in files if mlflow.uri.encode() in path.read_bytes()]
 
-    # The page says what MLflow says.
+    # The page, as a browser has it, says what MLflow says.
     page = tmp_path / "report.html"
     assert main(["report", str(sweep), "--html", str(page), "--pictures", "2"]) == 0
-    shown = {
-        m[1]: float(m[2])
-        for m in re.finditer(r'data-trial="([^"]+)"[^>]* data-metric="([^"]+)"', page.read_text())
-    }
+    read = Page(browser(tmp_path)(page, "--dump-dom").stdout).of("trial")
+    shown = {trial["trial"]: float(trial["metric"]) for trial in read}
     assert shown.keys() == by_name.keys()
     assert all(
         shown[name] == pytest.approx(run.data.metrics["top1"], abs=0.01) for name, run in tracked.items()

@@ -51,7 +51,8 @@ def _heat_map(
     begun: set[tuple[int, int]] = set()
     for each in methods:
         place = rows.of(each), columns.of(each)
-        begun.add(place)
+        if any(trial["history"] for trial in each.trials):
+            begun.add(place)
         if each.scores():
             cells.setdefault(place, []).append(each.mean)
     grid = np.full((len(rows.labels), len(columns.labels)), np.nan)

@@ -31,11 +31,13 @@ def lengths_plot(store: Store, captions: str, most_shards: int = 200) -> str:
 
 def curves_plot(found: Sequence[Configuration]) -> str:
     """The metric by epoch, of one backbone: the baseline dashed in black, the best setting thick, what ended
-    early thin and with a mark at its end.
+    early thin and with a mark at its end. Empty before the first epoch has ended.
 
     Args:
         found: configurations of one backbone and stage.
     """
+    if not any(trial["history"] for each in found for trial in each.trials):
+        return ""
     from matplotlib.ticker import MaxNLocator
 
     highest = best_of(each for each in found if not each.is_baseline)
@@ -175,7 +177,8 @@ def cost_plot(found: Sequence[Configuration]) -> str:
     axes.set_ylabel(metric.axis)
     drawing.titled(axes, "Cost against result")
     arms = [each.is_baseline for each, *_ in shown]
-    _cost_legend(made, arms, backbones, marks, any(not whole for *_, whole in shown))
+    has_early, has_front = any(not whole for *_, whole in shown), len(front) > 1
+    _cost_legend(made, arms, backbones, marks, has_early, has_front)
     return drawing.svg(made, f"Cost of a training against {metric.title}, {len(shown)} settings")
 
 
@@ -201,7 +204,9 @@ def _front(points: Sequence[tuple[float, float]], metric: Metric) -> list[tuple[
     return front
 
 
-def _cost_legend(made: Any, arms: Sequence[bool], backbones: list[str], marks: str, has_early: bool) -> None:
+def _cost_legend(
+    made: Any, arms: Sequence[bool], backbones: list[str], marks: str, has_early: bool, has_front: bool
+) -> None:
     from matplotlib.lines import Line2D
 
     def entry(label: str, **look: Any) -> Any:
@@ -214,7 +219,8 @@ def _cost_legend(made: Any, arms: Sequence[bool], backbones: list[str], marks: s
         entries.append(entry("the method", marker="o", color=drawing.BLUE))
     if has_early:
         entries.append(entry("stopped early", marker="o", color=drawing.BLUE, fillstyle="none"))
-    entries.append(entry("none is better and cheaper", linestyle="-", color=drawing.VERMILLION))
+    if has_front:
+        entries.append(entry("none is better and cheaper", linestyle="-", color=drawing.VERMILLION))
     if len(backbones) > 1:
         entries += [
             entry(drawing.shortened(name, 24), marker=marks[place % len(marks)], color=drawing.GREY)
