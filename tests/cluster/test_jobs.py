@@ -43,7 +43,7 @@ NO_PLACE = {
     *("objective", "balance", "alignment_schedule", "alignment", "text_projection", "positives", "head"),
     *("several_captions", "architecture", "optimizer", "clip_mode", "loss", "train_split", "eval_split"),
     *("auto_augment", "precision", "loader", "experiment", "log_artifacts", "register_as", "parent_run"),
-    *("checkpoint", "weights", "class_prompts", "format"),
+    *("checkpoint", "weights", "class_prompts", "format", "axis", "search", "scheduler", "test_split"),
 }
 
 

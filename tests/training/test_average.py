@@ -94,7 +94,7 @@ def test_the_best_epoch_is_that_of_the_weights_that_are_exported(tmp_path: Path,
         (folder / "state.json").write_text(json.dumps(state))
     config = TrainConfig.of(store="s", run=str(tmp_path), ema=0.9 if averaged else 0.0)
     assert checkpoint.find(str(tmp_path), "best").endswith("checkpoint-2" if averaged else "checkpoint-1")
-    result = _result(config, "")
+    result = _result(config, "", history)
     assert (result["best_epoch"], result["best_top1"]) == ((2, 55) if averaged else (1, 60))
     assert run_folder.headline(result["last"]) == (45 if averaged else 55)
     assert run_folder.headline(result["last"], "top5") == (83 if averaged else 90)
