@@ -254,7 +254,7 @@ def test_a_sweep_on_an_object_store_with_a_trial_that_diverges_exports_the_best_
     assert main(command) == 1
     told = capsys.readouterr()
     assert f"best model, of test_resnet-baseline-s0: {sweep}/best" in told.out
-    assert told.err.count("diverged  ") == 1, "and was not tried again"
+    assert told.err.count("diverged: step 1") == 1, "and was not tried again"
     assert "Diverged: test_resnet-w1e+39-d4-s0" in told.err
     assert main(command) == 1
     again = capsys.readouterr()
