@@ -103,6 +103,7 @@ def test_describing_grows_from_nothing_survives_a_spot_node_and_lets_go(
     store = tmp_path / "store"
     flags = ["--images", str(images), "--store", str(store), "--shard-rows", "4"]
     flags += ["--caption-preset", "scenes", "--temperature", "0.3", "--captions-per-image", "8"]
+    wait_until(lambda: not captioning(address), 90)  # nodes that the test before asked for
     refused = start(address, tmp_path / "refused", "describe", *flags)
     assert refused.wait(120) == 2
     assert "pass --replicas" in (tmp_path / "refused").read_text()
