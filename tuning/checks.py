@@ -46,6 +46,7 @@ def _plain(config: TuneConfig, arm: space.Arm, values: space.Values, sweep: str)
 
 
 def check_test_split(config: TuneConfig, sweep: str) -> None:
+    """A sweep's final comparison is measured on one split: figures of two would stand side by side."""
     before = (read_json(sweep, "sweep.json") or {}).get("test_split", "")
     if before and before != config.test_split:
         message = (
@@ -56,6 +57,7 @@ def check_test_split(config: TuneConfig, sweep: str) -> None:
 
 
 def prepared(trial: TrainConfig, sweep: str) -> tuple[TrainConfig, Variants]:
+    """A trial's settings as its run will have them, checked, and the variants that it is trained on."""
     recorded = read_json(trial.run, "config.json") or {}
     if recorded and trial.method.is_baseline and _was_baseline(recorded):  # axes decide nothing
         trial = trial.but(**{name: recorded[name] for name in trial.method.axes if name in recorded})

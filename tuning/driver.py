@@ -58,7 +58,6 @@ class Driver:
         while True:
             self._look_at_budget()
             if (piece := self._search.next()) is None:
-                self.record.write(soon=True, final=self.pairs())
                 return None
             trial = self._trial(piece)
             name = space.trial_name(trial)
@@ -93,6 +92,7 @@ class Driver:
         if piece.stage == "search" or self._told_final:
             return
         self._told_final = True
+        self.record.write(final=self.pairs())
         fresh, pairs = self._search.fresh_seeds(), self._search.pairs
         first = [Piece(block.configuration, block.seeds[0], 0) for pair in pairs for block in pair]
         names = [space.trial_name(self._trial(piece, write=False)) for piece in first]
@@ -248,7 +248,6 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 def _asked(config: TuneConfig, parent: str, searched: search.Search, variants: dict[str, str]) -> Content:
     """What sweep.json says of the sweep itself."""
     train = config.train
-    axes = {axis.name: axis.text for arm in searched.arms for axis in arm.axes}
     return {
         "store": run_folder.address(train.store),
         "objective": train.objective,
@@ -258,7 +257,7 @@ def _asked(config: TuneConfig, parent: str, searched: search.Search, variants: d
         "search": config.search,
         "scheduler": config.scheduler,
         "rungs": list(config.rungs),
-        "axes": axes,
+        "axes": space.axes_told(searched.arms),
         "seeds": list(config.seeds),
         "fresh_seeds": [],
         "eval_split": train.data.eval_split,

@@ -1,5 +1,5 @@
 """`tune`: a Ray Tune sweep whose trials are Ray Train runs over one store; the only file here that builds Ray
-objects.
+objects, beside the searcher of pieces.py.
 
 Tune asks `search.Search` for one piece of a training after the other and starts a small driver function for
 it, which builds the trainer. A sweep is a folder, on a disk or s3://: sweep.json, a run folder for each
@@ -239,7 +239,7 @@ def _parent_run(config: TuneConfig, sweep: str) -> str:
     told = {**config.axes(), "axis": config.axis, "store": train.store, "preset": train.preset}
     tags = {
         "store": run_folder.address(train.store),
-        "space": json.dumps({axis.name: axis.text for arm in space.arms(config) for axis in arm.axes}),
+        "space": json.dumps(space.axes_told(space.arms(config))),
         "search": config.search,
         "scheduler": config.scheduler,
         TAG: commit(),

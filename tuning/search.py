@@ -176,13 +176,13 @@ class Search:
 
     def spend(self) -> bool:
         """The budget is used up: nothing more of the search is begun. Returns whether there was more."""
-        if self._final is not None:
-            return False
+        if self._spent or self._final is not None:
+            return False  # what is waiting now belongs to the ends of the best
         room = self._config.search != "grid" and any(
             arm not in self._exhausted and self._has_room(arm) for arm in self.arms
         )
         promotable = any(self._promotable(arm, r) for arm in self.arms for r in range(len(self.rungs) - 1))
-        left = not self._spent and (bool(self._waiting) or room or promotable)
+        left = bool(self._waiting) or room or promotable
         self._spent, self._waiting = True, []
         return left
 

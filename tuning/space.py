@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any
@@ -106,6 +106,11 @@ def arms(config: TuneConfig) -> list[Arm]:
         if cells:
             found.append(Arm(backbone, False, {}, cells, methods + shared))
     return found
+
+
+def axes_told(arms: Sequence[Arm]) -> dict[str, str]:
+    """What varies, as `--axis` has it."""
+    return {axis.name: axis.text for arm in arms for axis in arm.axes}
 
 
 def _of_grid(config: TuneConfig, given: set[str]) -> tuple[list[Axis], tuple[Values, ...]]:

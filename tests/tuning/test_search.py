@@ -168,6 +168,21 @@ def test_without_a_number_of_trials_what_is_good_so_far_goes_on_first() -> None:
     assert folder.work(search) == [] and search.is_done
 
 
+def test_when_the_budget_is_spent_the_best_of_each_arm_is_trained_to_its_end() -> None:
+    config = sweep(axis=("lr=log(1e-4,1,9)",), seeds=(0, 1), scheduler="asha", hours=1, fresh_seeds=0)
+    folder = Folder(config, lr_is_all)
+    search = folder.search()
+    folder.work(search, most=12)
+    assert search.spend() and not search.spend(), "told once"
+    done = []
+    while (piece := search.next()) is not None:  # the budget is looked at before each
+        folder.train(search, piece)
+        done.append(piece)
+        search.spend()
+    assert [piece.rung for piece in done] == [2] * 4 and search.is_done
+    assert all((best := search.best([arm])) is not None and best.stands(2) for arm in search.arms)
+
+
 def test_a_configuration_that_lost_a_seed_is_neither_promoted_nor_chosen_and_the_rest_goes_on() -> None:
     def merit(piece: Piece, epoch: int) -> float:
         diverges = piece.seed == 1 and piece.configuration.values["lr"] == pytest.approx(0.01) and epoch == 2
