@@ -173,21 +173,25 @@ class Driver:
 
     def _restore(self) -> None:
         """What trials of earlier starts have come to; of a grid all trials are on record from the start."""
+        trials, shared = self.record.trials, self.record.asked["shared"]
+        known = {name: record.complete(self.sweep, trial, False, shared) for name, trial in trials.items()}
+        for name, now in known.items():
+            if now["status"] == "waiting" and not now["seconds"]:
+                del trials[name]  # of an earlier space, or it comes again
         for block in self._search.blocks:
             for seed in block.seeds:
-                self._trial(Piece(block.configuration, seed, 0))
-        earlier = self.record.trials.values()
-        self._search.searched |= {trial["seed"] for trial in earlier if trial["stage"] == "search"}
-        for trial in earlier:
-            block = self._search.known(
-                trial["backbone"], trial["arm"] == "baseline", _tuples(trial["values"])
-            )
-            trial["configuration"] = block.configuration.number
-            if trial["seed"] in block.seeds:
-                trial["stage"] = "search"  # a final one, where more seeds are searched on now
-                now = record.complete(self.sweep, trial, False, self.record.asked["shared"])
-                merits = self._of_history(now["history"])
-                self._search.restore(block, trial["seed"], merits, "diverged" * (now["status"] == "diverged"))
+                trial = self._trial(Piece(block.configuration, seed, 0))
+                if (name := space.trial_name(trial)) not in known:  # its folder may be there all the same
+                    known[name] = record.complete(self.sweep, trials[name], False, shared)
+        self._search.searched |= {each["seed"] for each in trials.values() if each["stage"] == "search"}
+        for name, each in trials.items():
+            block = self._search.known(each["backbone"], each["arm"] == "baseline", _tuples(each["values"]))
+            each["configuration"] = block.configuration.number
+            if each["seed"] in block.seeds:
+                each["stage"] = "search"  # a final one, where more seeds are searched on now
+                merits = self._of_history(known[name]["history"])
+                lost = "diverged" * (known[name]["status"] == "diverged")
+                self._search.restore(block, each["seed"], merits, lost)
         self._search.start()
         if self._search.has_pairs:
             self.record.asked["fresh_seeds"] = list(self._search.fresh_seeds())

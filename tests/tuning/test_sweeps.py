@@ -119,6 +119,20 @@ def test_a_better_trial_of_a_grown_grid_is_exported_anew_and_finished_trials_sta
     timm.create_model(f"local-dir:{content['exported']}", pretrained=True)
 
 
+def test_what_an_earlier_grid_had_and_never_began_is_not_to_come_any_more(
+    store: Path, weights: Path, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep"
+    again = command(store, sweep, "0")
+    begun(again, weights, sweep, s0=51.0)
+    assert main([*again, "--no-export"]) == 0
+    content = json.loads((sweep / "sweep.json").read_text())
+    never = content["trials"][0] | {"name": "test_resnet-baseline-s7", "seed": 7}
+    (sweep / "sweep.json").write_text(json.dumps(content | {"trials": [*content["trials"], never]}))
+    assert main([*again, "--no-export"]) == 0
+    assert [trial["name"] for trial in content_of(sweep)["trials"]] == ["test_resnet-baseline-s0"]
+
+
 def test_other_settings_are_refused_and_what_is_told_of_a_trial_is_its_own_record(
     store: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
