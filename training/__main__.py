@@ -17,8 +17,8 @@ from pipeline import verbs
 from pipeline.errors import SettingsError
 from pipeline.verbs import Verb, value_of
 from training import config
-from training.objectives.settings import metric_named, settings_of
-from training.presets import ABOUT, preset
+from training.objectives.registry import metric_named, settings_of
+from training.presets import ABOUT, chosen
 
 Config = TypeVar("Config")
 
@@ -61,9 +61,10 @@ def parse_train(arguments: list[str]) -> config.TrainConfig:
 
 def _of_preset(given: dict[str, Any], arguments: list[str]) -> dict[str, Any]:
     """The settings of the preset and the method that flags name, or else `given`."""
-    objective = value_of("--objective", arguments, given.get("objective", "align"))
-    settings = preset(value_of("--preset", arguments, given.get("preset", "small-64")), objective)
-    return settings | {"objective": objective}
+    return chosen(
+        value_of("--preset", arguments, given.get("preset", "")),
+        value_of("--objective", arguments, given.get("objective", "")),
+    )
 
 
 def _of_file(file: str, arguments: list[str]) -> dict[str, Any]:

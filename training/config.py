@@ -18,7 +18,8 @@ from pipeline.errors import SettingsError
 from training.data.settings import DataSettings
 from training.engine.settings import ComputeSettings, OptimSettings, PlaceSettings
 from training.models.settings import ModelSettings
-from training.objectives.settings import AlignSettings, settings_of
+from training.objectives.registry import settings_of
+from training.objectives.settings.align import AlignSettings
 from training.settings import (
     Free,
     MethodSettings,
@@ -49,7 +50,8 @@ class TrainConfig(Generic[Method]):
     this help."""
     objective: str = "align"
     """Training method: align (GPT4Image; with a weight of 0 its baseline), or the import path of a module of
-    one's own (see training/objectives/protocol.py)."""
+    one's own (see training/objectives/protocol.py). Each has flags and recipes of its own, which
+    --objective NAME --help shows."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.errors import SettingsError
 from pipeline.verbs import value_of as value_of
-from training.objectives.settings import AlignSettings, settings_of
+from training.objectives.registry import BUILT_IN, settings_of
 
 _Settings = dict[str, Any]
 
@@ -218,20 +218,54 @@ FORMER: dict[str, tuple[int, _Settings]] = {
 """What recipes said before they were searched, and the last of `RECIPES` that they stood in: a run that was
 begun with them goes on with them."""
 
-ABOUT = f"Recipes: {', '.join(PRESETS)}; each is shown by --preset NAME --help."
+
+def known() -> dict[str, _Settings]:
+    """Every recipe by name, those of single training methods too."""
+    return PRESETS | {name: values for method in BUILT_IN.values() for name, values in method.presets.items()}
+
+
+ABOUT = "Recipes: {}; each is shown by --preset NAME --help.".format(
+    "; ".join(
+        [", ".join(PRESETS)]
+        + [f"{name}: {', '.join(method.presets)}" for name, method in BUILT_IN.items() if method.presets]
+    )
+)
+
+
+def owner(name: str) -> str:
+    """The training method that a recipe is for.
+
+    Raises:
+        SettingsError: unknown name.
+    """
+    if name not in known():
+        message = f"preset={name!r}: unknown; choose one of {', '.join(known())}."
+        raise SettingsError(message)
+    return next((method for method, told in BUILT_IN.items() if name in told.presets), "align")
 
 
 def preset(name: str, objective: str = "align") -> dict[str, Any]:
-    """The settings of a recipe for a training method; what it says of the alignment is for no other.
+    """The settings of a recipe for a training method; what it says of the method that it is for is for no
+    other.
 
     Raises:
-        ValueError: unknown name.
+        SettingsError: unknown name.
     """
-    if name not in PRESETS:
-        message = f"preset={name!r}: unknown; choose one of {', '.join(PRESETS)}."
-        raise SettingsError(message)
     foreign: set[str] = set()
-    if not issubclass(settings_of(objective), AlignSettings):
-        foreign = {own.name for own in fields(AlignSettings)}
-    values = {key: value for key, value in PRESETS[name].items() if key not in foreign}
+    own = settings_of(owner(name))
+    if not issubclass(settings_of(objective), own):
+        foreign = {each.name for each in fields(own)}
+    values = {key: value for key, value in known()[name].items() if key not in foreign}
     return {"preset": name, **values}
+
+
+def chosen(name: str, objective: str) -> dict[str, Any]:
+    """The settings of what is named: of a recipe alone also the method that it is for, of a method alone also
+    its own recipe; empty: not named.
+
+    Raises:
+        SettingsError: unknown recipe or method.
+    """
+    objective = objective or (owner(name) if name else "align")
+    name = name or (BUILT_IN[objective].preset if objective in BUILT_IN else "small-64")
+    return {**preset(name, objective), "objective": objective}

@@ -28,7 +28,7 @@ from pipeline.inspect import metrics as prometheus
 from pipeline.store import Store, locations, lock
 from training import preparation, run_folder, tracking
 from training.config import TrainConfig
-from training.objectives.settings import metric_named
+from training.objectives.registry import metric_named
 from training.run_folder import Follower, read_json, write_json, write_text
 from training.settings import flat
 from training.tracking.commit import TAG, commit

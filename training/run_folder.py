@@ -23,8 +23,9 @@ from pipeline.inspect.metrics import Watched
 from pipeline.store import Store, files, locations
 from training import tracking
 from training.config import NO_SETTINGS, TrainConfig
-from training.objectives.settings import SHORT_LOSSES, Metric, metric_named
-from training.presets import FORMER, PRESETS, RECIPES
+from training.objectives.metric import Metric
+from training.objectives.registry import SHORT_LOSSES, metric_named
+from training.presets import FORMER, RECIPES, known
 from training.settings import fitting, flat
 
 Recorded = dict[str, Any]
@@ -210,7 +211,7 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
     plain, given, before = TrainConfig.defaults(config.objective), flat(config), flat(then)
     open_ = {name for name in plain if name not in recorded and given[name] == plain[name]}
     if config.preset in FORMER and recorded.get("preset") == config.preset:
-        (last, former), recipe = FORMER[config.preset], plain | PRESETS[config.preset]
+        (last, former), recipe = FORMER[config.preset], plain | known()[config.preset]
         if _recipes(recorded) <= last:
             # Begun when the recipe said something else; what it says now was not asked for.
             open_ |= {n for n in former if recorded.get(n) == former[n] and given[n] == recipe[n]}

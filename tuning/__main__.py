@@ -14,8 +14,8 @@ import tyro
 from pipeline import verbs
 from pipeline.errors import SettingsError
 from pipeline.verbs import Verb
-from training.objectives.settings import settings_of
-from training.presets import ABOUT, preset, value_of
+from training.objectives.registry import settings_of
+from training.presets import ABOUT, chosen, value_of
 from tuning import config
 
 
@@ -28,9 +28,10 @@ def parse_tune(arguments: list[str]) -> config.TuneConfig:
     """The settings of a command line: the preset's, overruled by the flags beside it.
 
     Raises:
-        SettingsError: a flag of `train` that the sweep sets for each trial.
+        SettingsError: a flag of `train` that the sweep sets for each trial, or no such recipe or method.
     """
-    objective = value_of("--objective", arguments, "align")
+    settings = chosen(value_of("--preset", arguments, ""), value_of("--objective", arguments, ""))
+    objective = settings["objective"]
     method = settings_of(objective)
     tried = {own.name for own in fields(method.grid)}
     instead = config.SET_BY_SWEEP | {
@@ -42,9 +43,8 @@ def parse_tune(arguments: list[str]) -> config.TuneConfig:
         if argument.startswith("--") and name in instead:
             message = f"--{_flag(name)}: a sweep sets this for each trial; {instead[name]}."
             raise SettingsError(message.replace("?.", "?"))
-    settings = preset(value_of("--preset", arguments, "small-64"), objective)
     shared = config.shared(objective)
-    train = shared.unjudged(**settings | {"objective": objective})
+    train = shared.unjudged(**settings)
     default: Any = config.TuneConfig(train=train, grid=method.grid())
     kind: Any = config.TuneConfig[shared, method.grid]  # type: ignore[valid-type,name-defined]
     about = f"{config.TuneConfig.__doc__} {ABOUT}"

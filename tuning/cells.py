@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.objectives.settings import settings_of
+from training.objectives.registry import settings_of
 from training.settings import restored
 
 

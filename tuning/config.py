@@ -14,7 +14,8 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from pipeline.errors import SettingsError
 from training.config import TrainConfig
-from training.objectives.settings import AlignGrid, settings_of
+from training.objectives.registry import settings_of
+from training.objectives.settings.align import AlignGrid
 from training.settings import Grid, below, flat
 
 SET_BY_SWEEP = {

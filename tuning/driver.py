@@ -12,7 +12,7 @@ from pipeline.errors import SettingsError
 from pipeline.store import locations
 from training import run_folder, tracking
 from training.config import TrainConfig
-from training.objectives.settings import metric_named
+from training.objectives.registry import metric_named
 from training.run_folder import read_json
 from training.settings import flat
 from training.tracking.commit import commit

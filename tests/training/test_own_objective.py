@@ -24,7 +24,7 @@ from training.config import ExportConfig, TrainConfig
 from training.engine import checkpoint, loop
 from training.export.export import export
 from training.objectives.protocol import Objective
-from training.objectives.settings import BUILT_IN, module_of
+from training.objectives.registry import BUILT_IN, module_of
 from training.settings import MethodSettings, flat
 from tuning.cells import cell_of
 from tuning.report import landscape, plots, words

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from training.config import TrainConfig
-from training.objectives.settings import AlignGrid
+from training.objectives.settings.align import AlignGrid
 from tuning import axes, space
 from tuning.config import TuneConfig
 from tuning.search import Piece, Search

@@ -18,7 +18,7 @@ from pyarrow import fs
 from pipeline.store import locations, lock
 from training.config import TrainConfig
 from training.engine import checkpoint, loop
-from training.objectives.settings import AlignGrid
+from training.objectives.settings.align import AlignGrid
 from training.settings import flat
 from tuning import config as tuning_config
 from tuning import record, space

@@ -32,8 +32,9 @@ from training.losses.alignment import Form, TextGather, Texts, alignment_loss
 from training.losses.balance import gradient_ratio
 from training.models import backbones
 from training.models.heads import Kind, ProjectionHead, TextProjection
+from training.objectives.metric import Metric
 from training.objectives.protocol import Description, Facts, Gradient, Losses, Objective, Precision
-from training.objectives.settings import AlignSettings, Metric
+from training.objectives.settings.align import AlignSettings
 from training.settings import flat
 
 COLDEST = 0.01

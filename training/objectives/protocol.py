@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from training.config import TrainConfig
-from training.objectives.settings import Metric, module_of
+from training.objectives.metric import Metric
+from training.objectives.registry import module_of
 from training.settings import MethodSettings
 
 if TYPE_CHECKING:

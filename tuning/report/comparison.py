@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
-from training.objectives.settings import Metric
+from training.objectives.metric import Metric
 from tuning.report import significance
 from tuning.report.configurations import Configuration, Content, Trial, best_of, configurations, last_score
 

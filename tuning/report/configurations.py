@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from training.objectives.settings import Metric, metric_named, settings_of
+from training.objectives.metric import Metric
+from training.objectives.registry import metric_named, settings_of
 from training.run_folder import headline
 from training.settings import restored
 

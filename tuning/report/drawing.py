@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from training.objectives.settings import Metric
+from training.objectives.metric import Metric
 
 BLACK, GREY = "#000000", "#767676"
 BLUE, SKY, ORANGE, GREEN, VERMILLION = "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#D55E00"

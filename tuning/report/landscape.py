@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from training.objectives.settings import Metric
+from training.objectives.metric import Metric
 from tuning.report import drawing
 from tuning.report.configurations import Configuration
 from tuning.report.scales import Scale, scales

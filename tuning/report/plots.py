@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.store import Store
-from training.objectives.settings import Metric
+from training.objectives.metric import Metric
 from tuning.report import drawing
 from tuning.report.comparison import Comparison
 from tuning.report.configurations import Configuration, Trial, best_of, score

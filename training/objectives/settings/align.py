@@ -1,40 +1,11 @@
-"""Training methods by name, with what command lines and reports must know of them before torch is loaded:
-their settings and what they are judged by. A method of one's own has both in its file."""
+"""Settings of GPT4Image's alignment (`objectives/align.py`)."""
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, ClassVar, Literal
 
-from pipeline.errors import SettingsError
-from training.settings import Grid, MethodSettings, below, flaws, no_share
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """What an epoch is judged by: a name of the evaluator's metrics, how it is written, and its direction."""
-
-    name: str = "top1"
-    title: str = "top-1"
-    digits: int = 2
-    """Behind the point; the line of an epoch shows one less."""
-    unit: str = "%"
-    """Of an axis; empty where it has none."""
-    difference: str = "points of top-1"
-    """What a difference of two values is called."""
-    higher_is_better: bool = True
-
-    def shown(self, value: float) -> str:
-        """As tables have it."""
-        return f"{value:.{self.digits}f}"
-
-    @property
-    def axis(self) -> str:
-        """As plots have it."""
-        return f"{self.title}, {self.unit}" if self.unit else self.title
+from training.settings import Grid, MethodSettings, below, no_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,62 +165,3 @@ class AlignSettings(MethodSettings):
                 "text_projection=learned: without negatives all texts would be mapped to one point; use pca."
             )
         return faults
-
-
-@dataclass(frozen=True)
-class BuiltIn:
-    """A method of this package."""
-
-    module: str
-    settings: type[MethodSettings]
-    metric: Metric = Metric()
-
-
-BUILT_IN = {"align": BuiltIn("training.objectives.align", AlignSettings)}
-"""By name; a test holds that settings and metric are those of the modules."""
-
-
-def module_of(name: str) -> Any:
-    """The OBJECTIVE of a method by its name or import path; loads torch.
-
-    Raises:
-        SettingsError: there is no such module, or it has no OBJECTIVE.
-    """
-    # A command that is installed does not look where it is given.
-    if name not in BUILT_IN and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return import_module(BUILT_IN[name].module if name in BUILT_IN else name).OBJECTIVE
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        message = (
-            f"objective={name!r}: {error}; known are {', '.join(BUILT_IN)}, or the import path of a module "
-            "with an OBJECTIVE (training/objectives/protocol.py)."
-        )
-        raise SettingsError(message) from None
-
-
-def settings_of(name: str) -> type[MethodSettings]:
-    """The type of a method's settings.
-
-    Raises:
-        SettingsError: there is no such method, or its settings cannot be flags and records.
-    """
-    if name in BUILT_IN:
-        return BUILT_IN[name].settings
-    kind: type[MethodSettings] = getattr(module_of(name), "settings", MethodSettings)
-    if found := flaws(kind):
-        message = f"objective={name}: {'; '.join(found)}."
-        raise SettingsError(message)
-    return kind
-
-
-def metric_named(name: str) -> Metric:
-    """What a method is judged by."""
-    if name in BUILT_IN:
-        return BUILT_IN[name].metric
-    found: Metric = getattr(module_of(name), "metric", Metric())
-    return found
-
-
-SHORT_LOSSES = {"cross_entropy": "ce", "alignment": "align"}
-"""How parts of the loss are called in an epoch's line; a method without any of them shows its loss."""

@@ -1,0 +1,1 @@
+"""Settings of the training methods, whose fields are their flags; torch is not loaded for them."""
