@@ -144,13 +144,11 @@ class Toy(Objective):
 
     def build(self, config: TrainConfig, facts: Any, classes: int) -> Colours:
         torch.manual_seed(config.seed)
-        backbone = backbones.build(
-            config.model.backbone, num_classes=classes, image_size=config.model.image_size
-        )
+        backbone = backbones.of_run(config, classes)
         return Colours(backbone, config.method.noise)
 
     def rebuild(self, config: TrainConfig, weights: dict[str, Tensor], classes: int) -> Colours:
-        task = self.build(config, None, classes)
+        task = self.build(config.without_weights, None, classes)
         task.load_state_dict(weights)
         return task
 

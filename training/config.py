@@ -143,6 +143,11 @@ class TrainConfig(Generic[Method]):
         return self.of(**flat(self) | settings)
 
     @property
+    def without_weights(self) -> Self:
+        """The same with a backbone that starts from nothing: a checkpoint has all weights."""
+        return self.but(pretrained=False, init_from="")
+
+    @property
     def last_epoch(self) -> int:
         """The epoch that this start ends after: that of --until-epoch, or the run's last."""
         return min(self.place.until_epoch or self.optim.epochs, self.optim.epochs)

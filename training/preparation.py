@@ -47,9 +47,10 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     config = config.but(
         run=run_folder.address(config.run or default_run(config)),
         store=run_folder.address(config.store),
+        init_from=config.model.init_from and run_folder.address(config.model.init_from),
     )
     locations.check_writable("run", config.run)
-    from training.models import backbones, weights
+    from training.models import backbones, chain, weights
     from training.objectives.protocol import objective_of
 
     recorded = read_json(config.run, "config.json")
@@ -57,10 +58,13 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     if recorded is not None:
         config = run_folder.resumed(config, recorded)
         run_folder.check_store(config.run, recorded, Store(config.store))
+    begun = recorded is not None and _has_checkpoint(config.run)
+    if config.model.init_from and not begun:
+        print(f"train: {chain.check(config)}", file=sys.stderr)
     facts = check(config)
     for note in objective_of(config).notes(config, Store(config.store), facts):
         print(f"train: {note}", file=sys.stderr)
-    if config.model.pretrained and not config.model.brings_weights and not _has_checkpoint(config.run):
+    if config.model.pretrained and not config.model.brings_weights and not begun:
         weights.fetch_weights(config.model.backbone)
     return config.but(**facts.found), facts.variants
 
@@ -71,7 +75,7 @@ def few_steps(config: TrainConfig) -> str:
 
     pictures = len(Rows(Store(config.store), config.data.train_split)) * config.data.epoch_repeats
     steps = pictures * config.optim.epochs // config.optim.batch_size
-    if steps >= FEW_STEPS or config.model.pretrained or config.preset == "smoke":
+    if steps >= FEW_STEPS or config.model.pretrained or config.model.init_from or config.preset == "smoke":
         return ""
     enough = -(-FEW_STEPS * config.optim.batch_size // pictures)
     return (

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from pipeline import session, waiting
@@ -43,6 +44,8 @@ def tune(config: TuneConfig) -> Content:
     sweep = locations.resolve(sweep)[1] if locations.is_local(sweep) else sweep.rstrip("/")
     locations.check_writable("sweep", sweep)
     _check_folder(sweep)
+    if start := config.train.model.init_from:  # a trial's process may stand elsewhere
+        config = replace(config, train=config.train.but(init_from=run_folder.address(start)))
     if config.gpu_hours or config.trials_per_gpu > 1:
         session.start_ray()
         _concurrent(config)

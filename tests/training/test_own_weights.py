@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
 
+from tests.runs import fitted
 from training import preparation, run_folder
 from training.__main__ import main
 from training.config import ExportConfig, TrainConfig
-from training.engine import build, checkpoint, loop
+from training.engine import build, checkpoint
 from training.evaluation import outputs
 from training.export import export
 from training.models import backbones
@@ -56,19 +57,6 @@ def settings(store: Path | str, backbone: str, **changes: Any) -> TrainConfig:
         "threads": 1,
     }
     return TrainConfig.of(store=str(store), backbone=backbone, **values | changes)
-
-
-def fitted(config: TrainConfig, folder: Path, resume: Path | None = None) -> Path:
-    """The folder of a run after training in this process, with the checkpoint of each epoch."""
-
-    def report(metrics: Any, take: Callable[[], checkpoint.Snapshot]) -> None:
-        snapshot = take()
-        snapshot.write(str(folder / f"epoch-{snapshot.content['epoch']}"))
-
-    (folder).mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(flat(config)))
-    loop.fit(config, torch.device("cpu"), 0, str(resume) if resume else None, report)
-    return folder
 
 
 def same_but_for_the_classifier(model: nn.Module, other: nn.Module) -> None:

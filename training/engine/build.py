@@ -61,7 +61,7 @@ class Run:
         store, world = Store(config.store), world_size()
         objective = objective_of(config)
         facts = objective.check(config, store)
-        begun = config.but(pretrained=False) if resume_from else config  # a checkpoint has all weights
+        begun = config.without_weights if resume_from else config
         task = objective.build(begun, facts, len(store.dataset.classes))
         if config.compute.checkpoint_activations:
             task.backbone.set_grad_checkpointing()

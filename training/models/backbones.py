@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
 from training.config import TrainConfig
+from training.models import chain
 from training.models.settings import FOLDER, HUB
 from training.models.weights import (
     WEIGHTS,
@@ -95,6 +96,24 @@ def model_args(name: str, image_size: int, patch_size: int = 0, architecture: st
     if config is None or not config.fixed_input_size or config.input_size[-1] == image_size:
         return arguments
     return arguments | {"img_size": image_size}
+
+
+def of_run(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The backbone that a run begins with: see `build`. Its new weights depend on torch's seed alone."""
+    given = config.model
+    model = build(
+        given.backbone,
+        num_classes=num_classes,
+        image_size=given.image_size,
+        pretrained=given.pretrained and not given.init_from,
+        drop_path=given.drop_path,
+        patch_size=given.patch_size,
+        small_stem=given.small_stem,
+        architecture=given.architecture,
+    )
+    if given.init_from:
+        chain.start(model, given.init_from)
+    return model
 
 
 def build(

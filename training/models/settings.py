@@ -38,6 +38,9 @@ class ModelSettings(Deciding):
     pretrained: bool = False
     """Start from timm's pre-trained weights (network); hf-hub: and local-dir: imply it (to start from
     nothing, name timm's architecture)."""
+    init_from: str = ""
+    """Start from the backbone of another run (folder or s3://), such as one of --objective mae: its last
+    checkpoint, the average where it kept one; the classifier only where it has as many classes."""
     image_size: int = 64
     """Edge of the square input in pixels."""
     patch_size: int = 0
@@ -55,4 +58,7 @@ class ModelSettings(Deciding):
 
     def faults(self) -> list[str]:
         """See `Settings.faults`."""
-        return below(1, self, "image_size") + below(0, self, "patch_size") + no_share(self, "drop_path")
+        faults = below(1, self, "image_size") + below(0, self, "patch_size") + no_share(self, "drop_path")
+        if self.init_from and self.pretrained and not self.brings_weights:
+            faults.append("init_from: the run's weights take the place of --pretrained; leave one out.")
+        return faults

@@ -446,7 +446,7 @@ class Align(Objective):
         last = "head.layers.weight" if config.method.head == "linear" else "head.layers.3.weight"
         dim = len(weights[last]) if last in weights else 0
         text = weights.get("text_projection.weight")
-        task = build_task(config.but(pretrained=False), classes, dim, 0 if text is None else text.shape[1])
+        task = build_task(config.without_weights, classes, dim, 0 if text is None else text.shape[1])
         task.load_state_dict(weights)
         return task
 
@@ -542,16 +542,7 @@ class AlignSpace:
 def build_task(config: TrainConfig, classes: int, dim: int, text_dim: int = 0) -> AlignTask:
     """The model of a run, with weights that depend on the seed alone."""
     torch.manual_seed(config.seed)
-    backbone = backbones.build(
-        config.model.backbone,
-        num_classes=classes,
-        image_size=config.model.image_size,
-        pretrained=config.model.pretrained,
-        drop_path=config.model.drop_path,
-        patch_size=config.model.patch_size,
-        small_stem=config.model.small_stem,
-        architecture=config.model.architecture,
-    )
+    backbone = backbones.of_run(config, classes)
     alignment = Alignment(
         weight=config.method.alignment_weight,
         dim=dim,

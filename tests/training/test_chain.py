@@ -1,0 +1,103 @@
+"""Runs that start from the backbone of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from tests.runs import fitted
+from training import preparation
+from training.config import TrainConfig
+from training.models import backbones, chain
+
+
+def settings(store: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {"backbone": "test_vit", "image_size": 32, "patch_size": 8, "epochs": 1}
+    values |= {"batch_size": 12, "threads": 1, "lr": 1e-2, "warmup_epochs": 0.0}
+    return TrainConfig.of(store=str(store), **values | changes)
+
+
+def weights(run: Path, file: str = "model") -> dict[str, torch.Tensor]:
+    tensors = load_file(run / "epoch-1" / f"{file}.safetensors")
+    return {n.removeprefix("backbone."): v for n, v in tensors.items() if n.startswith("backbone.")}
+
+
+def test_a_run_starts_from_another_method_s_backbone_and_then_needs_it_no_more(
+    tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "store", train=30, val=12)
+    first = fitted(settings(store, objective="tests.toy_objective"), tmp_path / "first")
+    config = settings(store, alignment_weight=0.0, run=str(tmp_path / "second"), init_from=str(first))
+    config, _ = preparation.prepare(config)
+    assert f"starts from {first} (tests.toy_objective, 1 of 1 epochs)" in capsys.readouterr().err
+    begun = backbones.of_run(config, 3).state_dict()
+    for name, value in weights(first).items():
+        assert torch.equal(begun[name], value), name  # as many classes: the classifier, too
+    other = backbones.of_run(config, 5)
+    assert other.get_classifier().out_features == 5  # type: ignore[operator]
+    trained = fitted(config, tmp_path / "second")
+    changed = [not torch.equal(value, begun[name]) for name, value in weights(trained).items()]
+    assert sum(changed) > len(changed) / 2
+    (first / "epoch-1" / "state.json").unlink()
+    resumed, _ = preparation.prepare(config)
+    again = fitted(resumed.but(epochs=2), tmp_path / "third", trained / "epoch-1")
+    assert (again / "epoch-2" / "model.safetensors").is_file()
+
+
+def test_the_average_is_started_from_and_positions_fit_another_size(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
+    store = make_store(tmp_path / "store", train=30, val=12)
+    first = fitted(settings(store, alignment_weight=0.0, ema=0.9), tmp_path / "first")
+    averaged = weights(first, "ema")
+    assert not torch.equal(averaged["blocks.0.attn.qkv.weight"], weights(first)["blocks.0.attn.qkv.weight"])
+    config = settings(store, alignment_weight=0.0, image_size=48, init_from=str(first))
+    chain.check(config)
+    model = backbones.of_run(config, 3)
+    begun = model.state_dict()
+    assert torch.equal(begun["blocks.0.attn.qkv.weight"], averaged["blocks.0.attn.qkv.weight"])
+    assert begun["pos_embed"].shape[1] > averaged["pos_embed"].shape[1]
+    plain = timm.create_model("test_vit", num_classes=3, img_size=32, patch_size=8)
+    plain.load_state_dict(averaged)
+    small = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(
+        backbones.of_run(config.but(image_size=32), 3).eval()(small), plain.eval()(small)
+    )
+
+
+def test_runs_that_cannot_be_started_from_are_named_before_anything_starts(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
+    store = make_store(tmp_path / "store", train=30, val=12)
+    first = fitted(settings(store, alignment_weight=0.0), tmp_path / "first")
+
+    def told(**changes: Any) -> str:
+        with pytest.raises(ValueError) as error:
+            preparation.prepare(settings(store, alignment_weight=0.0, **changes))
+        return str(error.value)
+
+    assert "nothing" in told(init_from=str(tmp_path / "nothing"))
+    assert "has backbone test_vit, patch_size 8; pass the same" in told(
+        init_from=str(first), backbone="test_resnet", patch_size=0
+    )
+    assert "leave one out" in told(init_from=str(first), pretrained=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text((first / "config.json").read_text())
+    assert "holds no checkpoint" in told(init_from=str(tmp_path / "empty"))
+
+
+def test_weights_that_do_not_fit_are_told_by_name_and_shape() -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    weights = dict(timm.create_model("test_resnet", num_classes=0).state_dict())
+    chain.fill(model, weights, "init_from=x")
+    assert torch.equal(model.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
+    with pytest.raises(ValueError, match=r"init_from=x: .*conv1.0.weight: nothing in place of"):
+        chain.fill(model, {n: v for n, v in weights.items() if n != "conv1.0.weight"}, "init_from=x")
+    with pytest.raises(ValueError, match=r"extra: 1 in place of nothing"):
+        chain.fill(model, weights | {"extra": torch.zeros(1)}, "init_from=x")

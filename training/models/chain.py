@@ -1,0 +1,102 @@
+"""Backbones that start from those of other runs (`--init-from`): pre-training, then fine-tuning."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from pipeline.errors import MissingError, SettingsError
+from training import run_folder
+from training.config import TrainConfig
+from training.engine import checkpoint
+from training.models.weights import architecture_of
+
+_OF_BACKBONE = "backbone."
+
+
+def check(config: TrainConfig) -> str:
+    """Whether a run can start from the one that it names; a line about that one.
+
+    Raises:
+        SettingsError: there is no such run, it has no checkpoint, or its backbone is another one.
+    """
+    other = config.model.init_from
+    try:
+        before = run_folder.read(other)
+        state = checkpoint.read_state(checkpoint.find(other))
+    except MissingError as error:
+        message = f"init_from={other}: {error}"
+        raise SettingsError(message) from None
+    flags = {
+        "backbone": (_base(before), _base(config)),
+        "patch_size": (before.model.patch_size, config.model.patch_size),
+        "small_stem": (before.model.small_stem, config.model.small_stem),
+    }
+    differ = {name: theirs for name, (theirs, ours) in flags.items() if theirs != ours}
+    if differ:
+        is_so = ", ".join(f"{name} {theirs}" for name, theirs in differ.items())
+        message = f"init_from={other}: that run has {is_so}; pass the same, or start from another run."
+        raise SettingsError(message)
+    epochs = len(state["history"])
+    return f"the backbone starts from {other} ({before.objective}, {epochs} of {before.optim.epochs} epochs)"
+
+
+def _base(config: TrainConfig) -> str:
+    """timm's architecture: a tag names weights, which are not asked for."""
+    return architecture_of(config).partition(".")[0]
+
+
+def start(model: nn.Module, run: str) -> None:
+    """Fills a backbone from the last checkpoint of a run, from the average where it kept one.
+
+    The classifier stays new unless the run has one with as many classes. Another image size is timm's to
+    adapt to, where the architecture can.
+
+    Raises:
+        SettingsError: the run's weights do not fit.
+    """
+    from safetensors.torch import load_file
+
+    with checkpoint.opened(run) as folder:
+        average = os.path.join(folder, "ema.safetensors")
+        tensors = load_file(average if os.path.isfile(average) else os.path.join(folder, "model.safetensors"))
+    weights = {
+        name.removeprefix(_OF_BACKBONE): value
+        for name, value in tensors.items()
+        if name.startswith(_OF_BACKBONE)
+    }
+    fill(model, weights, f"init_from={run}")
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Loads all weights but those of a classifier of another size; see `start`. `source` begins the error."""
+    timm_model: Any = model
+    # What adapts position embeddings to another grid stands beside each of timm's architectures.
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt is not None:
+        weights = adapt(dict(weights), model)
+    own = model.state_dict()
+    classifier = timm_model.get_classifier()
+    head = {name for name, module in model.named_modules() if module is classifier}
+    new = {name for name in own if name.rpartition(".")[0] in head}
+    if any(name not in weights or weights[name].shape != own[name].shape for name in new):
+        weights = {name: value for name, value in weights.items() if name not in new}
+    wrong = [
+        f"{name}: {_shape(weights.get(name))} in place of {_shape(own.get(name))}"
+        for name in sorted((own.keys() | weights.keys()) - (new - weights.keys()))
+        if _shape(weights.get(name)) != _shape(own.get(name))
+    ]
+    if wrong:
+        message = (
+            f"{source}: its weights do not fit ({wrong[0]}{f' and {len(wrong) - 1} more' * (len(wrong) > 1)})"
+            "; pass --backbone, --patch-size, --small-stem and --image-size as that run has them."
+        )
+        raise SettingsError(message)
+    model.load_state_dict(weights, strict=False)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else "x".join(map(str, tensor.shape)) or "a number"
