@@ -16,12 +16,16 @@ All others are faults of ours and end with their traceback and 1.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-INTERRUPTED = 130
-UNREAD = 141
-"""Exit code after Ctrl-C, as of any program that SIGINT ends."""
+INTERRUPTED, UNREAD, TERMINATED = 130, 141, 143
+"""Exit codes after Ctrl-C, where nobody reads what is printed, and after SIGTERM: those of any program that
+such a signal ends."""
 
 
 class UserError(Exception):
@@ -81,15 +85,19 @@ def exit_code(error: Exception) -> int | None:
 
 def reported(name: str, work: Callable[[], int]) -> int:
     """What `work` returns; an error of ours becomes a message on standard error and its exit code, Ctrl-C a
-    message and 130."""
+    message and 130, SIGTERM the same message and 143."""
+    kept = "What is finished is kept: the same command goes on from there."
     try:
-        return work()
+        with _sigterm_exits():
+            return work()
     except KeyboardInterrupt:
-        print(
-            f"\n{name}: stopped. What is finished is kept: the same command goes on from there.",
-            file=sys.stderr,
-        )
+        print(f"\n{name}: stopped. {kept}", file=sys.stderr, flush=True)
         return INTERRUPTED
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:
+            raise
+        print(f"{name}: ended by SIGTERM. {kept}", file=sys.stderr, flush=True)
+        return TERMINATED
     except BrokenPipeError:  # of `gpt4image report SWEEP | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
@@ -99,3 +107,23 @@ def reported(name: str, work: Callable[[], int]) -> int:
             raise
         print(f"{name}: {error}", file=sys.stderr)
         return code
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM ends the program as `sys.exit` would, with the signal's number, so that what is open is closed;
+    Ray's driver does the same from when it has joined a cluster."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(number)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is leave:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,29 @@ class Verb:
 
 def parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
     """The settings of a command line, without the verb's own name."""
-    if isinstance(verb.settings, type):
-        return tyro.cli(verb.settings, args=list(arguments), prog=f"gpt4image {name}")
-    return verb.settings(list(arguments))
+    with _told_plainly(f"gpt4image {name}"):
+        if isinstance(verb.settings, type):
+            return tyro.cli(verb.settings, args=list(arguments), prog=f"gpt4image {name}")
+        return verb.settings(list(arguments))
+
+
+@contextmanager
+def _told_plainly(name: str) -> Iterator[None]:
+    """What settings find wrong with themselves is told as every other error is: in lines that say which verb
+    and which flag, not in a box that names a class and breaks the lines."""
+    try:  # not part of tyro's public interface: without it the box stays
+        from tyro._errors import InstantiationFailure, on_parse_error
+    except ImportError:
+        yield
+        return
+
+    def tell(event: Any) -> None:
+        if isinstance(event, InstantiationFailure) and event.argument is None:
+            print(f"{name}: {event.message}", file=sys.stderr)
+            raise SystemExit(2)
+
+    with on_parse_error(tell):
+        yield
 
 
 def run(name: str, verb: Verb, arguments: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -29,9 +30,10 @@ from pipeline.store import Store, locations, lock
 from training import preparation, run_folder, tracking
 from training.config import TrainConfig
 from training.objectives.registry import metric_named
-from training.run_folder import Follower, read_json, write_json, write_text
+from training.run_folder import read_json, write_json, write_text
 from training.settings import flat
 from training.tracking.commit import TAG, commit
+from training.tracking.progress import Follower, waits
 
 if TYPE_CHECKING:
     from training.data import decoder
@@ -89,7 +91,7 @@ def _trained(
         gang=True,
         helpers=decoders(config),
     )
-    with run_folder.waits(config.run, aloud=progress) as say:
+    with waits(config.run, aloud=progress) as say:
         waiting.wait(f"train: {config.run}", gang, config.place.wait_minutes, say)
     filesystem, path = locations.resolve(config.run)
     filesystem.create_dir(path, recursive=True)
@@ -147,8 +149,10 @@ def _trained(
         epochs, watch = config.optim.epochs, prometheus.on()
         with Follower(config.run, epochs, show=progress, watch=watch, metric=metric):
             trainer.fit()
-    except SystemExit:  # how Ray Train ends the program after Ctrl-C
-        raise KeyboardInterrupt from None
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt from None  # how Ray Train ends the program after Ctrl-C
     except Exception:  # with --max-failures 0 Ray raises what the worker's note says better
         if read_json(config.run, "stopped.json") is None:
             raise

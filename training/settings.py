@@ -50,6 +50,8 @@ class MethodSettings(Deciding):
     """Settings that a run finds for itself where they are empty; a resumed run keeps what was found."""
     axes: ClassVar[dict[str, str]] = {}
     """Settings that tell runs of the method apart in sweeps, and how a table heads them."""
+    legend: ClassVar[dict[str, str]] = {}
+    """What an axis is, for readers of a report who do not know the flags."""
     grid: ClassVar[type[Grid]] = Grid
     """Values of the axes, as flags of a sweep."""
     baseline: ClassVar[dict[str, Any]] = {}
@@ -86,11 +88,13 @@ def flaws(kind: Any) -> list[str]:
         ]
         found += [
             f"{name} must be a ClassVar"
-            for name in ("left_open", "axes", "grid", "baseline")
+            for name in ("left_open", "axes", "legend", "grid", "baseline")
             if name in names
         ]
-    unknown = sorted({*kind.left_open, *kind.axes, *kind.baseline} - {own.name for own in fields(kind)})
-    found += [f"left_open, axes or baseline name {name}, which is no setting" for name in unknown]
+    unknown = sorted(
+        {*kind.left_open, *kind.axes, *kind.legend, *kind.baseline} - {own.name for own in fields(kind)}
+    )
+    found += [f"left_open, axes, legend or baseline name {name}, which is no setting" for name in unknown]
     found += [
         f"grid: {own.name} must have a tuple of values"
         for own in fields(kind.grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pipeline.errors import SettingsError
 from training.config import TrainConfig
 from training.settings import Free
+from tuning.config import SET_BY_SWEEP
 
 _RANGE = re.compile(r"(log|uniform|int)\(([^()]*)\)")
 _GRID_POINTS = 3
@@ -80,8 +82,7 @@ def parse(text: str, objective: str) -> Axis:
         raise SettingsError(message)
     kinds = _kinds(objective)
     if name not in kinds:
-        near = ", ".join(sorted(each for each in kinds if name[:4] in each)) or "gpt4image train --help"
-        message = f"axis={text!r}: {name} is no setting that decides a training; see {near}."
+        message = f"axis={text!r}: {_why_none(name, kinds, objective)}".rstrip(".?") + "."
         raise SettingsError(message)
     if match := _RANGE.fullmatch(given.strip()):
         return _range(text, name, match[1], match[2], kinds[name])
@@ -90,6 +91,18 @@ def parse(text: str, objective: str) -> Axis:
         message = f"axis={text!r}: give each value once."
         raise SettingsError(message)
     return Axis(name, values)
+
+
+def _why_none(name: str, kinds: Mapping[str, Any], objective: str) -> str:
+    flag = name.replace("_", "-")
+    if name in SET_BY_SWEEP:
+        return f"a sweep sets {name} for each trial; {SET_BY_SWEEP[name].rstrip('?')}"
+    if name in TrainConfig.kinds(objective):
+        return f"{name} is the same for all trials of a sweep; pass --{flag}, and another --sweep for another"
+    close = difflib.get_close_matches(name, kinds, n=3)
+    return f"{name} is no setting; " + (
+        f"did you mean {', '.join(close)}" if close else "see gpt4image train --help"
+    )
 
 
 def _range(text: str, name: str, kind: Any, numbers: str, type_of: Any) -> Axis:

@@ -39,7 +39,9 @@ def read(folder: str) -> Content:
     """
     content = read_json(folder, "sweep.json")
     if content is None:
-        message = f"sweep={folder}: holds no sweep.json, so it is no sweep; `gpt4image tune` makes one."
+        missing = locations.is_local(folder) and not os.path.isdir(folder)
+        what = "there is no such folder" if missing else "holds no sweep.json, so it is no sweep"
+        message = f"sweep={folder}: {what}; `gpt4image tune --sweep {folder}` makes one."
         raise MissingError(message)
     content |= {"sweep": folder.rstrip("/")}  # it may have been moved
     if content["version"] < VERSION:

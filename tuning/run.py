@@ -22,8 +22,10 @@ from pipeline.store import locations, lock
 from training import run as training_run
 from training import run_folder, tracking
 from training.config import EvaluateConfig, TrainConfig
+from training.objectives.registry import metric_named
 from training.run_folder import read_json, write_json
 from training.tracking.commit import TAG, commit
+from training.tracking.progress import Listener
 from tuning import best, checks, record, space
 from tuning.config import TuneConfig
 from tuning.driver import Driver
@@ -178,7 +180,7 @@ def _run_trials(driver: Driver, first: dict[str, Any]) -> None:
             failure_config=ray_tune.FailureConfig(max_failures=1),
         ),
     )
-    with run_folder.Listener(driver.under_way):
+    with Listener(driver.under_way, metric=metric_named(config.train.objective)):
         tuner.fit()
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import pyarrow as pa
 import pytest
 from ray.exceptions import RayTaskError
@@ -65,3 +69,28 @@ def test_ctrl_c_says_that_the_same_command_goes_on(capsys: pytest.CaptureFixture
 
     assert errors.reported("gpt4image ingest", work) == 130
     assert "gpt4image ingest: stopped. What is finished is kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before_ray", [True, False])
+def test_sigterm_ends_a_verb_with_a_line_and_its_exit_code(before_ray: bool) -> None:
+    """Also after Ray's driver has put its own handler in place, which exits with the signal's number."""
+    code = "\n".join(
+        [
+            "import signal, sys, time",
+            "from pipeline import errors",
+            "def work():",
+            "    try:",
+            "" if before_ray else "        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))",
+            "        print('begun', flush=True)",
+            "        time.sleep(60)",
+            "    finally:",
+            "        print('closed', flush=True)",
+            "raise SystemExit(errors.reported('gpt4image verb', work))",
+        ]
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, "closed\n")
+    assert err.startswith("gpt4image verb: ended by SIGTERM. What is finished is kept")

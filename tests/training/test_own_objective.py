@@ -204,7 +204,10 @@ def test_a_required_setting_is_asked_for_and_a_recipe_says_nothing_of_another_me
     ("kind", "said"),
     [
         (settings_with(lr=0.5, seed=3), "its settings lr, seed are names of training's own"),
-        (settings_with({"alpah": "a"}, alpha=1.0), "axes or baseline name alpah, which is no setting"),
+        (
+            settings_with({"alpah": "a"}, alpha=1.0),
+            "axes, legend or baseline name alpah, which is no setting",
+        ),
         (dict, "no subclass of MethodSettings"),
         (
             type("Bare", (MethodSettings,), {"__annotations__": {"alpha": "float"}}),

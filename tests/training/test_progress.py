@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.inspect.metrics import Watched
-from training.run_folder import Follower, Listener, label, waits
+from training.tracking.progress import Follower, Listener, label, waits
 
 EPOCH = {"cross_entropy": 1.0, "top1": 50.0, "top5": 90.0, "seconds": 2.0, "images_per_s": 10.0}
 
@@ -67,6 +67,27 @@ def test_what_a_run_waits_for_is_heard_where_its_own_process_is_not(
         say("waits for 1 workers")
     assert capsys.readouterr().err == "waits for 1 workers\n"
     assert list((tmp_path / "two").iterdir()) == []
+
+
+def test_trials_that_run_are_told_of_once_in_a_while_and_when_they_have_moved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    runs = [str(tmp_path / name) for name in ("one", "two", "not begun")]
+    write(tmp_path / "one", 3)
+    (tmp_path / "two" / "progress.json").write_text(
+        json.dumps({"step": 5, "steps": 40, "batch": 8, "images_per_s": 10.0, "loss": 1.0})
+    )
+    with Listener(lambda: runs, pause=0.02, told_every=0.1):
+        time.sleep(0.5)
+        write(tmp_path / "one", 4)
+        time.sleep(0.3)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "under way: one epoch 3, top-1 50.00; two step 5 of 40; not begun starting",
+        "under way: one epoch 4, top-1 50.00; two step 5 of 40; not begun starting",
+    ]
 
 
 def test_runs_of_one_name_have_two_labels_and_no_address() -> None:

@@ -109,8 +109,14 @@ def configurations(content: Content, stage: str = "search") -> list[Configuratio
 
 
 def heading_of(name: str, content: Content) -> str:
-    """How tables head a setting."""
-    return settings_of(content["objective"]).axes.get(name, name)
+    """How tables head a setting: as the method says it, or by its flag."""
+    return settings_of(content["objective"]).axes.get(name, name.replace("_", "-"))
+
+
+def legend(content: Content) -> list[tuple[str, str]]:
+    """What the headings of a method's own settings mean."""
+    kind = settings_of(content["objective"])
+    return [(heading, kind.legend[name]) for name, heading in kind.axes.items() if name in kind.legend]
 
 
 def shown_values(trial: Trial) -> dict[str, str]:
@@ -118,7 +124,7 @@ def shown_values(trial: Trial) -> dict[str, str]:
     kind = settings_of(trial["config"].get("objective", "align"))
     told = restored(kind, trial["config"]).told()
     return {
-        (heading := kind.axes.get(name, name)): told.get(heading, shown_value(value))
+        (heading := kind.axes.get(name, name.replace("_", "-"))): told.get(heading, shown_value(value))
         for name, value in trial["values"].items()
     }
 

@@ -21,7 +21,7 @@ from pipeline.sources import images
 from pipeline.store import Store, locations
 from tuning.report import landscape, plots, progress, significance, words
 from tuning.report.comparison import Comparison, comparisons, of_sweep
-from tuning.report.configurations import Configuration, Content, configurations, headings, metric_of
+from tuning.report.configurations import Configuration, Content, configurations, headings, legend, metric_of
 from tuning.report.table import cost_shown, rows, value_shown
 
 _MOST_COMPARED = 24
@@ -78,6 +78,7 @@ def _sweep(content: Content, found: list[Comparison]) -> dict[str, Any]:
         "is_detailed": is_detailed,
         "metric": metric_of(content),
         "headings": headings(content),
+        "legend": legend(content),
         "rows": table,
         "shown": {
             row.name: (value_shown(row.metric, content), value_shown(row.test, content)) for row in table

@@ -116,5 +116,7 @@ def value_shown(value: float, content: Content) -> str:
 
 
 def cost_shown(row: Row) -> str:
-    """Time that it took, of a GPU where it had one."""
-    return f"{clock(row.gpu_seconds)} GPU" if row.gpu_seconds else clock(row.seconds)
+    """Time that it took, of a GPU where it had one; a dash before its end."""
+    if row.gpu_seconds:
+        return f"{clock(row.gpu_seconds)} GPU"
+    return clock(row.seconds) if row.seconds else "-"

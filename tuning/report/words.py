@@ -35,15 +35,18 @@ def lead(content: Content, found: Sequence[Comparison]) -> list[str]:
     so_far = "So far: " if content["state"] == "running" else ""
     tested = [each for each in found if each.verdict != "too few seeds"]
     if tested:
-        backbones = dict.fromkeys(each.method.backbone for each in tested)
-        of_each = ([each for each in tested if each.method.backbone == name] for name in backbones)
-        return [f"{so_far}{_found(content, _foremost(group))}" for group in of_each]
+        return [f"{so_far}{_found(content, _foremost(group))}" for group in _by_backbone(tested)]
     done, planned = ended(content), progress.planned(content)
     if done < planned and content["state"] in ("running", "interrupted"):
         return [f"Not known yet: {done} of {planned} trainings have run."]
     if found:
-        return [_too_few(content, found[0])]
+        return [_too_few(content, group[0]) for group in _by_backbone(found)]
     return [_without_comparison(content)]
+
+
+def _by_backbone(found: Sequence[Comparison]) -> list[list[Comparison]]:
+    backbones = dict.fromkeys(each.method.backbone for each in found)
+    return [[each for each in found if each.method.backbone == name] for name in backbones]
 
 
 def _foremost(found: list[Comparison]) -> Comparison:

@@ -39,6 +39,10 @@ class AlignSettings(MethodSettings):
 
     left_open = ("embeddings",)
     axes: ClassVar = {"alignment_weight": "weight", "projection_dim": "dim"}
+    legend: ClassVar = {
+        "alignment_weight": "how much descriptions count beside the labels; the plain model has 0",
+        "projection_dim": "width of the space that pictures and texts are compared in; D is the texts' own",
+    }
     grid = AlignGrid
     baseline: ClassVar = {"alignment_weight": 0.0, "projection_dim": 0}
 
