@@ -94,7 +94,7 @@ def reported(name: str, work: Callable[[], int]) -> int:
         print(f"\n{name}: stopped. {kept}", file=sys.stderr, flush=True)
         return INTERRUPTED
     except SystemExit as ended:
-        if ended.code != signal.SIGTERM:
+        if ended.code != signal.SIGTERM and not _terminated.is_set():
             raise
         print(f"{name}: ended by SIGTERM. {kept}", file=sys.stderr, flush=True)
         return TERMINATED
@@ -109,14 +109,23 @@ def reported(name: str, work: Callable[[], int]) -> int:
         return code
 
 
+_terminated = threading.Event()
+
+
+def was_terminated() -> bool:
+    """Whether SIGTERM has come: what ends the program then may be another SystemExit (Ray's has the code 1),
+    or be taken for Ctrl-C."""
+    return _terminated.is_set()
+
+
+def leave(number: int, frame: Any) -> None:
+    """Handler of SIGTERM: ends the program as `sys.exit` does, so that what is open is closed."""
+    _terminated.set()
+    raise SystemExit(number)
+
+
 @contextmanager
 def _sigterm_exits() -> Iterator[None]:
-    """SIGTERM ends the program as `sys.exit` would, with the signal's number, so that what is open is closed;
-    Ray's driver does the same from when it has joined a cluster."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(number)
-
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import signal
 import socket
 import sys
 import threading
@@ -15,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.errors import SettingsError, UnreachableError
+from pipeline.errors import SettingsError, UnreachableError, leave
 
 # A head answers before the autoscaler beside it has reported for the first time.
 _FIRST_WORD_S = 30.0
@@ -74,6 +75,7 @@ def start_ray() -> None:
         return
     if os.environ.get("RAY_ADDRESS"):
         _join()
+        _hear_sigterm()
         return
     # Logical CPUs: models on all cores and decoders on as many, or a trial, its controller and its workers,
     # must fit beside each other. 2 GiB of object store hold the shards in flight; the dashboard would cost
@@ -86,6 +88,14 @@ def start_ray() -> None:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
+    _hear_sigterm()
+
+
+def _hear_sigterm() -> None:
+    """Our handler again, after Ray's: they would end its processes first and exit with 1, and, in C++, print
+    addresses of the stack and end the process where it stands."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, leave)
 
 
 @cache

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pyarrow import fs
 
 from pipeline import session, waiting
-from pipeline.errors import MissingError, NotFiniteError, RunStoppedError, SettingsError
+from pipeline.errors import MissingError, NotFiniteError, RunStoppedError, SettingsError, was_terminated
 from pipeline.inspect import metrics as prometheus
 from pipeline.store import Store, locations, lock
 from training import preparation, run_folder, tracking
@@ -149,8 +148,8 @@ def _trained(
         epochs, watch = config.optim.epochs, prometheus.on()
         with Follower(config.run, epochs, show=progress, watch=watch, metric=metric):
             trainer.fit()
-    except SystemExit as ended:
-        if ended.code == signal.SIGTERM:
+    except SystemExit:
+        if was_terminated():
             raise
         raise KeyboardInterrupt from None  # how Ray Train ends the program after Ctrl-C
     except Exception:  # with --max-failures 0 Ray raises what the worker's note says better
