@@ -138,3 +138,28 @@ def test_a_training_goes_on_from_its_last_checkpoint_when_a_new_head_is_up(
 def epochs(run: Path) -> int:
     file = run / "metrics.jsonl"
     return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def test_a_sweep_keeps_its_finished_trainings_when_a_new_head_is_up(
+    head: Head, tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
+    store, sweep = make_store(tmp_path / "store", train=57, val=12), tmp_path / "sweep"
+    command = ["tune", "--store", str(store), "--sweep", str(sweep), "--preset", "smoke", "--device", "cpu"]
+    command += ["--alignment-weights", "0", "--projection-dims", "0", "--seeds", "1", "2", "--epochs", "20"]
+    command += ["--batch-size", "12", "--workers", "1", "--threads", "1", "--fresh-seeds", "0"]
+    command += ["--tracking-uri", "none", "--no-export"]
+    driver = head.start(*command)
+    first, second = (sweep / f"test_resnet-baseline-s{seed}" for seed in (1, 2))
+    wait_until(lambda: epochs(second) >= 1, driver, 150)
+    check_says_that_it_is_gone(head, driver)
+    whole = first / "result.json"
+    before = whole.read_text(), whole.stat().st_mtime_ns
+    done = epochs(second)
+    assert done < 20
+    head.come_up_anew()
+    driver = head.start(*command)
+    assert driver.wait(200) == 0, driver.told()
+    assert (whole.read_text(), whole.stat().st_mtime_ns) == before, "nothing is trained twice"
+    history = json.loads((second / "result.json").read_text())["history"]
+    assert [metrics["epoch"] for metrics in history] == list(range(1, 21))
+    assert "1 done before" in driver.told(99_999), driver.told()
