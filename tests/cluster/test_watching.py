@@ -20,7 +20,7 @@ import pytest
 from pipeline.inspect import metrics
 from pipeline.store import Store
 from tests.nodes import ROOT, free_ports, kill_node, ray_node
-from training.run_folder import label
+from training.tracking.progress import label
 
 DASHBOARD = ROOT / "cluster" / "grafana" / "gpt4image.json"
 # Ray exports it on nodes that have a GPU, and on no other.
