@@ -45,6 +45,13 @@ def _describe(settings: config.DescribeConfig) -> int:
     return 0
 
 
+def _features(settings: config.FeatureConfig) -> int:
+    from pipeline import run
+
+    run.features(settings)
+    return 0
+
+
 def _retry(settings: config.RetryConfig) -> int:
     from pipeline import run
 
@@ -81,6 +88,9 @@ def _status(settings: config.StatusConfig) -> int:
         if stage["stage"] == "embeddings":
             record = store.variant("embeddings", stage["variant"])
             name += f" of captions {record['captions']}" + ", each" * record.get("each_caption", False)
+        if stage["stage"] == "features":
+            record = store.variant("features", stage["variant"])
+            name += f" by {record['tower']} at {record['feature_size']} px" + ", tokens" * record["tokens"]
         todo = f", {stage['remaining_shards']} shards to do" if stage["remaining_shards"] else ""
         print(
             f"  {name}: {stage['done_shards']} shards, {stage['rows']} rows, {stage['failed']} failed{todo}"
@@ -90,7 +100,9 @@ def _status(settings: config.StatusConfig) -> int:
         ):
             print(f"      {count} x {reason}")
         for mark, count in (
-            marks(store, stage["stage"], stage["variant"]) if stage["stage"] != "images" else []
+            marks(store, stage["stage"], stage["variant"])
+            if stage["stage"] in ("captions", "embeddings")
+            else []
         ):
             print(f"      {count} x marked: {mark}")
     for flaw in summary.get("damaged", []):
@@ -125,6 +137,7 @@ VERBS = {
     "caption": Verb("describe every picture with a vision-language model", config.CaptionConfig, _caption),
     "embed": Verb("turn descriptions into vectors", config.EmbedConfig, _embed),
     "describe": Verb("ingest, caption and embed", config.DescribeConfig, _describe),
+    "features": Verb("what a vision tower says of every picture", config.FeatureConfig, _features),
     "import-captions": Verb("bring captions made elsewhere", config.ImportConfig, _import_captions),
     "status": Verb("what is done, what failed and why", config.StatusConfig, _status),
     "estimate": Verb("what describing everything will take", config.EstimateConfig, _estimate),

@@ -15,7 +15,7 @@ import tyro
 from pipeline.captioners import settings as captioning
 from pipeline.captioners.settings import CaptionRuntime, CaptionSettings
 from pipeline.encoders import settings as embedding
-from pipeline.encoders.settings import EmbedRuntime, EmbedSettings
+from pipeline.encoders.settings import EmbedRuntime, EmbedSettings, FeatureRuntime, FeatureSettings
 from pipeline.errors import SettingsError
 from pipeline.presets import CAPTION_PRESETS, ENCODER_PRESETS, UNNAMED_MODEL
 from pipeline.session import ClusterRuntime, wait_faults
@@ -166,6 +166,17 @@ class EmbedConfig(EmbedRuntime, EmbedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureConfig(FeatureRuntime, FeatureSettings):
+    """What a frozen vision tower says of every picture, once: for methods that learn from it."""
+
+    def __post_init__(self) -> None:
+        faults = _failure_rate_faults(self.max_failure_rate) + embedding.tower_faults(self)
+        if self.feature_size < 0:
+            faults.append(f"feature_size={self.feature_size}: must be 0 (the tower's own) or more.")
+        _raise_faults(faults)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImportConfig:
     """Captions that were made elsewhere."""
 
@@ -248,6 +259,18 @@ class DescribeConfig(SourceConfig, CaptionConfig, EmbedConfig):
 class EstimateConfig(DescribeConfig):
     """Describes a sample for real, in a folder that is deleted again, and says what the whole will take."""
 
+    tower: str = ""
+    """Also what `features` with this vision tower will take; empty: without."""
+    tower_revision: str = ""
+    """See `features --help`, as the next four."""
+    tokens: bool = False
+    """Keep the features of every patch."""
+    feature_size: int = 0
+    """Edge that the tower sees; 0: its own."""
+    tower_batch: int = FeatureRuntime.tower_batch
+    """Pictures in a forward pass of the tower."""
+    tower_replicas: int = 0
+    """Towers; 0: as many as fit."""
     store: tyro.conf.Suppress[str] = "-"
     limit: tyro.conf.Suppress[int] = 0
     sample: int = 0
@@ -280,10 +303,10 @@ class EstimateConfig(DescribeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetryConfig(EmbedRuntime, CaptionRuntime):
-    """Redo only the rows that have an error, in every stage: what decides captions and vectors is on record
-    in the store, how and where they are made is said here. Captions that were imported are imported again
-    instead."""
+class RetryConfig(FeatureRuntime, EmbedRuntime, CaptionRuntime):
+    """Redo only the rows that have an error, in every stage: what decides captions, vectors and features is
+    on record in the store, how and where they are made is said here. Captions that were imported are imported
+    again instead."""
 
     store: str
     """Folder of the store."""
@@ -299,7 +322,8 @@ class RetryConfig(EmbedRuntime, CaptionRuntime):
 
     def __post_init__(self) -> None:
         faults = _failure_rate_faults(self.max_failure_rate) + captioning.runtime_faults(self)
-        faults += [fault for fault in embedding.runtime_faults(self) if fault not in faults]
+        others = embedding.runtime_faults(self) + embedding.tower_faults(self)
+        faults += [fault for fault in dict.fromkeys(others) if fault not in faults]
         faults += captioning.address_faults(self.base_url) if self.base_url else []
         if self.max_pixels < 0 or self.max_bytes < 0:
             faults.append(

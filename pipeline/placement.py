@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, replace
 
 from pipeline import session
-from pipeline.config import CaptionConfig, EmbedConfig
+from pipeline.config import CaptionConfig, EmbedConfig, FeatureConfig
 from pipeline.encoders.models import ModelRef
 from pipeline.errors import SettingsError
 
@@ -109,6 +109,17 @@ def encoders(config: EmbedConfig, model: ModelRef, rows: int) -> Placement:
         actors = config.encoder_replicas or max(1, unasked)
         return Placement(actors=actors, gpus=float(on_gpus), cpus=1, least=1)
     return _placement(config.encoder_replicas, "encoder_replicas", model, rows, on_gpus=on_gpus)
+
+
+def towers(config: FeatureConfig, model: ModelRef, rows: int) -> Placement:
+    """Vision towers and the decoders beside them. Raises as `encoders` does."""
+    on_gpus = session.computes_on_gpus(config.device)
+    if session.grows():
+        unasked = session.gpus() if on_gpus else min(_MOST_UNASKED, rows // _ROWS_EACH)
+        actors = config.tower_replicas or max(1, unasked)
+        decoders = max(actors, session.spare_cores())
+        return Placement(actors=actors, gpus=float(on_gpus), cpus=1, decoders=decoders, least=1)
+    return _placement(config.tower_replicas, "tower_replicas", model, rows, on_gpus=on_gpus, decodes=True)
 
 
 def ingesters(shards: int) -> Pool:

@@ -1,4 +1,4 @@
-"""The pipeline's verbs as Ray Data chains: ingest, caption, embed, describe, retry.
+"""The pipeline's verbs as Ray Data chains: ingest, caption, embed, describe, features, retry.
 
 Every chain is: shards still to do -> steps of `stages` -> one summary row a shard. A killed driver, worker
 or node costs the shards in flight; the same command goes on from the receipts. `python -m pipeline describe
@@ -16,7 +16,14 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline import placement, session, waiting
-from pipeline.config import CaptionConfig, DescribeConfig, EmbedConfig, RetryConfig, SourceConfig
+from pipeline.config import (
+    CaptionConfig,
+    DescribeConfig,
+    EmbedConfig,
+    FeatureConfig,
+    RetryConfig,
+    SourceConfig,
+)
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
 from pipeline.inspect import metrics
@@ -26,8 +33,9 @@ from pipeline.stages import on_record, which_model
 from pipeline.stages.caption import CaptionPictures, PreparePictures, WriteCaptions
 from pipeline.stages.embed import EmbedCaptions
 from pipeline.stages.failures import check_failures, plain_error
+from pipeline.stages.features import LookAtPictures, PrepareViews
 from pipeline.stages.ingest import IngestShard
-from pipeline.stages.variants import CaptionVariant, EmbedVariant
+from pipeline.stages.variants import CaptionVariant, EmbedVariant, FeatureVariant
 from pipeline.store import Stage, Store, locations, lock
 
 if TYPE_CHECKING:
@@ -114,6 +122,24 @@ def describe(config: DescribeConfig) -> str:
     return embed(replace(embedding, captions=caption_variant), encoder)
 
 
+def features(config: FeatureConfig, model: models.ModelRef | None = None) -> str:
+    """Images -> what a vision tower says of them; returns the variant. `model`: which it is, where that is
+    known already."""
+    from pipeline.encoders import vision
+
+    store = Store(config.store)
+    store.require_complete("images")
+    model = model or which_model.tower_model(config)
+    facts = vision.describe(model, config.feature_size)
+    variant = FeatureVariant.of(config, model, facts.size)
+    packages = ("timm" if facts.family == "timm" else "transformers", "torch")
+    on_record.record_variant(store, "features", variant.name, {**variant.record(), **asdict(facts)}, packages)
+    items = _shard_items(store.pending("features", variant.name), redo=False)
+    chain = _feature_chain(config, model, variant.name)
+    _run("features", store, "features", variant.name, items, chain, config.max_failure_rate)
+    return variant.name
+
+
 def retry(config: RetryConfig) -> None:
     """Redoes the failed rows of every stage and variant, with the settings on record; finds every model
     before it starts."""
@@ -134,6 +160,12 @@ def retry(config: RetryConfig) -> None:
         if (failed := _failed_shards(store, "embeddings", name))
     }
     encoders = {name: on_record.recorded_encoder(store, name, config) for name in embeddings}
+    seen = {
+        name: failed
+        for name in store.variants("features")
+        if (failed := _failed_shards(store, "features", name))
+    }
+    towers = {name: on_record.recorded_tower(store, name, config) for name in seen}
     store = on_record.with_raised_limits(store, config)
     if failed := _failed_shards(store, "images", ""):
         plan = on_record.recorded_plan(store, failed)
@@ -147,6 +179,10 @@ def retry(config: RetryConfig) -> None:
         embed_chain = _embed_chain(embed_config, model, embed_config.captions, variant)
         items = _shard_items(embeddings[variant], redo=True)
         _run("retry", store, "embeddings", variant, items, embed_chain, config.max_failure_rate)
+    for variant, (feature_config, model) in towers.items():
+        items = _shard_items(seen[variant], redo=True)
+        chain = _feature_chain(feature_config, model, variant)
+        _run("retry", store, "features", variant, items, chain, config.max_failure_rate)
     for variant in captions.keys() - captioners.keys():
         rows = sum(receipt.failed for receipt in store.receipts("captions", variant).values())
         _say(
@@ -156,7 +192,7 @@ def retry(config: RetryConfig) -> None:
     for variant in captions.keys() - captioners.keys():
         rows = sum(receipt.failed for receipt in store.receipts("captions", variant).values())
         check_failures(store, "captions", variant, rows, config.max_failure_rate)
-    if not (failed or captions or embeddings):
+    if not (failed or captions or embeddings or seen):
         _say("retry: no row has failed; nothing to do")
 
 
@@ -225,6 +261,31 @@ def _embed_chain(config: EmbedConfig, model: models.ModelRef, caption_variant: s
         return ds.map_batches(
             EmbedCaptions,
             fn_constructor_args=(config, model, caption_variant, variant, watched.on),
+            **_shard_batches(),
+            num_cpus=placed.cpus,
+            num_gpus=placed.gpus,
+            compute=_actors(placed.pool),
+        )
+
+    return build
+
+
+def _feature_chain(config: FeatureConfig, model: models.ModelRef, variant: str) -> Chain:
+    def build(ds: ray.data.Dataset, watched: metrics.Watched) -> ray.data.Dataset:
+        placed = placement.towers(config, model, Store(config.store).dataset.rows).no_more_than(ds.count())
+        watched.show("engines_wanted", placed.actors)
+        _wait("features", _models("towers", placed), config)
+        # Decoding beside the tower, as for captions.
+        ds = ds.map_batches(
+            PrepareViews,
+            fn_constructor_args=(config, model, variant),
+            **_shard_batches(),
+            num_cpus=1,
+            compute=_actors(placed.decoder_pool),
+        )
+        return ds.map_batches(
+            LookAtPictures,
+            fn_constructor_args=(config, model, variant, watched.on),
             **_shard_batches(),
             num_cpus=placed.cpus,
             num_gpus=placed.gpus,
@@ -353,10 +414,10 @@ def _blocks(count: int, stage: Stage) -> int:
     (benchmarks/shards.py).
 
     That is nothing beside a shard of captions, which keeps its own block so that a dead engine costs one
-    shard. Ingesting and embedding can take less than that for a shard: there 16 share a block, once there are
-    enough to keep all workers busy.
+    shard, or of features, whose pictures fill it. Ingesting and embedding can take less than that for a
+    shard: there 16 share a block, once there are enough to keep all workers busy.
     """
-    return count if stage == "captions" else -(-count // max(1, min(16, count // 256)))
+    return count if stage in ("captions", "features") else -(-count // max(1, min(16, count // 256)))
 
 
 def _next(rows: Iterator[dict[str, Any]], verb: str, store: Store) -> dict[str, Any] | None:

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 
 from pipeline.errors import SettingsError
 
+TIMM, TIMM_HUB, TIMM_FOLDER = "timm:", "hf-hub:", "local-dir:"
+"""How a model is named that timm builds: by timm's own name, or by where its config.json lies."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:
@@ -51,20 +54,59 @@ class ModelRef:
 
 def resolve(name: str, revision: str = "") -> ModelRef:
     """Finds a model: a folder, `package:NAME` (weights carried by an installed package), or a name on the
-    hub.
+    hub; of timm's `timm:NAME`, `hf-hub:NAME` or `local-dir:FOLDER`.
 
     Raises:
         ValueError: nothing by that name can be found, or its weights are not safetensors.
     """
     if name.startswith("package:"):
         return _folder(name, _package_folder(name.removeprefix("package:")))
-    for folder in (os.path.expanduser(name), _beside_packages(name)):
+    if name.startswith((TIMM, TIMM_HUB)):
+        return _hub(name, revision or "main")
+    path = name.removeprefix(TIMM_FOLDER)
+    for folder in (os.path.expanduser(path), _beside_packages(path)):
         if os.path.isdir(folder):
             return _folder(name, os.path.abspath(folder))
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if name.count("/") != 1 or name.startswith((".", "/", "~", TIMM_FOLDER)):
         message = f"model={name!r}: no such folder, and not a hub name (ORGANISATION/NAME)."
         raise SettingsError(message)
     return _hub(name, revision or "main")
+
+
+def recorded(name: str, revision: str) -> ModelRef:
+    """A model by a revision on record; the hub is not asked.
+
+    Raises:
+        ValueError: its folder holds other files by now.
+    """
+    if not revision.startswith("files-"):
+        return ModelRef(name=name, location=_repository(name), revision=revision)
+    model = resolve(name)
+    if model.revision != revision:
+        message = (
+            f"model={name!r}: its files have changed since they were recorded ({revision}, now "
+            f"{model.revision}); put the old ones back, or begin anew with these."
+        )
+        raise SettingsError(message)
+    return model
+
+
+def _repository(name: str) -> str:
+    """The repository on the hub of a model that is named in any way."""
+    if not name.startswith(TIMM):
+        return name.removeprefix(TIMM_HUB)
+    import timm
+
+    known = (
+        timm.get_pretrained_cfg(name.removeprefix(TIMM)) if timm.is_model(name.removeprefix(TIMM)) else None
+    )
+    if known is None or not known.hf_hub_id:
+        message = (
+            f"model={name!r}: timm {timm.__version__} has no such model with weights on the hub; "
+            "timm.list_models(pretrained=True) names all."
+        )
+        raise SettingsError(message)
+    return str(known.hf_hub_id).partition("@")[0]
 
 
 def _beside_packages(name: str) -> str:
@@ -115,8 +157,9 @@ def _hub(name: str, revision: str) -> ModelRef:
     from huggingface_hub import HfApi, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, OfflineModeIsEnabled
 
+    location = _repository(name)
     try:
-        info = HfApi().model_info(name, revision=revision, timeout=20)
+        info = HfApi().model_info(location, revision=revision, timeout=20)
         files_of = {info.sha: [sibling.rfilename for sibling in info.siblings or []]} if info.sha else {}
         reason = "the hub names no commit"
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
@@ -127,7 +170,7 @@ def _hub(name: str, revision: str) -> ModelRef:
         files_of, reason = {}, f"{type(error).__name__}: {error}"
     with contextlib.suppress(CacheNotFound):
         for repo in scan_cache_dir().repos if not files_of else ():
-            for cached in repo.revisions if repo.repo_id == name else ():
+            for cached in repo.revisions if repo.repo_id == location else ():
                 if revision in (cached.commit_hash, *cached.refs):
                     files_of[cached.commit_hash] = [
                         str(file.file_path.relative_to(cached.snapshot_path)) for file in cached.files
@@ -135,7 +178,7 @@ def _hub(name: str, revision: str) -> ModelRef:
     if files_of:
         commit, files = next(iter(files_of.items()))
         _check_safetensors(name, commit, files)
-        return ModelRef(name=name, location=name, revision=commit)
+        return ModelRef(name=name, location=location, revision=commit)
     message = (
         f"model={name!r}, revision={revision!r}: not found on the hub ({reason}) nor in the local cache. "
         "Check the name and the network; on a machine without one, copy the model's folder there and pass "

@@ -20,13 +20,12 @@ from typing import Any
 from pyarrow import fs
 
 from pipeline import placement, run, session, waiting
-from pipeline.config import CaptionConfig, EmbedConfig, EstimateConfig, SourceConfig
+from pipeline.config import CaptionConfig, EmbedConfig, EstimateConfig, FeatureConfig, SourceConfig
 from pipeline.errors import SettingsError
 from pipeline.sources import plan
 from pipeline.stages import which_model
-from pipeline.store import STAGES, Stage, Store, locations
+from pipeline.store import Stage, Store, locations
 
-ON_GPUS: tuple[Stage, ...] = ("captions", "embeddings")
 SHARE = 0.05  # of all rows: most that is described unless asked for
 SHARDS_EACH = 3  # of each engine: the first waits for its start, two more tell a rate
 SMALLEST_SHARD = 32  # rows; with fewer an engine is mostly filling and draining its batch
@@ -73,6 +72,8 @@ def estimate(config: EstimateConfig) -> Estimate:
     """
     captioning, embedding = config.part(CaptionConfig), config.part(EmbedConfig)
     captioner, encoder = which_model.captioner_model(captioning), which_model.encoder_model(embedding)
+    looking = config.part(FeatureConfig) if config.tower else None
+    tower = which_model.tower_model(looking) if looking else None
     whole = plan.make_plan(config.part(SourceConfig)).dataset
     begun = time.monotonic()
     session.start_ray()
@@ -90,15 +91,18 @@ def estimate(config: EstimateConfig) -> Estimate:
         "captions": placement.captioners(captioning, captioner, whole.rows),
         "embeddings": placement.encoders(embedding, encoder, whole.rows),
     }
+    if looking and tower:
+        placed["features"] = placement.towers(looking, tower, whole.rows)
+    made: tuple[Stage, ...] = ("images", *placed)
     actors: dict[Stage, int] = {
         "images": session.spare_cores(),
-        **{stage: placed[stage].actors for stage in ON_GPUS},
+        **{stage: each.actors for stage, each in placed.items()},
     }
     gpus = round(max(each.actors * each.gpus for each in placed.values())) if grows else session.gpus()
     # Where it grows each actor has room of its own, and captioning engines alone are asked for by number.
     engines = actors["captions"] if grows else max(actors["captions"], actors["embeddings"])
     sample = plan_sample(config, whole.rows, engines, alike=gpus > 0 or grows)
-    used = actors | {stage: min(actors[stage], sample.engines) for stage in ON_GPUS}
+    used = actors | {stage: min(actors[stage], sample.engines) for stage in placed}
 
     def ready(stage: Stage, name: str) -> None:
         """Waits for all of a stage's actors, before its clock runs: a rate is that of so many."""
@@ -117,6 +121,7 @@ def estimate(config: EstimateConfig) -> Estimate:
             replicas=used["captions"],
             min_replicas=0,
             encoder_replicas=used["embeddings"],
+            tower_replicas=used.get("features", 0),
         )
         ready("images", "readers")
         seconds = {"images": _timed(lambda: run.ingest(settings.part(SourceConfig)))}
@@ -124,12 +129,15 @@ def estimate(config: EstimateConfig) -> Estimate:
         seconds["captions"] = _timed(lambda: run.caption(settings.part(CaptionConfig), captioner))
         ready("embeddings", "encoders")
         seconds["embeddings"] = _timed(lambda: run.embed(settings.part(EmbedConfig), encoder))
+        if tower:
+            ready("features", "towers")
+            seconds["features"] = _timed(lambda: run.features(settings.part(FeatureConfig), tower))
         store = Store(settings.store)
         # No more actors have work at a time than there are shards.
-        working = {stage: min(actors[stage], whole.shards) for stage in STAGES}
+        working = {stage: min(actors[stage], whole.shards) for stage in made}
         stages = [
             _cost(store, stage, seconds[stage], min(used[stage], store.dataset.shards), working[stage])
-            for stage in STAGES
+            for stage in made
         ]
         counts = _counts(store)
     counts |= {"engines": used["captions"]}
@@ -253,7 +261,7 @@ def _scaled(
     present: int,
 ) -> Estimate:
     """`present`: GPUs that the sample's rates are scaled to, unless the settings name another number."""
-    on_gpus = {"embeddings"} if config.captioner == "openai" else {"captions", "embeddings"}
+    on_gpus = {"embeddings", "features"} | ({"captions"} if config.captioner != "openai" else set())
     wall = ray_s
     on_gpu = 0.0
     for cost in stages:

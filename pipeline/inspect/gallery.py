@@ -153,7 +153,7 @@ def _stages(store: Store, tally: Tally) -> list[dict[str, Any]]:
     stages: list[dict[str, Any]] = []
     for stage in STAGES:
         for variant in store.variants(stage):
-            used = variant == shown[stage]
+            used = variant == shown.get(stage)
             shards = finished[stage] if used else len(store.finished(stage, variant))
             counts = {"rows": tally.done[stage], "failed": tally.failed[stage]} if used else {}
             stages.append({"stage": stage, "variant": variant, "used": used, "shards": shards, **counts})

@@ -26,8 +26,8 @@ COUNTERS = {
     "tokens": ("Tokens that the captioner wrote, or that the text encoder read", _STAGE),
 }
 GAUGES = {
-    "engines_wanted": ("Engines, or text encoders, that a stage asks for", _STAGE),
-    "engines_up": ("1 for each engine, or text encoder, that has its model loaded", _STAGE),
+    "engines_wanted": ("Engines, or encoders, that a stage asks for", _STAGE),
+    "engines_up": ("1 for each engine, or encoder, that has its model loaded", _STAGE),
     "training_epoch": ("Epochs that are finished", ("run",)),
     "training_epochs": ("Epochs of the whole run", ("run",)),
     "training_step": ("Steps that are done", ("run",)),

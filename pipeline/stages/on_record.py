@@ -9,12 +9,12 @@ import sys
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipeline.config import CaptionConfig, EmbedConfig, RetryConfig
+from pipeline.config import CaptionConfig, EmbedConfig, FeatureConfig, RetryConfig
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
 from pipeline.sources.plan import Plan, Row, differences
 from pipeline.stages import which_model
-from pipeline.stages.variants import CaptionVariant, EmbedVariant
+from pipeline.stages.variants import CaptionVariant, EmbedVariant, FeatureVariant
 from pipeline.store import Stage, Store
 
 
@@ -115,22 +115,14 @@ def recorded_captioner(
         config = made.config(replace(runtime, base_url=runtime.base_url or record["versions"]["server"]))
         return config, which_model.served_model(config)
     config = made.config(replace(runtime, base_url=CaptionConfig.base_url))
-    return config, _recorded_model(made.model, made.revision)
+    return config, models.recorded(made.model, made.revision)
 
 
 def recorded_encoder(store: Store, variant: str, runtime: RetryConfig) -> tuple[EmbedConfig, models.ModelRef]:
     made = EmbedVariant.recorded(store.variant("embeddings", variant))
-    return made.config(runtime), _recorded_model(made.encoder, made.revision)
+    return made.config(runtime), models.recorded(made.encoder, made.revision)
 
 
-def _recorded_model(name: str, revision: str) -> models.ModelRef:
-    if not revision.startswith("files-"):
-        return models.ModelRef(name=name, location=name, revision=revision)
-    model = models.resolve(name)
-    if model.revision != revision:
-        message = (
-            f"model={name!r}: its files have changed since the variant was made; run caption or embed for a "
-            "new variant."
-        )
-        raise SettingsError(message)
-    return model
+def recorded_tower(store: Store, variant: str, runtime: RetryConfig) -> tuple[FeatureConfig, models.ModelRef]:
+    made = FeatureVariant.recorded(store.variant("features", variant))
+    return made.config(runtime), models.recorded(made.tower, made.revision)

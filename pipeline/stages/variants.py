@@ -1,5 +1,5 @@
-"""What decides captions and vectors, as one object for each: the record beside them, the variant's name and
-`retry` all use it.
+"""What decides captions, vectors and features, as one object for each: the record beside them, the variant's
+name and `retry` all use it.
 
 A field added here changes the name of every variant there is, and a resumed run would pay for all of them
 again: give it a default that says what was done before, and leave it out of `record` where it has that value.
@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from pipeline.captioners.settings import CaptionRuntime, CaptionSettings
-from pipeline.config import CaptionConfig, EmbedConfig
+from pipeline.config import CaptionConfig, EmbedConfig, FeatureConfig
 from pipeline.encoders.models import ModelRef
-from pipeline.encoders.settings import EmbedRuntime, EmbedSettings
+from pipeline.encoders.settings import EmbedRuntime, EmbedSettings, FeatureRuntime, FeatureSettings
 from pipeline.store import variant_name
 
 
@@ -102,6 +102,40 @@ class EmbedVariant:
     def name(self) -> str:
         """The variant's folder."""
         return variant_name(self.encoder.rsplit("/", 1)[-1].removeprefix("package:"), self.record())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureVariant:
+    """Every setting that decides what a vision feature is. `feature_size`: the edge that the tower sees,
+    its own too."""
+
+    tower: str
+    revision: str
+    feature_size: int
+    tokens: bool
+
+    @classmethod
+    def of(cls, config: FeatureConfig, model: ModelRef, size: int) -> FeatureVariant:
+        """The variant that these settings make with this model, which sees pictures of `size` pixels."""
+        return cls(tower=model.name, revision=model.revision, feature_size=size, tokens=config.tokens)
+
+    @classmethod
+    def recorded(cls, record: dict[str, Any]) -> FeatureVariant:
+        """The variant of a variant.json."""
+        return cls(**_named(cls, record))
+
+    def config(self, runtime: FeatureRuntime) -> FeatureConfig:
+        """Settings that make this variant, run as `runtime` says."""
+        return FeatureConfig(**_shared(FeatureSettings, self), **_shared(FeatureRuntime, runtime))
+
+    def record(self) -> dict[str, Any]:
+        """What variant.json says of it."""
+        return asdict(self)
+
+    @property
+    def name(self) -> str:
+        """The variant's folder."""
+        return variant_name(self.tower.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1], self.record())
 
 
 def _shared(kind: type[Any], source: object, *but: str) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Which model exactly captions and encodes, found before anything starts."""
+"""Which model exactly captions, encodes and looks, found before anything starts."""
 
 from __future__ import annotations
 
 import sys
 
-from pipeline.config import CaptionConfig, EmbedConfig
+from pipeline.config import CaptionConfig, EmbedConfig, FeatureConfig
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
 from pipeline.presets import ENCODER_PRESETS
@@ -31,6 +31,11 @@ def encoder_model(config: EmbedConfig) -> models.ModelRef:
         )
         return models.resolve(preset.twin, preset.twin_revision)
     return models.resolve(config.encoder, config.encoder_revision)
+
+
+def tower_model(config: FeatureConfig) -> models.ModelRef:
+    """Which vision tower looks at the pictures."""
+    return models.resolve(config.tower, config.tower_revision)
 
 
 def served_model(config: CaptionConfig) -> models.ModelRef:

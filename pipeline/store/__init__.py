@@ -14,6 +14,7 @@ from pipeline.store.schema import (
     content_hash,
     embeddings_schema,
     embeddings_table,
+    features_table,
     variant_name,
 )
 from pipeline.store.store import Store
@@ -32,5 +33,6 @@ __all__ = [
     "content_hash",
     "embeddings_schema",
     "embeddings_table",
+    "features_table",
     "variant_name",
 ]

@@ -12,8 +12,15 @@ import numpy as np
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
-Stage = Literal["images", "captions", "embeddings"]
-STAGES: tuple[Stage, ...] = ("images", "captions", "embeddings")
+Stage = Literal["images", "captions", "embeddings", "features"]
+STAGES: tuple[Stage, ...] = ("images", "captions", "embeddings", "features")
+VERBS: dict[Stage, str] = {
+    "images": "ingest",
+    "captions": "caption",
+    "embeddings": "embed",
+    "features": "features",
+}
+"""What makes a stage."""
 LISTED = ("folder", "webdataset", "parquet")
 """Kinds of sources whose files were found by listing folders."""
 
@@ -79,6 +86,26 @@ def embeddings_table(rows: list[dict[str, Any]], dim: int, *, each: bool = False
         vectors = [np.empty(0) if row["error"] is not None else row["each"] for row in rows]
         columns.append(pa.array([np.asarray(of, np.float16) for of in vectors], type=EACH.type))
     return pa.table(columns, schema=embeddings_schema(dim, each=each))
+
+
+def features_schema(dim: int, tokens: int = 0) -> pa.Schema:
+    """Schema of a shard of vision features: pooled ones of `dim` components, and where they are kept those of
+    all patches in `tokens` components, row by row; failed rows are zero, see `embeddings_schema`."""
+    pooled = pa.field("pooled", pa.list_(pa.float16(), dim), nullable=False)
+    patches = pa.field("tokens", pa.list_(pa.float16(), tokens), nullable=False)
+    own = [pooled, patches] if tokens else [pooled]
+    return pa.schema([pa.field("id", pa.string(), nullable=False), *own, pa.field("error", pa.string())])
+
+
+def features_table(
+    ids: list[str], errors: list[str | None], pooled: np.ndarray, tokens: np.ndarray | None = None
+) -> pa.Table:
+    """A shard of vision features from [n, D] and [n, N, D'] float16."""
+    arrays = [pooled] if tokens is None else [pooled, tokens.reshape(len(tokens), -1)]
+    nested = [pa.FixedSizeListArray.from_arrays(pa.array(each.ravel()), each.shape[1]) for each in arrays]
+    schema = features_schema(*(each.shape[1] for each in arrays))
+    columns = [pa.array(ids, pa.string()), *nested, pa.array(errors, pa.string())]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 _EMBEDDING_SCALARS = (
@@ -154,13 +181,10 @@ def part_name(shard: int) -> str:
 
 def check_table(stage: Stage, table: pa.Table, columns: list[str] | None = None) -> None:
     if stage == "embeddings":
-        column_type = (
-            table.schema.field("embedding").type
-            if "embedding" in table.column_names
-            else pa.list_(pa.float16(), 1)
-        )
-        width = column_type.list_size if pa.types.is_fixed_size_list(column_type) else 1
-        expected = embeddings_schema(width, each=EACH.name in table.column_names)
+        expected = embeddings_schema(_width(table, "embedding"), each=EACH.name in table.column_names)
+    elif stage == "features":
+        tokens = _width(table, "tokens") if "tokens" in table.column_names else 0
+        expected = features_schema(_width(table, "pooled"), tokens)
     else:
         expected = IMAGES if stage == "images" else CAPTIONS
     if columns is not None:
@@ -171,3 +195,9 @@ def check_table(stage: Stage, table: pa.Table, columns: list[str] | None = None)
             f"{expected}"
         )
         raise ValueError(message)
+
+
+def _width(table: pa.Table, name: str) -> int:
+    """Of a column of vectors; 1 where there is none."""
+    kind = table.schema.field(name).type if name in table.column_names else None
+    return int(kind.list_size) if kind is not None and pa.types.is_fixed_size_list(kind) else 1

@@ -5,6 +5,7 @@ everything later.
     STORE/images/part-00000.parquet                 with images/receipts/part-00000.json
     STORE/captions/<variant>/part-00000.parquet     with variant.json and receipts/
     STORE/embeddings/<variant>/part-00000.parquet   with variant.json and receipts/
+    STORE/features/<variant>/part-00000.parquet     likewise: what a vision tower says of the pictures
 
 Shard k has the same rows in the same order in every stage, so stages are read side by side and never joined.
 A shard is written under a temporary name, renamed, and only then receipted: what has a receipt is whole.
@@ -36,6 +37,7 @@ from pipeline.store.files import is_alive, json_bytes, write_whole
 from pipeline.store.schema import (
     LISTED,
     SCHEMA_VERSION,
+    VERBS,
     Dataset,
     Receipt,
     Split,
@@ -163,8 +165,11 @@ class Store:
         if wanted in names or (not wanted and len(names) == 1):
             return wanted or names[0]
         if not names:
-            verb = "caption" if stage == "captions" else "embed"
-            message = f"store={self.uri}: has no {stage} yet; run: gpt4image {verb} --store {self.uri}"
+            message = (
+                f"store={self.uri}: has no {stage} yet; run: gpt4image {VERBS[stage]} --store {self.uri}"
+            )
+            if stage == "features":
+                message += " --tower MODEL"
             if stage == "captions":
                 message += (
                     " --caption-preset NAME, or gpt4image import-captions FILE for captions that you have"
@@ -172,8 +177,9 @@ class Store:
         else:
             flaw = f"no {stage} variant {wanted!r}" if wanted else f"several {stage} variants and none named"
             described = [f"{name}{self._made_of(stage, name)}" for name in names]
+            flag = "feature-variant" if stage == "features" else stage
             message = (
-                f"store={self.uri}: {flaw}; pass --{stage} with one of: {', '.join(described)}. One that is "
+                f"store={self.uri}: {flaw}; pass --{flag} with one of: {', '.join(described)}. One that is "
                 f"not wanted any more may be deleted: its folder in {stage}/."
             )
         raise SettingsError(message)
@@ -298,7 +304,7 @@ class Store:
         """Raises ValueError, saying how to finish, when a stage that the next one reads has shards to do."""
         missing = len(self.pending(stage, variant))
         if missing:
-            verb = {"images": "ingest", "captions": "caption", "embeddings": "embed"}[stage]
+            verb = VERBS[stage]
             name = f" {variant}" if variant else ""
             message = (
                 f"store={self.uri}: {stage}{name} lacks {missing} of {self.dataset.shards} shards; "

@@ -23,6 +23,7 @@ LEAST = {
     "ingest": ["--images", "/i", "--store", "/s"],
     "caption": ["--store", "/s", "--caption-preset", "scenes"],
     "embed": ["--store", "/s"],
+    "features": ["--store", "/s", "--tower", "/m"],
     "describe": ["--images", "/i", "--store", "/s", "--caption-preset", "scenes"],
     "import-captions": ["/c.jsonl", "--store", "/s"],
     "status": ["--store", "/s"],
@@ -37,7 +38,7 @@ LEAST = {
 }
 # Settings that hold strings and are no places.
 NO_PLACE = {
-    "device",
+    *("device", "tower_revision"),
     *("source_kind", "captioner", "caption_preset", "model_revision", "prompt", "base_url", "captions"),
     *("encoder_preset", "encoder_revision", "pooling", "long_captions", "split", "embeddings", "preset"),
     *("objective", "balance", "alignment_schedule", "alignment", "text_projection", "positives", "head"),

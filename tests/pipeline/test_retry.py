@@ -131,7 +131,7 @@ def test_retry_finds_every_model_before_it_starts(
     with_variants(store, asked, EmbedConfig(store="-", encoder=str(folder)), failed_shard=0)
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     assert main(["retry", "--store", store.uri]) == 2 and here == []
-    assert "its files have changed since the variant was made" in capsys.readouterr().err
+    assert "its files have changed since they were recorded" in capsys.readouterr().err
 
 
 def test_retry_reads_the_shards_that_failed_and_no_others(

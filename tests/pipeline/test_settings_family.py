@@ -16,15 +16,16 @@ from pipeline.config import (
     DescribeConfig,
     EmbedConfig,
     EstimateConfig,
+    FeatureConfig,
     ImportConfig,
     RetryConfig,
     SourceConfig,
 )
 from pipeline.encoders.models import ModelRef
-from pipeline.encoders.settings import EmbedRuntime, EmbedSettings
+from pipeline.encoders.settings import EmbedRuntime, EmbedSettings, FeatureRuntime, FeatureSettings
 from pipeline.sources import plan
 from pipeline.stages import import_captions
-from pipeline.stages.variants import CaptionVariant, EmbedVariant
+from pipeline.stages.variants import CaptionVariant, EmbedVariant, FeatureVariant
 from pipeline.store import Store
 
 # Settings that have another name in the variant, or reach it through what they fill.
@@ -32,6 +33,7 @@ NAMED_OTHERWISE = {
     "captioner": "engine",
     "model_revision": "revision",
     "encoder_revision": "revision",
+    "tower_revision": "revision",
     "caption_preset": "model",
     "encoder_preset": "encoder",
 }
@@ -85,6 +87,15 @@ EMBED_FREE = {
     "encoder_replicas": 2,
     "max_failure_rate": 0.5,
 }
+FEATURES = {"tower": "other/tower", "tower_revision": "c2", "tokens": True, "feature_size": 99}
+FEATURES_FREE = {
+    "store": "other",
+    "device": "cpu",
+    "wait_minutes": 1.0,
+    "tower_batch": 3,
+    "tower_replicas": 2,
+    "max_failure_rate": 0.5,
+}
 # The cut and the content of a store: on record in dataset.json.
 SOURCE = {
     "images": "moved",
@@ -114,6 +125,7 @@ ESTIMATE_FREE = {
     "price_per_gpu_hour": "arithmetic",
     "price_per_million_tokens": "arithmetic",
     "json": "form of the output",
+    **dict.fromkeys([*FEATURES, *FEATURES_FREE], "as `features` has it, for the sample"),
 }
 
 
@@ -137,6 +149,13 @@ def embed_name(**settings: Any) -> str:
     return EmbedVariant.of(config, model_ref(config.encoder, config.encoder_revision)).name
 
 
+def feature_name(**settings: Any) -> str:
+    config = FeatureConfig(**{"store": "s", "tower": "some/tower", **settings})
+    return FeatureVariant.of(
+        config, model_ref(config.tower, config.tower_revision), config.feature_size or 224
+    ).name
+
+
 def model_ref(name: str, revision: str) -> ModelRef:
     return ModelRef(name=name, location=name, revision=revision or "c1")
 
@@ -154,7 +173,10 @@ def test_each_setting_of_the_other_verbs_decides_or_is_free() -> None:
     assert names(SourceConfig) == {*SOURCE, *SOURCE_FREE}
     assert names(ImportConfig) == {*IMPORT, *IMPORT_FREE}
     assert names(DescribeConfig) == names(SourceConfig) | names(CaptionConfig) | names(EmbedConfig)
-    assert names(RetryConfig) == {*RETRY, *CAPTION_FREE, *EMBED_FREE}
+    assert names(FeatureSettings) == set(FEATURES) and names(FeatureRuntime) == set(FEATURES_FREE)
+    assert names(FeatureConfig) == {*FEATURES, *FEATURES_FREE}
+    assert {NAMED_OTHERWISE.get(name, name) for name in FEATURES} == names(FeatureVariant)
+    assert names(RetryConfig) == {*RETRY, *CAPTION_FREE, *EMBED_FREE, *FEATURES_FREE}
     assert names(EstimateConfig) == names(DescribeConfig) | set(ESTIMATE_FREE)
 
 
@@ -166,6 +188,12 @@ def test_another_value_of_what_decides_makes_another_caption_variant(name: str) 
 @pytest.mark.parametrize("name", CAPTION_FREE)
 def test_how_captions_are_made_does_not_change_their_variant(name: str) -> None:
     assert caption_name(**{name: CAPTION_FREE[name]}) == caption_name()
+
+
+@pytest.mark.parametrize("name", [*FEATURES, *FEATURES_FREE])
+def test_a_feature_variant_is_named_by_what_decides_alone(name: str) -> None:
+    values = FEATURES | FEATURES_FREE
+    assert (feature_name(**{name: values[name]}) != feature_name()) == (name in FEATURES)
 
 
 @pytest.mark.parametrize("name", EMBED)
