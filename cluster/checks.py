@@ -23,6 +23,7 @@ PATHS = frozenset(
         "file",
         "to",
         "run",
+        "init_from",
         "sweep",
         "sweeps",
         "html",

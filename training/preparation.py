@@ -103,6 +103,9 @@ def check(config: TrainConfig) -> Facts:
     store = Store(config.store)
     store.require_complete("images")
     config = backbones.resolved(config)
+    if config.model.freeze_backbone and not (config.model.init_from or config.model.pretrained):
+        message = "freeze_backbone: what does not train must be trained; add --init-from RUN or --pretrained."
+        raise SettingsError(message)
     backbones.probe(
         config.model.backbone,
         config.model.image_size,

@@ -41,6 +41,8 @@ class Augment:
     auto_augment: str = ""
     color_jitter: float = 0.0
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    fixed: bool = False
+    """Train on the views of evaluation."""
 
     @property
     def needs_own_process(self) -> bool:
@@ -56,6 +58,8 @@ class Augment:
             height: its height.
             sample: [n, 4] one row a view (`order.PASS` to `order.REPEAT`), all of the same picture.
         """
+        if self.fixed:
+            return [self.evaluate(data)] * len(sample)
         generators = [np.random.default_rng([self.seed, *map(int, row)]) for row in sample]
         boxes = [random_box(rng, width, height, self.crop_scale) for rng in generators]
         # A JPEG is decoded at 1/2, 1/4 or 1/8 where even the smallest crop keeps a pixel for every pixel of

@@ -23,7 +23,7 @@ from training.data.views import Norm, Views
 from training.engine import checkpoint
 from training.engine.distributed import world_size
 from training.engine.step import Stepper
-from training.models import optimizers
+from training.models import backbones, optimizers
 from training.objectives.protocol import Precision, objective_of
 
 
@@ -47,6 +47,14 @@ class Run:
     sequence: Sequence
     eval_rows: Rows
     stepper: Stepper
+    frozen: bool
+    """Whether the backbone stays as it is."""
+
+    def train(self) -> None:
+        """Lets modules do what they do in training, but for a backbone that stays as it is."""
+        self.model.train()
+        if self.frozen:
+            self.task.backbone.eval()
 
     @classmethod
     def of(
@@ -65,6 +73,8 @@ class Run:
         task = objective.build(begun, facts, len(store.dataset.classes))
         if config.compute.checkpoint_activations:
             task.backbone.set_grad_checkpointing()
+        if config.model.freeze_backbone:
+            backbones.freeze(task.backbone)
         if config.compute.sync_batch_norm and world > 1:
             from timm.layers import convert_sync_batchnorm
 
@@ -77,7 +87,11 @@ class Run:
         by = order.deal(store.dataset.source, looks_across=config.data.mixes or has_own_statistics(task))
         sharing = 1 if by == "place" else world  # workers that share the shards of a window
         spec = decoder_spec(
-            config, facts.columns, task.backbone, sharing * config.place.loader_workers if decode else sharing
+            config,
+            facts.columns,
+            task.backbone,
+            sharing * config.place.loader_workers if decode else sharing,
+            facts.fixed_crop,
         )
         decoding = (
             decode(spec, config.place.loader_workers)
@@ -133,6 +147,7 @@ class Run:
             sequence=sequence,
             eval_rows=eval_rows,
             stepper=stepper,
+            frozen=config.model.freeze_backbone,
         )
 
 
@@ -160,21 +175,26 @@ def make_norm(model: nn.Module, device: torch.device, *, channels_last: bool = T
 
 
 def decoder_spec(
-    config: TrainConfig, columns: tuple[Columns, ...], model: nn.Module, decoders: int
+    config: TrainConfig,
+    columns: tuple[Columns, ...],
+    model: nn.Module,
+    decoders: int,
+    fixed_crop: float = 0.0,
 ) -> DecoderSpec:
-    """What a decoder needs to know; evaluation crops as timm's for this backbone. `decoders` share the work
-    of a batch."""
+    """What a decoder needs to know; evaluation crops as timm's for this backbone, or by `fixed_crop` (see
+    `protocol.Facts`). `decoders` share the work of a batch."""
     from_timm = data_config(model)
     augment = Augment(
         size=config.model.image_size,
         crop_scale=config.data.crop_scale,
         flip=config.data.flip,
         seed=config.seed,
-        crop_pct=float(from_timm["crop_pct"]),
+        crop_pct=fixed_crop or float(from_timm["crop_pct"]),
         interpolation=str(from_timm["interpolation"]),
         mean=tuple(from_timm["mean"]),
         auto_augment=config.data.auto_augment,
         color_jitter=config.data.color_jitter,
+        fixed=fixed_crop > 0,
     )
     # Of the window in use and of the next one, each decoder opens its part; one shard more at either end.
     keep = 2 * (math.ceil(config.data.shuffle_shards / decoders) + 2)

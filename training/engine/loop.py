@@ -67,7 +67,7 @@ def fit(
 
     while len(state.history) < config.last_epoch:
         epoch = len(state.history) + 1
-        run.model.train()
+        run.train()
         watch.begin()
         stop = sequence.steps(epoch)
         for step, host_batch in enumerate(

@@ -132,7 +132,7 @@ def build(
 
     Args:
         name: timm's, or one of the hub or a folder.
-        num_classes: of the classifier.
+        num_classes: of the classifier; 0: without one.
         image_size: edge of the input.
         pretrained: load weights.
         drop_path: stochastic depth.
@@ -171,7 +171,7 @@ def build(
                 )
                 raise SettingsError(message) from None
             raise _unfit(name, image_size, error) from None
-    if not isinstance(_classifier(model), nn.Linear):
+    if num_classes and not isinstance(_classifier(model), nn.Linear):
         message = (
             f"backbone={name!r}: has no single linear classifier, so there is no pooled feature to align; "
             "use another."
@@ -285,6 +285,12 @@ def _unfit(name: str, image_size: int, error: Exception) -> SettingsError:
         f"its own size is {size}: pass --image-size {size}, or another backbone."
     )
     return SettingsError(message)
+
+
+def freeze(model: nn.Module) -> None:
+    """Leaves nothing but the classifier to train."""
+    model.requires_grad_(False)
+    _classifier(model).requires_grad_(True)
 
 
 def features_and_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,9 @@ class ModelSettings(Deciding):
     init_from: str = ""
     """Start from the backbone of another run (folder or s3://), such as one of --objective mae: its last
     checkpoint, the average where it kept one; the classifier only where it has as many classes."""
+    freeze_backbone: bool = False
+    """Train nothing of the backbone but its classifier, with statistics of BatchNorm as they are: a linear
+    probe of what --init-from or --pretrained bring."""
     image_size: int = 64
     """Edge of the square input in pixels."""
     patch_size: int = 0

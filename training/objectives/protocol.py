@@ -49,6 +49,9 @@ class Facts:
     """Settings that were left open (`MethodSettings.left_open`), as they are recorded."""
     columns: tuple[Columns, ...] = ()
     """What is read beside pictures and labels; sent to decoders of other processes."""
+    fixed_crop: float = 0.0
+    """Where columns were made of pictures as they are: the share of the shorter edge that is cut out of the
+    middle, for training as for evaluation, without random crops and flips. 0: crops as the settings say."""
 
 
 class Inputs(Protocol):
