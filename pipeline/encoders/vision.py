@@ -218,7 +218,9 @@ def _transformers_tower(model: ModelRef, size: int) -> _Built:
         config.projection_dim = whole.projection_dim  # the vision part may not repeat it
     kind: Any = AutoModel
     pooling = "class token"
-    if config.model_type in _CLIP:
+    # Some save the vision part of a CLIP without its projection.
+    projects = config.model_type in _CLIP and "CLIPVisionModel" not in (whole.architectures or [])
+    if projects:
         kind, pooling = CLIPVisionModelWithProjection, "projected image embedding"
     elif config.model_type in _SIGLIP:
         kind, pooling = SiglipVisionModel, "attention-pooled image embedding"
@@ -259,8 +261,10 @@ def _transformers_tower(model: ModelRef, size: int) -> _Built:
         output = tower(pixel_values=images, **more)
         hidden = output.last_hidden_state
         tokens = hidden[:, hidden.shape[1] - (edge // patch) ** 2 :]
-        if config.model_type in _CLIP:
+        if projects:
             return output.image_embeds, tower.vision_model.post_layernorm(tokens)
+        if config.model_type in _CLIP:
+            return output.pooler_output, tower.post_layernorm(tokens)
         if config.model_type in _SIGLIP:
             return output.pooler_output, tokens
         return hidden[:, 0], tokens

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, SiglipImageProcessor
+from transformers import CLIPImageProcessor, CLIPVisionModel, SiglipImageProcessor
 
 from pipeline.config import FeatureConfig
 from pipeline.encoders import models, vision
@@ -54,6 +54,23 @@ def test_a_clip_says_what_transformers_says(tmp_path: Path) -> None:
     found = seen(tower, image)
     torch.testing.assert_close(found.pooled, torch.nn.functional.normalize(pooled, dim=-1))
     torch.testing.assert_close(found.tokens, tokens, atol=1e-5, rtol=1e-5)
+
+
+def test_of_a_vision_part_without_projection_the_class_token_is_taken(tmp_path: Path) -> None:
+    reference = towers.clip(tmp_path / "whole")
+    alone = CLIPVisionModel.from_pretrained(tmp_path / "whole")
+    alone.save_pretrained(tmp_path / "part")
+    CLIPImageProcessor.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "part")
+    whole, part = (
+        VisionTower(models.resolve(str(tmp_path / each)), device="cpu") for each in ("whole", "part")
+    )
+    image = picture(40, 40)
+    torch.testing.assert_close(seen(part, image).tokens, seen(whole, image).tokens)
+    assert part.facts.pooling == "class token" and part.facts.dim == 32
+    with torch.no_grad():
+        projected = reference.visual_projection(seen(part, image).pooled)
+    cosine = torch.nn.functional.cosine_similarity(projected, seen(whole, image).pooled)
+    assert float(cosine) == pytest.approx(1)
 
 
 def test_a_siglip_squashes_and_pools_by_attention(tmp_path: Path) -> None:

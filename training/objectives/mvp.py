@@ -243,10 +243,8 @@ class Mvp(Objective):
         """See `protocol.Objective`."""
         task = build_task(config, facts.token_dim)
         if facts.teacher is not None:
-            device = config.place.device
-            task.teacher = vision.VisionTower(
-                facts.teacher, size=config.method.teacher_size, device="cpu" if device == "auto" else device
-            )
+            # It follows the pictures to their device.
+            task.teacher = vision.VisionTower(facts.teacher, size=config.method.teacher_size, device="cpu")
         return task
 
     def rebuild(self, config: TrainConfig, weights: dict[str, Tensor], classes: int) -> MvpTask:
