@@ -29,6 +29,8 @@ from training.engine import checkpoint
 from training.engine.build import Run
 from training.models import masked_vit
 from training.objectives.mvp import OBJECTIVE, Inputs, MvpTask
+from tuning import space
+from tuning.__main__ import parse_tune
 
 CPU = torch.device("cpu")
 
@@ -322,6 +324,24 @@ def test_recipes_bring_their_method_along_and_the_teacher_is_an_axis_of_sweeps()
     assert parse_train(["--store", "s", "--objective", "mvp"]).model.backbone == "vit_base_patch16_224"
     scenes = parse_train(["--store", "s", "--preset", "mvp-scenes"])
     assert scenes.method.title() == "mvp-clip-m0.4" and scenes.data.flip == 0
-    grid = config.method.grid(teachers=("a/x", "timm:y"), mask_ratios=(0.4, 0.6))
-    assert len(grid.cells()) == 4 and grid.cells()[2] == {"teacher": "timm:y", "mask_ratio": 0.4}
-    assert config.but(teacher="timm:y").method.told() == {"teacher": "y", "masked": "0.4"}
+    assert config.method.grid().cells() == [{"mask_ratio": 0.4}]
+    flags = [
+        "--store",
+        "s",
+        "--preset",
+        "mvp-scenes",
+        "--teachers",
+        "a/x",
+        "timm:y",
+        "--mask-ratios",
+        "0.4",
+        "0.6",
+    ]
+    sweep = parse_tune(flags)
+    (arm,) = space.arms(sweep)
+    made = [space.Configuration(number, arm, values) for number, values in enumerate(arm.grid())]
+    trials = [space.settings(sweep, each, 3, "/sweep") for each in made]
+    assert [space.trial_name(trial) for trial in trials] == [
+        f"test_vit2-mvp-{teacher}-m{ratio}-s3" for teacher in "xy" for ratio in (0.4, 0.6)
+    ]
+    assert trials[2].method.told() == {"teacher": "y", "masked": "0.4"}

@@ -18,15 +18,15 @@ METRIC = Metric(
 class MvpGrid(Grid):
     """Teachers x mask ratios."""
 
-    teachers: tuple[str, ...] = ()
-    """Teachers to try, as --teacher names them; empty: that of --teacher."""
+    teachers: tuple[str, ...] = ("",)
+    """Teachers to try, as --teacher names them; an empty one is that of --teacher."""
     mask_ratios: tuple[float, ...] = (0.4,)
     """Shares of masked patches to try."""
 
     def cells(self) -> list[dict[str, Any]]:
         """See `Grid.cells`."""
-        named: list[dict[str, Any]] = [{"teacher": teacher} for teacher in self.teachers]
-        return [cell | {"mask_ratio": ratio} for cell in named or [{}] for ratio in self.mask_ratios]
+        named: list[dict[str, Any]] = [{"teacher": each} if each else {} for each in self.teachers]
+        return [cell | {"mask_ratio": ratio} for cell in named for ratio in self.mask_ratios]
 
 
 @dataclass(frozen=True, kw_only=True)
