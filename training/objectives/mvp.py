@@ -254,9 +254,14 @@ class Mvp(Objective):
         return task
 
     def notes(self, config: TrainConfig, store: Store, facts: MvpFacts) -> tuple[str, ...]:
-        """What the result owes to others' data."""
+        """What the result owes to others' data, and pictures without features."""
         of = config.method.teacher or facts.found["teacher"]
-        return (f"the teacher is {of}; what that was trained on is part of what this run learns from",)
+        told = [f"the teacher is {of}; what that was trained on is part of what this run learns from"]
+        if name := facts.variants.get("features", ""):
+            receipts, split = store.receipts("features", name), config.data.train_split
+            if without := sum(receipts[shard].failed for shard in store.split_shards(split)):
+                told.append(f"{without} pictures of {split} have no features in {name}: they teach nothing")
+        return tuple(told)
 
     def describe(self, config: TrainConfig, store: Store) -> Description:
         """See `protocol.Objective`."""
