@@ -192,6 +192,26 @@ def test_two_workers_and_parts_have_the_gradient_of_the_whole_batch(
     torch.testing.assert_close(evaluated(every), evaluated(split[0]) + evaluated(split[1]))
 
 
+@pytest.mark.parametrize("form", ["cosine", "smooth-l1"])
+def test_losses_are_those_of_the_formulas_and_nothing_is_taught_without_a_target(
+    tmp_path: Path, make_store: Callable[..., Path], teacher: Path, form: str
+) -> None:
+    config = settings(make_store(tmp_path / "store"), teacher, token_loss=form, smooth_l1_beta=0.5)
+    task = begun(config)[0]
+    predicted, targets = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
+    targets[1] = 0
+    found = task.errors(predicted, targets)
+    p, t = predicted[0].numpy(), targets[0].numpy()
+    if form == "cosine":
+        lengths = np.linalg.norm(p, axis=1) * np.linalg.norm(t, axis=1)
+        expected = 2 - 2 * (p * t).sum(1) / lengths
+    else:
+        d = np.abs(p - t)
+        expected = np.where(d < 0.5, d**2, d - 0.25).mean(1)
+    np.testing.assert_allclose(found[0], expected)
+    assert not found[1].any()
+
+
 def stored(store: Path, teacher: Path) -> str:
     """The teacher's tokens in the store, by the stage's own steps."""
     config = FeatureConfig(store=str(store), tower=str(teacher), tokens=True, device="cpu")

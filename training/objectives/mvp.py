@@ -79,11 +79,13 @@ class MvpTask(nn.Module):
         return layer_norm(tokens, tokens.shape[-1:])
 
     def errors(self, predicted: Tensor, targets: Tensor) -> Tensor:
-        """[b, N] losses of patches."""
+        """[b, N] losses of patches; 0 for those of a picture that has no stored features."""
         if self.settings.token_loss == "cosine":
-            return 2 - 2 * cosine_similarity(predicted, targets, dim=-1)
-        beta = self.settings.smooth_l1_beta
-        return smooth_l1_loss(predicted, targets, beta=beta, reduction="none").mean(-1)
+            errors = 2 - 2 * cosine_similarity(predicted, targets, dim=-1)
+        else:
+            beta = self.settings.smooth_l1_beta
+            errors = smooth_l1_loss(predicted, targets, beta=beta, reduction="none").mean(-1)
+        return errors * targets.any(-1)
 
     def forward(self, inputs: Inputs, share: float = 1.0) -> Losses:
         """`loss` to differentiate, and for the log `token_loss` and the cosine to the teacher
