@@ -19,7 +19,8 @@ class MvpGrid(Grid):
     """Teachers x mask ratios."""
 
     teachers: tuple[str, ...] = ("",)
-    """Teachers to try, as --teacher names them; an empty one is that of --teacher."""
+    """Teachers to try, as --teacher names them; an empty one is that of --teacher. Each run is judged by the
+    cosine to its own, so what a teacher is worth shows when a run is started from (--init-from)."""
     mask_ratios: tuple[float, ...] = (0.4,)
     """Shares of masked patches to try."""
 
