@@ -201,12 +201,12 @@ def decoder_spec(
     return DecoderSpec(store=config.store, columns=columns, augment=augment, keep=keep)
 
 
-def make_loader(config: TrainConfig, columns: tuple[Columns, ...], model: nn.Module) -> Loader:
-    """A loader that decodes in threads of this process, for evaluation."""
-    return Loader(
-        ThreadDecoding(decoder_spec(config, columns, model, 1).build(), config.place.loader_workers),
-        lookahead=4,
-    )
+def make_loader(
+    config: TrainConfig, columns: tuple[Columns, ...], model: nn.Module, fixed_crop: float = 0.0
+) -> Loader:
+    """A loader that decodes in threads of this process, for evaluation; see `decoder_spec`."""
+    decoder = decoder_spec(config, columns, model, 1, fixed_crop).build()
+    return Loader(ThreadDecoding(decoder, config.place.loader_workers), lookahead=4)
 
 
 def make_precision(config: TrainConfig, device: torch.device) -> Precision:

@@ -243,7 +243,9 @@ class Mvp(Objective):
 
     def build(self, config: TrainConfig, facts: MvpFacts, classes: int) -> MvpTask:
         """See `protocol.Objective`."""
-        task = build_task(config, facts.token_dim)
+        return self._with_teacher(build_task(config, facts.token_dim), config, facts)
+
+    def _with_teacher(self, task: MvpTask, config: TrainConfig, facts: MvpFacts) -> MvpTask:
         if facts.teacher is not None:
             # It follows the pictures to their device.
             task.teacher = vision.VisionTower(facts.teacher, size=config.method.teacher_size, device="cpu")
@@ -254,6 +256,12 @@ class Mvp(Objective):
         task = build_task(config.without_weights, len(weights["predictor.linear.weight"]))
         task.load_state_dict(weights)
         return task
+
+    def for_evaluation(self, config: TrainConfig, store: Store, task: MvpTask) -> MvpFacts:
+        """The teacher again, or its features."""
+        facts = self.check(config, store)
+        self._with_teacher(task, config, facts)
+        return facts
 
     def notes(self, config: TrainConfig, store: Store, facts: MvpFacts) -> tuple[str, ...]:
         """What the result owes to others' data, and pictures without features."""
