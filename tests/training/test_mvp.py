@@ -289,6 +289,8 @@ def test_another_teacher_under_the_same_name_is_found_when_a_run_goes_on(
     config = settings(make_store(tmp_path / "store"), teacher, run=str(tmp_path / "run"))
     config, _ = preparation.prepare(config)
     assert config.method.teacher_revision.startswith("files-")
+    told = OBJECTIVE.describe(config, Store(config.store))
+    assert "Teacher: clip (files-" in told.lines[0] and str(tmp_path) not in f"{told.lines} {told.settings}"
     preparation.check(config)
     towers.clip(teacher, seed=1)
     with pytest.raises(SettingsError, match="its files have changed since they were recorded"):

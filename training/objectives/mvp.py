@@ -7,6 +7,7 @@ picture, in the very crop of the student. What trains beside the backbone predic
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -276,14 +277,19 @@ class Mvp(Objective):
     def describe(self, config: TrainConfig, store: Store) -> Description:
         """See `protocol.Objective`."""
         own = config.method
+        # A folder's path is no one else's business; its last part and the hash of its files are.
+        is_file = own.stored_features or own.teacher_revision.startswith("files-")
+        teacher = os.path.basename(own.teacher.rstrip("/")) if is_file else own.teacher
         line = (
-            f"Teacher: {own.teacher} ({own.teacher_revision or 'features ' + own.feature_variant}); what it "
+            f"Teacher: {teacher} ({own.teacher_revision or 'features ' + own.feature_variant}); what it "
             "was trained on is part of what this model was trained on."
         )
         how = (
             f"masked image modelling towards the features of a frozen vision tower ({100 * own.mask_ratio:g} "
         )
-        return Description(how=how + "% of the patches masked)", lines=(line,), settings=flat(own))
+        return Description(
+            how=how + "% of the patches masked)", lines=(line,), settings=flat(own) | {"teacher": teacher}
+        )
 
 
 def build_task(config: TrainConfig, token_dim: int) -> MvpTask:
