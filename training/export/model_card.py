@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.models.settings import FOLDER, HUB
+from training.models.settings import FOLDER
 from training.models.weights import source_of
 from training.objectives.protocol import Description, objective_of
 from training.settings import flat
@@ -129,7 +129,7 @@ def _backbone(config: TrainConfig) -> str:
     """What training started from; of a folder its last part and the hash of its files, which say enough
     elsewhere."""
     source = source_of(config.model.backbone, config.model.architecture)
-    if source is None or config.model.backbone.startswith(HUB):
+    if source is None or not config.model.backbone.startswith(FOLDER):
         return config.model.backbone
     return f"{FOLDER}{os.path.basename(config.model.backbone)} ({source.revision})"
 

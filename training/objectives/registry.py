@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.errors import SettingsError
 from training.objectives.metric import Metric
+from training.objectives.settings import mae
 from training.objectives.settings.align import AlignSettings
 from training.settings import MethodSettings, flaws
 
@@ -28,7 +29,10 @@ class BuiltIn:
     """The recipe where none is named."""
 
 
-BUILT_IN = {"align": BuiltIn(AlignSettings)}
+BUILT_IN = {
+    "align": BuiltIn(AlignSettings),
+    "mae": BuiltIn(mae.MaeSettings, mae.METRIC, presets=mae.PRESETS, preset="hiera-scenes-mae"),
+}
 """By name, which is that of the file in this folder; a test holds that settings and metric are those of the
 modules."""
 
