@@ -315,6 +315,11 @@ def features_and_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
     return features, classified(model, features)
 
 
+def classifies(model: nn.Module) -> bool:
+    """Whether it has a classifier; timm's without one give their features."""
+    return not isinstance(_classifier(model), nn.Identity)
+
+
 def classified(model: nn.Module, features: Tensor) -> Tensor:
     """[b, C] logits of [b, F] features."""
     logits: Tensor = _classifier(model)(features)
