@@ -12,7 +12,7 @@ import pickle
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import SettingsError
 
@@ -66,6 +66,29 @@ def of_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         _renamed(name, _DECODER): value for name, value in tensors.items() if name.startswith(tuple(_DECODER))
     }
+
+
+def fill_decoder(task: nn.Module, path: str) -> bool:
+    """Loads fusion and decoder of a masked autoencoder from its file; whether that has them, else they stay
+    as they are.
+
+    Raises:
+        SettingsError: they are of another size.
+    """
+    weights, own = of_decoder(read(path)), task.state_dict()
+    if not weights:
+        return False
+    needed = {name: value.shape for name, value in own.items() if not name.startswith("backbone.")}
+    if needed != {name: value.shape for name, value in weights.items()}:
+        width = len(weights["decoder.norm.weight"])
+        depth = sum(name.endswith(".attn.proj.bias") for name in weights)
+        message = (
+            f"init_from={path}: its decoder is another one; that has --decoder-width {width} --decoder-depth "
+            f"{depth}."
+        )
+        raise SettingsError(message)
+    task.load_state_dict(weights, strict=False, assign=own["decoder.mask_token"].is_meta)
+    return True
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:

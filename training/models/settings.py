@@ -40,7 +40,8 @@ class ModelSettings(Deciding):
     nothing, name timm's architecture)."""
     init_from: str = ""
     """Start from the backbone of another run (folder or s3://), such as one of --objective mae: its last
-    checkpoint, the average where it kept one; the classifier only where it has as many classes."""
+    checkpoint, the average where it kept one; the classifier only where it has as many classes. Or from a
+    FILE.safetensors or FILE.pth with timm's names of weights or those of Hiera's authors."""
     image_size: int = 64
     """Edge of the square input in pixels."""
     patch_size: int = 0

@@ -8,11 +8,14 @@ weight; fusion and decoder stay behind.
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from pipeline.errors import SettingsError
@@ -22,7 +25,8 @@ from training.data.columns import Array
 from training.data.loader import Batch
 from training.data.order import shares
 from training.data.views import Draw, Views
-from training.models import backbones, masked_hiera
+from training.evaluation import figures
+from training.models import backbones, masked_hiera, published_hiera
 from training.objectives.protocol import Description, Facts, Gradient, Losses, Objective, Precision
 from training.objectives.settings.mae import METRIC, MaeSettings
 from training.settings import flat
@@ -184,7 +188,19 @@ class Mae(Objective):
         task = MaeTask(backbones.of_run(config, 0), config.method, config.model.backbone)
         fresh = not (config.model.pretrained or config.model.init_from)
         masked_hiera.initialise(task.fusion, task.decoder, task.backbone if fresh else None)
+        if published_hiera.is_file(config.model.init_from):
+            published_hiera.fill_decoder(task, config.model.init_from)
         return task
+
+    def notes(self, config: TrainConfig, store: Store, facts: Facts) -> tuple[str, ...]:
+        """Whether the decoder starts from a file, too; one of another size is refused."""
+        path = config.model.init_from
+        if not published_hiera.is_file(path) or not os.path.exists(path):
+            return ()
+        with torch.device("meta"):
+            task = self.build(config.without_weights, facts, 0)
+        found = published_hiera.fill_decoder(task, path)
+        return (f"fusion and decoder start from {path if found else 'nothing: the file has none'}",)
 
     def rebuild(self, config: TrainConfig, weights: dict[str, Tensor], classes: int) -> MaeTask:
         """See `protocol.Objective`."""
@@ -192,10 +208,41 @@ class Mae(Objective):
         task.load_state_dict(weights)
         return task
 
+    def deployed(self, task: MaeTask) -> nn.Module:
+        """The encoder with all its pooling, as timm builds it."""
+        hiera: nn.Module = copy.deepcopy(task.backbone)
+        masked_hiera.set_pooling(hiera, POOLED)
+        return hiera
+
+    def pictures(self, task: MaeTask, batch: Batch, images: Tensor) -> dict[str, Array]:
+        """`reconstructions`: of each picture a row with itself, with what the encoder saw of it, and with
+        what was predicted of the rest.
+
+        Normalised patches say nothing of their brightness and contrast: those are lent by the picture.
+        """
+        keep, edge = task.kept(batch, 0, 0), task.decoder.patch
+        masked = task.decoder.masked(keep)[..., None]
+        pixels, predicted = masked_hiera.patches_of(images, edge), task.predict(images, keep).float()
+        if task.settings.norm_pix_loss:
+            _, mean, deviation = masked_hiera.normalised(pixels)
+            predicted = predicted * deviation + mean
+        shown = [pixels, pixels.masked_fill(masked, 0), torch.where(masked, predicted, pixels)]
+        columns = [_as_bytes(masked_hiera.images_of(each, edge), task.backbone) for each in shown]
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        return {"reconstructions": figures.side_by_side(rows)}
+
     def describe(self, config: TrainConfig, store: Store) -> Description:
         """See `protocol.Objective`."""
         how = f"masked autoencoding ({100 * config.method.mask_ratio:g} % of the mask units removed)"
         return Description(how=how, settings=flat(config.method))
+
+
+def _as_bytes(images: Tensor, backbone: nn.Module) -> Array:
+    """[b, S, S, 3] uint8 of normalised images."""
+    told = resolve_model_data_config(backbone)
+    mean, std = (torch.tensor(told[name], device=images.device).view(3, 1, 1) for name in ("mean", "std"))
+    found: Array = (255 * (images * std + mean)).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return found
 
 
 OBJECTIVE = Mae()
