@@ -114,7 +114,7 @@ def check(config: TrainConfig) -> Facts:
         drop_path=config.model.drop_path,
         architecture=config.model.architecture,
     )
-    optimizers.check_optimizer(config.optim.optimizer)
+    optimizers.check_optimizer(config.optim.optimizer, config.optim.betas)
     store.split_shards(config.data.eval_split)
     if not len(Rows(store, config.data.eval_split)):
         message = (

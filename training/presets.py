@@ -48,6 +48,20 @@ _FINE_TUNING: _Settings = {
 
 _SMALL: _Settings = {"batch_size": 32, "lr": 1.5e-3, "epochs": 50, "crop_scale": 0.5}
 
+
+def _hiera(size: str, lr: float, epochs: int, layer_decay: float, drop_path: float = 0.1) -> _Settings:
+    return {
+        **_DEIT,
+        "backbone": f"hiera_{size}_224.mae",
+        "pretrained": True,
+        "lr": lr,
+        "epochs": epochs,
+        "layer_decay": layer_decay,
+        "drop_path": drop_path,
+        "repeats": 1,
+    }
+
+
 PRESETS: dict[str, _Settings] = {
     # Small pictures from nothing, some thousand of them. Tuned as baselines (docs/evidence.md): what such
     # sets need is steps, some five thousand.
@@ -145,17 +159,14 @@ PRESETS: dict[str, _Settings] = {
         "repeats": 1,
         "ema": 0.9999,
     },
-    # Hiera (arXiv 2306.00989): fine-tuning of MAE weights; lr, layer decay and drop path of its released
-    # fine-tuning for Tiny.
-    "hiera-t-finetune": {
-        **_DEIT,
-        "backbone": "hiera_tiny_224.mae",
-        "pretrained": True,
-        "lr": 2e-3,
-        "layer_decay": 0.65,
-        "drop_path": 0.1,
-        "repeats": 1,
-    },
+    # Hiera (arXiv 2306.00989): fine-tuning of MAE weights, timm's or with --no-pretrained --init-from those
+    # of a run; lr, epochs, layer decay and drop path of its released fine-tuning.
+    "hiera-t-finetune": _hiera("tiny", 2e-3, 300, 0.65),
+    "hiera-s-finetune": _hiera("small", 2e-3, 200, 0.65),
+    "hiera-b-finetune": _hiera("base", 2e-3, 100, 0.7),
+    "hiera-b-plus-finetune": _hiera("base_plus", 1e-3, 100, 0.7),
+    "hiera-l-finetune": _hiera("large", 1e-3, 50, 0.85),
+    "hiera-h-finetune": _hiera("huge", 1e-3, 50, 0.85, drop_path=0.3),
     # Fine-tuning of supervised weights (network) on a thousand pictures or more; --backbone brings in others,
     # also one's own. Batches are smaller than published, so that small sets get the 500 steps and more that
     # BiT (arXiv 1912.11370) and ViT take. What most fine-tuning of ResNets uses: SGD, lr 0.01, momentum 0.9,

@@ -118,7 +118,8 @@ def run_trial(trial: dict[str, Any], shared: dict[str, Any], address: str = "") 
 
 
 def _measure(config: TrainConfig, split: str) -> None:
-    """Writes test.json beside a finished training: the figure, and which pictures were recognised."""
+    """Writes test.json beside a finished training: the figure, and of what classifies which pictures were
+    recognised."""
     from training.evaluation.remote import evaluate_remote
 
     judged = evaluate_remote(
@@ -126,13 +127,14 @@ def _measure(config: TrainConfig, split: str) -> None:
         gpu_share=config.place.gpu_share,
         threads=config.place.threads,
     )
-    right = judged.outputs.correct
-    content = {
-        "split": split,
-        "top1": 100.0 * float(right.mean()),
-        "images": len(right),
-        "right": "".join("1" if each else "0" for each in right),
-    }
+    content = {"split": split, "images": judged.summary["images"]}
+    if judged.outputs is None:
+        metric = metric_named(config.objective).name
+        content |= {metric: judged.summary[metric]}
+    else:
+        right = judged.outputs.correct
+        marks = "".join("1" if each else "0" for each in right)
+        content |= {"top1": 100.0 * float(right.mean()), "right": marks}
     write_json(config.run, "test.json", content)
 
 

@@ -106,6 +106,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "warmup_epochs": 5.0,
         "repeats": 1,
     },
+    "hiera-s-finetune": {"backbone": "hiera_small_224.mae", "lr": 2e-3, "epochs": 200, "layer_decay": 0.65},
+    "hiera-b-finetune": {"backbone": "hiera_base_224.mae", "lr": 2e-3, "epochs": 100, "layer_decay": 0.7},
+    "hiera-b-plus-finetune": {
+        "backbone": "hiera_base_plus_224.mae",
+        "lr": 1e-3,
+        "epochs": 100,
+        "layer_decay": 0.7,
+    },
+    "hiera-l-finetune": {"lr": 1e-3, "epochs": 50, "layer_decay": 0.85, "drop_path": 0.1},
+    "hiera-h-finetune": {"lr": 1e-3, "epochs": 50, "layer_decay": 0.85, "drop_path": 0.3},
     # arXiv 2002.11770: what many studies fine-tune ResNets with.
     "resnet50-finetune": {
         "backbone": "resnet50.a1_in1k",

@@ -32,6 +32,8 @@ class OptimSettings(Deciding):
     """Linear warm-up before the cosine."""
     momentum: float = 0.9
     """Momentum of SGD."""
+    betas: tuple[float, ...] = ()
+    """The two decays of moments of Adam and its kin, such as 0.9 0.95; empty: the optimizer's own."""
     weight_decay: float = 0.05
     """Weight decay (decoupled with AdamW)."""
     layer_decay: float = 1.0
@@ -66,6 +68,8 @@ class OptimSettings(Deciding):
             faults.append(f"lr={self.lr}, min_lr={self.min_lr}: need lr > 0 and lr >= min_lr.")
         if not 0 < self.layer_decay <= 1:
             faults.append(f"layer_decay={self.layer_decay}: must be above 0 and at most 1.")
+        if self.betas and (len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas)):
+            faults.append(f"betas={self.betas}: must be two numbers from 0 to below 1, such as 0.9 0.95.")
         if not 0 <= self.ema < 1:
             faults.append(f"ema={self.ema}: must be 0 (none) or below 1, such as 0.9999.")
         return faults

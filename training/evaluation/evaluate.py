@@ -8,7 +8,7 @@ uses the upright view; timm does not).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,16 @@ WORST, PAIRS = 10, 30  # classes and mistakes that are listed
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """Everything that was found: `summary` is what --json prints."""
+    """Everything that was found: `summary` is what --json prints. Of a model without a classifier there is no
+    more than that and the pictures."""
 
     summary: Found
     classes: list[str]
-    outputs: Outputs
-    matrix: Array
-    calibration: measures.Calibration
+    outputs: Outputs | None = None
+    matrix: Array | None = None
+    calibration: measures.Calibration | None = None
+    pictures: dict[str, Array] = field(default_factory=dict)
+    """See `protocol.Objective.pictures`."""
 
 
 def evaluate(settings: EvaluateConfig) -> Judgement:
@@ -70,8 +73,14 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
     if asked and space is None:
         message = f"zero_shot: images of {settings.run} share no space with texts ({config.objective})."
         raise SettingsError(message)
-    outputs = judge.outputs(split, space, texts=settings.retrieval, features=settings.knn)
-    judgement = _judged(outputs, classes)
+    outputs = None
+    if judge.classifies or settings.knn or space is not None:
+        outputs = judge.outputs(split, space, texts=settings.retrieval, features=settings.knn)
+    if judge.classifies:
+        assert outputs is not None
+        judgement = _judged(outputs, classes)
+    else:
+        judgement = Judgement(summary=_by_own_metric(judge, split), classes=classes)
     summary: Found = {
         "run": settings.run,
         "split": split,
@@ -80,18 +89,18 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
         "epoch": int(loaded.state["epoch"]),
         **judgement.summary,
     }
-    if settings.knn:
+    if settings.knn and outputs is not None:
         summary["knn"] = _knn(judge, outputs, split)
-    if space is not None and settings.retrieval:
+    if space is not None and outputs is not None and settings.retrieval:
         summary["retrieval"] = _retrieval(space, outputs)
-    if space is not None and asked is not None:
+    if space is not None and outputs is not None and asked is not None:
         templates = settings.class_prompts or PROMPTS
         prompts = zeroshot.prompt_vectors(store, space, asked.names, templates)
         assert outputs.projected is not None
         seen = zeroshot.seen_classes(store, config.data.train_split)
         scores = zeroshot.judge(outputs.projected, outputs.labels, prompts, asked, seen)
         summary["zero_shot"] = {"prompts": list(templates), "classes_file": settings.classes_file, **scores}
-    judgement = replace(judgement, summary=summary)
+    judgement = replace(judgement, summary=summary, pictures=judge.pictures(split))
     if settings.to:
         findings.write(judgement, store, settings.to)
     return judgement
@@ -130,6 +139,13 @@ def _judged(outputs: Outputs, classes: list[str]) -> Judgement:
         ],
     }
     return Judgement(summary=summary, classes=classes, outputs=outputs, matrix=matrix, calibration=calibrated)
+
+
+def _by_own_metric(judge: Judge, split: str) -> Found:
+    """What the method is judged by, where its model has no classifier."""
+    metrics = judge.metrics(split)
+    images = int(metrics.pop("eval_images"))
+    return {"objective": judge.config.objective, "images": images, **metrics}
 
 
 def _knn(judge: Judge, outputs: Outputs, split: str) -> Found:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+SHOWN_EDGE, GAP = 160, 6  # pixels
 MOST_LABELS = 30  # classes; beyond it their names would run into each other
 
 
@@ -88,3 +89,18 @@ def reliability_figure(calibration: Calibration, title: str) -> Figure:
 
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def side_by_side(rows: list[list[Array]]) -> Array:
+    """[h, w, 3] uint8 of pictures of one size, uint8 too, on white; small ones are enlarged, pixel by
+    pixel."""
+    height, width, _ = rows[0][0].shape
+    factor = max(1, SHOWN_EDGE // max(height, width))
+    tall, wide = (factor * edge + GAP for edge in (height, width))
+    page = np.full((tall * len(rows) + GAP, wide * max(map(len, rows)) + GAP, 3), 255, np.uint8)
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            large = picture.repeat(factor, 0).repeat(factor, 1)
+            top, left = GAP + row * tall, GAP + column * wide
+            page[top : top + len(large), left : left + large.shape[1]] = large
+    return page

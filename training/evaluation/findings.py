@@ -16,6 +16,7 @@ from pipeline.captioners.prompts import class_name
 from pipeline.store import Store
 from training.data.order import ROW, SHARD
 from training.evaluation import figures, measures
+from training.objectives.registry import metric_named
 
 if TYPE_CHECKING:
     from training.evaluation.evaluate import Judgement
@@ -26,19 +27,13 @@ Array = npt.NDArray[Any]
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as lines for a terminal."""
-    low, high = summary["top1_interval"]
-    lines = [
+    classified = "top1" in summary
+    of = f", {summary['classes']} classes" if classified else ""
+    heading = (
         f"{summary['run']} ({summary['checkpoint']}, epoch {summary['epoch']}, {summary['weights']} weights) "
-        f"on {summary['split']}: {summary['images']} images, {summary['classes']} classes",
-        _line("top-1", summary["top1"], f"95 % interval {low:.2f} to {high:.2f}"),
-        _line("top-5", summary["top5"]),
-        _line("mean over classes", summary["mean_per_class"]),
-        _line(
-            "calibration error",
-            summary["ece"],
-            f"15 equal bins; mean confidence {summary['confidence']:.2f} %",
-        ),
-    ]
+        f"on {summary['split']}: {summary['images']} images{of}"
+    )
+    lines = [heading, *(_accuracy_lines(summary) if classified else _metric_lines(summary))]
     if knn := summary.get("knn"):
         lines.append(
             _line(
@@ -55,13 +50,39 @@ def table(summary: dict[str, Any]) -> str:
         )
     if scores := summary.get("zero_shot"):
         lines += _zero_shot_lines(scores)
+    return "\n".join([*lines, *(_mistake_lines(summary) if classified else ())])
+
+
+def _metric_lines(summary: dict[str, Any]) -> list[str]:
+    """What a method without a classifier is judged by, and what else its evaluator found."""
+    metric = metric_named(summary["objective"])
+    others = [name for name, value in summary.items() if isinstance(value, float) and name != metric.name]
+    return [
+        f"  {metric.title:18}  {metric.shown(summary[metric.name])}",
+        *(f"  {name.replace('_', ' '):18}  {metric.shown(summary[name])}" for name in others),
+    ]
+
+
+def _accuracy_lines(summary: dict[str, Any]) -> list[str]:
+    low, high = summary["top1_interval"]
+    return [
+        _line("top-1", summary["top1"], f"95 % interval {low:.2f} to {high:.2f}"),
+        _line("top-5", summary["top5"]),
+        _line("mean over classes", summary["mean_per_class"]),
+        _line(
+            "calibration error",
+            summary["ece"],
+            f"15 equal bins; mean confidence {summary['confidence']:.2f} %",
+        ),
+    ]
+
+
+def _mistake_lines(summary: dict[str, Any]) -> list[str]:
     worst = ", ".join(f"{row['class']} {row['accuracy']:.1f} %" for row in summary["worst_classes"][:5])
     confused = ", ".join(
         f"{row['true']} as {row['predicted']} ({row['images']})" for row in summary["confused"][:5]
     )
-    return "\n".join(
-        [*lines, f"  worst classes       {worst}", f"  most confused       {confused or 'none'}"]
-    )
+    return [f"  worst classes       {worst}", f"  most confused       {confused or 'none'}"]
 
 
 def _zero_shot_lines(scores: dict[str, Any]) -> list[str]:
@@ -91,9 +112,25 @@ def _line(name: str, value: float | None, note: str = "") -> str:
 
 def write(judgement: Judgement, store: Store, folder: str) -> None:
     """Writes evaluation.json, per_class.csv, predictions.parquet, confusion.png and reliability.png into a
-    folder."""
+    folder; without a classifier the first. Beside them what the method has to show."""
+    from PIL import Image
+
     os.makedirs(folder, exist_ok=True)
-    calibration = judgement.calibration
+    content = judgement.summary
+    if judgement.outputs is not None:
+        content = content | {"calibration": _write_classified(judgement, judgement.outputs, store, folder)}
+    with open(os.path.join(folder, "evaluation.json"), "w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=2, ensure_ascii=False)
+    for name, pixels in judgement.pictures.items():
+        Image.fromarray(pixels).save(os.path.join(folder, f"{name}.png"))
+
+
+def _write_classified(
+    judgement: Judgement, outputs: Outputs, store: Store, folder: str
+) -> list[dict[str, Any]]:
+    """All files but evaluation.json; returns the bins of calibration for that."""
+    calibration, matrix = judgement.calibration, judgement.matrix
+    assert calibration is not None and matrix is not None
     bins = [
         {
             "above": round(float(edge), 6),
@@ -105,17 +142,16 @@ def write(judgement: Judgement, store: Store, folder: str) -> None:
             calibration.edges, calibration.counts, calibration.confidence, calibration.accuracy, strict=False
         )
     ]
-    with open(os.path.join(folder, "evaluation.json"), "w", encoding="utf-8") as stream:
-        json.dump({**judgement.summary, "calibration": bins}, stream, indent=2, ensure_ascii=False)
-    _per_class(judgement.matrix, judgement.classes, os.path.join(folder, "per_class.csv"))
-    pq.write_table(predictions(judgement.outputs, store), os.path.join(folder, "predictions.parquet"))
+    _per_class(matrix, judgement.classes, os.path.join(folder, "per_class.csv"))
+    pq.write_table(predictions(outputs, store), os.path.join(folder, "predictions.parquet"))
     names = [class_name(name) for name in judgement.classes]
     title = f"{judgement.summary['split']}: top-1 {judgement.summary['top1']:.2f} %"
-    pairs = measures.confused_pairs(judgement.matrix, 30)
-    figures.confusion_figure(judgement.matrix, names, pairs, title).savefig(
+    pairs = measures.confused_pairs(matrix, 30)
+    figures.confusion_figure(matrix, names, pairs, title).savefig(
         os.path.join(folder, "confusion.png"), dpi=120
     )
     figures.reliability_figure(calibration, title).savefig(os.path.join(folder, "reliability.png"), dpi=120)
+    return bins
 
 
 def predictions(outputs: Outputs, store: Store) -> pa.Table:

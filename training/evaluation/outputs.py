@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +15,15 @@ import numpy.typing as npt
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
+from training.data.columns import Columns
+from training.data.loader import Batch
 from training.data.order import Rows
 from training.engine import build, checkpoint, loop
 from training.models import backbones
 from training.objectives.protocol import TextSpace, objective_of
 
 Array = npt.NDArray[Any]
+SHOWN = 8  # pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +65,8 @@ def load(config: TrainConfig, folder: str, num_classes: int, weights: str = "aut
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """A model's answers for n images, in the store's order."""
+    """A model's answers for n images, in the store's order; `predicted`, `top5` and `confidence` are empty
+    where it has no classifier."""
 
     samples: Array
     """[n, 4], see `training.data.order`."""
@@ -95,7 +101,42 @@ class Judge:
         self.config, self.store = config, Store(config.store)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.task = build.to_device(loaded.task, self.device)
-        self._norm = build.make_norm(self.task.backbone, self.device)
+        self.model = build.to_device(objective_of(config).deployed(self.task), self.device).eval()
+        self._norm = build.make_norm(self.model, self.device)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model answers with classes."""
+        return backbones.classifies(self.model)
+
+    def metrics(self, split: str) -> dict[str, float]:
+        """What the task's own evaluator finds on a split, in float32.
+
+        Raises:
+            ValueError: see `outputs`.
+        """
+        import torch
+
+        facts = objective_of(self.config).for_evaluation(self.config, self.store, self.task)
+        evaluator = self.task.evaluator(self.device)
+        with torch.inference_mode():
+            for host_batch in self._batches(
+                self._samples(split), facts.columns, split, fixed_crop=facts.fixed_crop
+            ):
+                batch = host_batch.to(self.device)
+                evaluator.add(batch, self._norm(batch.images), contextlib.nullcontext)
+        found: dict[str, float] = evaluator.metrics(evaluator.sums().tolist())
+        return found
+
+    def pictures(self, split: str) -> dict[str, Array]:
+        """See `protocol.Objective.pictures`, of some pictures from all over the split."""
+        import torch
+
+        samples = self._samples(split)
+        samples = samples[np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).astype(int)]
+        with torch.inference_mode():
+            (batch,) = [each.to(self.device) for each in self._batches(samples, ())]
+            return objective_of(self.config).pictures(self.task, batch, self._norm(batch.images))
 
     def outputs(
         self, split: str, space: TextSpace | None = None, *, texts: bool = False, features: bool = False
@@ -112,8 +153,22 @@ class Judge:
             ValueError: no such split, or none of its pictures can be read.
         """
         import torch
-        from tqdm import tqdm
 
+        parts: dict[str, list[Array]] = {}
+        columns = (space.columns,) if space and texts else ()
+        with torch.inference_mode():
+            for batch in self._batches(self._samples(split), columns, split):
+                for name, value in self._answers(batch.images, batch.labels, space, features).items():
+                    parts.setdefault(name, []).append(value.cpu().numpy())
+                parts.setdefault("samples", []).append(batch.samples)
+                for name, column in batch.columns.items():
+                    parts.setdefault(name, []).append(column.numpy())
+        found: dict[str, Any] = {name: np.concatenate(value) for name, value in parts.items()}
+        absent: dict[str, Any] = dict.fromkeys(("features", "projected", "targets", "groups"))
+        absent |= dict.fromkeys(("predicted", "top5", "confidence"), np.zeros(0))
+        return Outputs(**absent | found)
+
+    def _samples(self, split: str) -> Array:
         rows = Rows(self.store, split)
         if not len(rows):
             message = (
@@ -121,36 +176,34 @@ class Judge:
                 "why."
             )
             raise SettingsError(message)
-        loader = build.make_loader(
-            self.config, (space.columns,) if space and texts else (), self.task.backbone
-        )
-        parts: dict[str, list[Array]] = {}
-        bar = tqdm(
-            total=len(rows), desc=f"evaluate {split}", unit="img", file=sys.stderr, disable=None, leave=False
-        )
-        with bar, torch.inference_mode():
-            for batch in loader.evaluate(rows.in_order(), loop.EVALUATED, 0, 1):
-                for name, value in self._answers(batch.images, batch.labels, space, features).items():
-                    parts.setdefault(name, []).append(value.cpu().numpy())
-                parts.setdefault("samples", []).append(batch.samples)
-                for name, column in batch.columns.items():
-                    parts.setdefault(name, []).append(column.numpy())
+        return rows.in_order()
+
+    def _batches(
+        self, samples: Array, columns: tuple[Columns, ...], split: str = "", *, fixed_crop: float = 0.0
+    ) -> Iterator[Batch]:
+        """Decoded; progress is shown of a split that is named. `fixed_crop`: see `protocol.Facts`."""
+        from tqdm import tqdm
+
+        loader = build.make_loader(self.config, columns, self.model, fixed_crop)
+        shown = None if split else True
+        told: dict[str, Any] = {"unit": "img", "file": sys.stderr, "disable": shown, "leave": False}
+        with tqdm(total=len(samples), desc=f"evaluate {split}", **told) as bar:
+            for batch in loader.evaluate(samples, loop.EVALUATED, 0, 1):
+                yield batch
                 bar.update(len(batch.labels))
-        columns: dict[str, Any] = {name: np.concatenate(value) for name, value in parts.items()}
-        absent: dict[str, Any] = dict.fromkeys(("features", "projected", "targets", "groups"))
-        return Outputs(**absent | columns)
 
     def _answers(self, images: Any, labels: Any, space: TextSpace | None, keep: bool) -> dict[str, Any]:
         images, labels = images.to(self.device), labels.to(self.device)
-        features, logits = backbones.features_and_logits(self.task.backbone, self._norm(images))
-        best = logits.topk(min(5, logits.shape[1])).indices
-        probabilities = logits.sigmoid() if self.config.optim.loss == "bce" else logits.softmax(1)
-        answers = {
-            "labels": labels,
-            "predicted": best[:, 0],
-            "top5": (best == labels[:, None]).any(1),
-            "confidence": probabilities.gather(1, best[:, :1])[:, 0],
-        }
+        features, logits = backbones.features_and_logits(self.model, self._norm(images))
+        answers = {"labels": labels}
+        if self.classifies:
+            best = logits.topk(min(5, logits.shape[1])).indices
+            probabilities = logits.sigmoid() if self.config.optim.loss == "bce" else logits.softmax(1)
+            answers |= {
+                "predicted": best[:, 0],
+                "top5": (best == labels[:, None]).any(1),
+                "confidence": probabilities.gather(1, best[:, :1])[:, 0],
+            }
         if keep:
             answers["features"] = features
         if space is not None:

@@ -85,5 +85,7 @@ def _evaluated(settings: EvaluateConfig, threads: int) -> Judgement:
 
     torch.set_num_threads(threads)
     judgement = evaluate(settings)
+    if judgement.outputs is None:
+        return judgement
     small = replace(judgement.outputs, features=None, projected=None, targets=None)
     return replace(judgement, outputs=small)

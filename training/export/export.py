@@ -25,7 +25,8 @@ from training.engine import build, checkpoint
 from training.evaluation import outputs
 from training.export.formats import WRITERS, Batch, Model
 from training.export.model_card import model_card
-from training.models import weights
+from training.models import backbones, weights
+from training.objectives.protocol import objective_of
 
 # What an export may consist of, config.json last: where it stands the folder is whole.
 FILES = (
@@ -49,7 +50,8 @@ def export(settings: ExportConfig) -> dict[str, Any]:
     Returns:
         Folder `to`, `architecture`, `parameters`, `epoch`, `weights`, `files`, `small_stem`, and for each
         format in `checks` the number of `random` and `real` pictures compared, the largest `difference` of
-        logits and its `limit`, and how many of the answers were the `same`.
+        the `output` (logits, or features of a model without classifier) and its `limit`, and how many of the
+        answers were the `same`.
 
     Raises:
         ValueError: the folder is not empty, a package is missing, or what was written answers differently.
@@ -62,7 +64,8 @@ def export(settings: ExportConfig) -> dict[str, Any]:
     classes = store.dataset.classes
     with checkpoint.opened(settings.run, settings.checkpoint) as folder:
         loaded = outputs.load(config, folder, len(classes), settings.weights)
-    model: Any = loaded.task.backbone
+    model: Any = objective_of(config).deployed(loaded.task).eval()
+    classes = classes if backbones.classifies(model) else []
     recipe = preprocessing(model, config, classes)
     batches = _batches(config, store, model)
     os.makedirs(os.path.dirname(os.path.abspath(settings.to)), exist_ok=True)
@@ -71,10 +74,11 @@ def export(settings: ExportConfig) -> dict[str, Any]:
         prefix=".export-", dir=os.path.dirname(os.path.abspath(settings.to))
     ) as work:
         checks = {
-            name: _compare(name, model, WRITERS[name](model, config, recipe, work), batches)
+            name: _compare(name, model, WRITERS[name](model, config, recipe, work), batches, bool(classes))
             for name in settings.formats
         }
-        _write_text(work, "labels.txt", "".join(f"{name}\n" for name in recipe["labels"]))
+        if classes:
+            _write_text(work, "labels.txt", "".join(f"{name}\n" for name in recipe["labels"]))
         _write_text(work, "preprocessing.json", json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
         exported = {
             "to": settings.to,
@@ -84,6 +88,7 @@ def export(settings: ExportConfig) -> dict[str, Any]:
             "weights": loaded.weights,
             "formats": list(settings.formats),
             "small_stem": config.model.small_stem,
+            "output": recipe["output"]["name"],
             "checks": checks,
             "files": [],
         }
@@ -100,10 +105,11 @@ def describe(exported: dict[str, Any]) -> str:
         f"{exported['epoch']}, {exported['weights']} weights: {', '.join(exported['files'])}"
     ]
     for name, check in exported["checks"].items():
+        images = check["random"] + check["real"]
+        same = f"same top-1 on {check['same']} of {images}" if exported["output"] == "logits" else images
         lines.append(
-            f"  {name}: loaded again; same top-1 on {check['same']} of {check['random'] + check['real']} "
-            f"pictures ({check['random']} random, {check['real']} real), largest difference of logits "
-            f"{check['difference']:.1e}"
+            f"  {name}: loaded again; {same} pictures ({check['random']} random, {check['real']} real), "
+            f"largest difference of {exported['output']} {check['difference']:.1e}"
         )
     if "timm" in exported["formats"] and exported["small_stem"]:
         lines.append(
@@ -119,9 +125,10 @@ def preprocessing(model: Any, config: TrainConfig, classes: list[str]) -> dict[s
     preprocessing.json."""
     timm_data = build.data_config(model)
     size = config.model.image_size
+    output = ("logits", len(classes)) if classes else ("features", int(model.num_features))
     return {
         "input": {"name": "images", "shape": ["batch", 3, size, size], "dtype": "float32", "color": "RGB"},
-        "output": {"name": "logits", "shape": ["batch", len(classes)], "dtype": "float32"},
+        "output": {"name": output[0], "shape": ["batch", output[1]], "dtype": "float32"},
         "resize_shorter_edge": int(size / float(timm_data["crop_pct"])),
         "interpolation": str(timm_data["interpolation"]),
         "antialias": True,
@@ -149,8 +156,10 @@ def _batches(config: TrainConfig, store: Store, model: Any) -> dict[str, list[Ba
     return {"random": random, "real": [norm(batch.images) for batch in loader.evaluate(samples, 16, 0, 1)]}
 
 
-def _compare(name: str, model: Any, written: Model, batches: dict[str, list[Batch]]) -> dict[str, Any]:
-    """The largest difference of logits, and equal answers, over all batches.
+def _compare(
+    name: str, model: Any, written: Model, batches: dict[str, list[Batch]], classifies: bool
+) -> dict[str, Any]:
+    """The largest difference of logits or features, and equal answers of what classifies, over all batches.
 
     Raises:
         ValueError: too different.
@@ -164,13 +173,14 @@ def _compare(name: str, model: Any, written: Model, batches: dict[str, list[Batc
             ours, theirs = model(batch), written(batch)
             difference = max(difference, float((ours - theirs).abs().max()))
             largest = max(largest, float(ours.abs().max()))
-            same += int((ours.argmax(1) == theirs.argmax(1)).sum())
+            same += int((ours.argmax(1) == theirs.argmax(1)).sum()) if classifies else len(ours)
     images = counts["random"] + counts["real"]
     limit = LARGEST * largest
     if not difference < limit or same < images:
         message = (
             f"format={name}: what was written answers otherwise than the run's model: same top-1 on {same} "
-            f"of {images} pictures, largest difference of logits {difference:.1e} (limit {limit:.0e}); "
+            f"of {images} pictures, largest difference of {'logits' if classifies else 'features'} "
+            f"{difference:.1e} (limit {limit:.0e}); "
             "export another format."
         )
         raise RunStoppedError(message)

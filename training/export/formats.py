@@ -42,7 +42,7 @@ def _timm(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) 
         save_for_hf(
             model,
             folder,
-            model_config={"label_names": recipe["labels"]},
+            model_config={"label_names": recipe["labels"]} if recipe["labels"] else None,
             safe_serialization=True,
             model_args=backbones.model_args(
                 config.model.backbone, size, config.model.patch_size, config.model.architecture
@@ -94,11 +94,11 @@ def _onnx(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) 
             verbose=False,
             external_data=outside,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=[recipe["output"]["name"]],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def _torch(model: Any, config: TrainConfig, recipe: dict[str, Any], folder: str) -> Model:

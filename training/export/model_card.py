@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.models.settings import FOLDER, HUB
+from training.models.settings import FOLDER
 from training.models.weights import source_of
 from training.objectives.protocol import Description, objective_of
 from training.settings import flat
@@ -27,17 +27,20 @@ def model_card(
         store: that the run was trained on.
     """
     description = objective_of(config).describe(config, store)
+    classes, size = len(recipe["labels"]), config.model.image_size
+    task = "image-classification" if classes else "image-feature-extraction"
+    gives = f"{classes} classes" if classes else f"features of {recipe['output']['shape'][1]} numbers"
     parts = [
-        "---\nlibrary_name: timm\npipeline_tag: image-classification\ntags:\n- timm\n- gpt4image-ray\n---",
-        f"# {exported['architecture']}, {len(recipe['labels'])} classes, {config.model.image_size} x "
-        f"{config.model.image_size}",
+        f"---\nlibrary_name: timm\npipeline_tag: {task}\ntags:\n- timm\n- gpt4image-ray\n---",
+        f"# {exported['architecture']}, {gives}, {size} x {size}",
         f"{exported['parameters']:,} parameters, trained with {description.how} by gpt4image-ray. What else "
         f"took part in training is not in it: it has the size and speed of timm's "
         f"`{exported['architecture']}`.",
         "## Accuracy\n\n" + _accuracy(config, exported["weights"], state),
         "## Input\n\n" + _input(recipe),
         "## Use\n\n" + "\n\n".join(_USE[name](config, exported, recipe) for name in exported["formats"]),
-        "## Checked\n\n" + "\n".join(_checked(name, check) for name, check in exported["checks"].items()),
+        "## Checked\n\n"
+        + "\n".join(_checked(name, check, exported["output"]) for name, check in exported["checks"].items()),
         "## Training\n\n" + _training(config, exported, description),
     ]
     return "\n\n".join(parts) + "\n"
@@ -48,7 +51,9 @@ def _accuracy(config: TrainConfig, weights: str, state: dict[str, Any]) -> str:
         return "Not evaluated: the checkpoint was written within the first epoch."
     last, prefix = state["history"][-1], "ema_" if weights == "ema" else ""
     top1, top5 = last.get(f"{prefix}top1"), last.get(f"{prefix}top5")
-    if top1 is None or top5 is None:
+    metric = objective_of(config).metric
+    own = last.get(f"{prefix}{metric.name}")
+    if own is None:
         return "Not evaluated."
     images = f"{int(last['eval_images'])} images of the split `{config.data.eval_split}`"
     inside = ""
@@ -57,15 +62,18 @@ def _accuracy(config: TrainConfig, weights: str, state: dict[str, Any]) -> str:
             f" That was at the end of epoch {int(last['epoch'])}; these weights are from inside the next "
             "one, not evaluated."
         )
+    if top1 is None or top5 is None:
+        return f"{metric.title} {metric.shown(own)} on {images}.{inside}"
     return f"top-1 {top1:.2f} %, top-5 {top5:.2f} % on {images}, as timm's validation counts.{inside}"
 
 
 def _input(recipe: dict[str, Any]) -> str:
+    labels = "; `labels.txt` has the classes in the logits' order" if recipe["labels"] else ""
     return (
         f"RGB; the shorter edge resized to {recipe['resize_shorter_edge']} ({recipe['interpolation']}, "
         f"antialiased), the central {recipe['center_crop']} x {recipe['center_crop']} cut out, divided by "
         f"255, minus mean {recipe['mean']}, divided by std {recipe['std']}. `preprocessing.json` says the "
-        "same to programs; `labels.txt` has the classes in the logits' order."
+        f"same to programs{labels}."
     )
 
 
@@ -85,27 +93,28 @@ def _timm(config: TrainConfig, exported: dict[str, Any], recipe: dict[str, Any])
 
 
 def _onnx(config: TrainConfig, exported: dict[str, Any], recipe: dict[str, Any]) -> str:
+    output = exported["output"]
     return (
         '```python\nimport onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
-        'logits = session.run(["logits"], {"images": images})[0]  # float32, any batch size\n```'
+        f'{output} = session.run(["{output}"], {{"images": images}})[0]  # float32, any batch size\n```'
     )
 
 
 def _torch(config: TrainConfig, exported: dict[str, Any], recipe: dict[str, Any]) -> str:
     return (
         '```python\nimport torch\n\nmodel = torch.export.load("FOLDER/model.pt2").module()\n'
-        "logits = model(images)  # float32, any batch size\n```"
+        f"{exported['output']} = model(images)  # float32, any batch size\n```"
     )
 
 
 _USE = {"timm": _timm, "onnx": _onnx, "torch": _torch}
 
 
-def _checked(name: str, check: dict[str, Any]) -> str:
+def _checked(name: str, check: dict[str, Any], output: str) -> str:
+    same = f"same top-1 on {check['same']}, " if output == "logits" else ""
     return (
         f"- {name}: loaded again and compared with the trained model on {check['random']} random and "
-        f"{check['real']} real pictures: same top-1 on {check['same']}, largest difference of logits "
-        f"{check['difference']:.1e}"
+        f"{check['real']} real pictures: {same}largest difference of {output} {check['difference']:.1e}"
     )
 
 
@@ -129,7 +138,7 @@ def _backbone(config: TrainConfig) -> str:
     """What training started from; of a folder its last part and the hash of its files, which say enough
     elsewhere."""
     source = source_of(config.model.backbone, config.model.architecture)
-    if source is None or config.model.backbone.startswith(HUB):
+    if source is None or not config.model.backbone.startswith(FOLDER):
         return config.model.backbone
     return f"{FOLDER}{os.path.basename(config.model.backbone)} ({source.revision})"
 

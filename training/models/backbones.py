@@ -152,14 +152,16 @@ def build(
         files = models.ModelRef(name=folder, location=folder, revision=revision or source.revision)
         weights = os.path.join(model_files(files), WEIGHTS)
     if source is not None and weights is not None and small_stem and _has_small_stem(weights):
-        model = shrink_stem(name, _created(name, source, None, num_classes, arguments, image_size))
+        model = shrink_stem(
+            name, _created(name, source, None, num_classes, arguments, image_size, architecture)
+        )
         try:
             timm.models.load_pretrained(model, {**source.config, "file": weights}, num_classes=num_classes)
         except RuntimeError as error:
             raise _misfit(name, error) from None
         return model
     if source is not None:
-        model = _created(name, source, weights, num_classes, arguments, image_size)
+        model = _created(name, source, weights, num_classes, arguments, image_size, architecture)
     else:
         try:
             model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
@@ -170,7 +172,7 @@ def build(
                     "another backbone."
                 )
                 raise SettingsError(message) from None
-            raise _unfit(name, image_size, error) from None
+            raise _unfit(name, image_size, error, architecture) from None
     if num_classes and not isinstance(_classifier(model), nn.Linear):
         message = (
             f"backbone={name!r}: has no single linear classifier, so there is no pooled feature to align; "
@@ -187,6 +189,7 @@ def _created(
     num_classes: int,
     arguments: dict[str, Any],
     image_size: int,
+    architecture: str,
 ) -> nn.Module:
     config = source.config if weights is None else {**source.config, "file": weights}
     try:
@@ -200,7 +203,9 @@ def _created(
         )
     except (TypeError, AssertionError, RuntimeError) as error:
         raise (
-            _misfit(name, error) if "state_dict" in str(error) else _unfit(name, image_size, error)
+            _misfit(name, error)
+            if "state_dict" in str(error)
+            else _unfit(name, image_size, error, architecture)
         ) from None
     model.pretrained_cfg.pop("file", None)  # where the weights once lay is no part of the model
     created: nn.Module = model
@@ -273,16 +278,23 @@ def probe(
         try:
             features_and_logits(model, torch.empty(1, 3, image_size, image_size))
         except (AssertionError, RuntimeError) as error:
-            raise _unfit(name, image_size, error) from None
+            raise _unfit(name, image_size, error, architecture) from None
 
 
-def _unfit(name: str, image_size: int, error: Exception) -> SettingsError:
-    native = None if name.startswith((HUB, FOLDER)) else timm.get_pretrained_cfg(name)
-    size = native.input_size[-1] if native else 224
+def _unfit(name: str, image_size: int, error: Exception, architecture: str = "") -> SettingsError:
+    source = source_of(name, architecture)
+    native = timm.get_pretrained_cfg(name) if source is None else None
+    told = native.input_size if native else source.config.get("input_size") if source else None
+    size = told[-1] if told else 224
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    mend = f"its own size is {size}: pass --image-size {size}"
+    if edge := _edge(source.name if source else name, model_args(name, size, 0, architecture)):
+        below, above = image_size // edge * edge, (image_size // edge + 1) * edge
+        reason = f"its mask units are of {edge} x {edge} pixels, and {image_size} is no multiple of {edge}"
+        mend = f"pass --image-size {f'{below} or {above}' if below else above}"
     message = (
-        f"backbone={name!r}, image_size={image_size}: timm cannot run it so ({reason}); "
-        f"its own size is {size}: pass --image-size {size}, or another backbone."
+        f"backbone={name!r}, image_size={image_size}: timm cannot run it so ({reason}); {mend}, or another "
+        "backbone."
     )
     return SettingsError(message)
 
@@ -293,11 +305,25 @@ def freeze(model: nn.Module) -> None:
     _classifier(model).requires_grad_(True)
 
 
+def _edge(name: str, arguments: dict[str, Any]) -> int:
+    """Pixels that the edge of a Hiera's input must be a multiple of; 0 of other architectures."""
+    if not name.startswith("hiera_"):
+        return 0
+    with torch.device("meta"):
+        model: Any = timm.create_model(name, num_classes=0, **arguments)
+    return int(model.patch_stride[0] * model.mask_unit_size[0])
+
+
 def features_and_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """([b, F] the classifier's input, [b, C] logits) of images [b, 3, H, W]."""
     timm_model: Any = model
     features: Tensor = timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)
     return features, classified(model, features)
+
+
+def classifies(model: nn.Module) -> bool:
+    """Whether it has a classifier; timm's without one give their features."""
+    return not isinstance(_classifier(model), nn.Identity)
 
 
 def classified(model: nn.Module, features: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from pipeline.errors import MissingError, SettingsError
 from training import run_folder
 from training.config import TrainConfig
 from training.engine import checkpoint
+from training.models import published_hiera
 from training.models.weights import architecture_of
 
 _OF_BACKBONE = "backbone."
@@ -24,6 +25,8 @@ def check(config: TrainConfig) -> str:
         SettingsError: there is no such run, it has no checkpoint, or its backbone is another one.
     """
     other = config.model.init_from
+    if published_hiera.is_file(other):
+        return _check_file(config)
     try:
         before = run_folder.read(other)
         state = checkpoint.read_state(checkpoint.find(other))
@@ -44,13 +47,27 @@ def check(config: TrainConfig) -> str:
     return f"the backbone starts from {other} ({before.objective}, {epochs} of {before.optim.epochs} epochs)"
 
 
+def _check_file(config: TrainConfig) -> str:
+    """See `check`; of a file of weights."""
+    import torch
+
+    from training.models import backbones  # which start from here
+
+    with torch.device("meta"):
+        model = backbones.of_run(config.without_weights, 2)
+    start(model, config.model.init_from)
+    hiera = architecture_of(config).startswith("hiera_")
+    return f"the backbone starts from {config.model.init_from}" + f"; {published_hiera.LICENCE}" * hiera
+
+
 def _base(config: TrainConfig) -> str:
     """timm's architecture: a tag names weights, which are not asked for."""
     return architecture_of(config).partition(".")[0]
 
 
 def start(model: nn.Module, run: str) -> None:
-    """Fills a backbone from the last checkpoint of a run, from the average where it kept one.
+    """Fills a backbone from the last checkpoint of a run, from the average where it kept one; or from a file
+    of weights with timm's names or those of Hiera's authors.
 
     The classifier stays new unless the run has one with as many classes. Another image size is timm's to
     adapt to, where the architecture can.
@@ -60,6 +77,9 @@ def start(model: nn.Module, run: str) -> None:
     """
     from safetensors.torch import load_file
 
+    if published_hiera.is_file(run):
+        fill(model, published_hiera.of_backbone(published_hiera.read(run)), f"init_from={run}")
+        return
     with checkpoint.opened(run) as folder:
         average = os.path.join(folder, "ema.safetensors")
         tensors = load_file(average if os.path.isfile(average) else os.path.join(folder, "model.safetensors"))
@@ -95,7 +115,8 @@ def fill(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
             "; pass --backbone, --patch-size, --small-stem and --image-size as that run has them."
         )
         raise SettingsError(message)
-    model.load_state_dict(weights, strict=False)
+    is_meta = any(value.is_meta for value in own.values())  # there is nothing to copy to
+    model.load_state_dict(weights, strict=False, assign=is_meta)
 
 
 def _shape(tensor: Tensor | None) -> str:

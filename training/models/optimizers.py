@@ -23,6 +23,8 @@ def optimizer(config: TrainConfig, task: nn.Module) -> torch.optim.Optimizer:
         "weight_decay": config.optim.weight_decay,
         "momentum": config.optim.momentum,
     }
+    if config.optim.betas:
+        settings["betas"] = config.optim.betas
     # Torch's own, which have one kernel for all parameters.
     if config.optim.optimizer in (
         "adam",
@@ -51,13 +53,13 @@ def optimizer(config: TrainConfig, task: nn.Module) -> torch.optim.Optimizer:
     return create_optimizer_v2(groups, **settings)
 
 
-def check_optimizer(name: str) -> None:
-    """Finds a misspelt optimizer before anything starts.
+def check_optimizer(name: str, betas: tuple[float, ...] = ()) -> None:
+    """Finds a misspelt optimizer, or one without betas, before anything starts.
 
     Raises:
-        ValueError: timm has none of that name.
+        ValueError: timm has none of that name, or it takes no betas.
     """
-    from timm.optim import list_optimizers
+    from timm.optim import get_optimizer_info, list_optimizers
 
     known = [str(known) for known in list_optimizers()]
     if name not in known:
@@ -65,4 +67,7 @@ def check_optimizer(name: str) -> None:
         message = (
             f"optimizer={name!r}: timm has none of that name; did you mean {', '.join(close) or 'adamw'}?"
         )
+        raise SettingsError(message)
+    if betas and not get_optimizer_info(name).has_betas:
+        message = f"betas={betas}: {name} has none; leave the flag out, or take another --optimizer."
         raise SettingsError(message)

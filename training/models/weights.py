@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
@@ -47,6 +48,37 @@ class Source:
     """Of timm's `pretrained_cfg`, see `_KEPT`."""
     revision: str
     """Commit of the hub, or hash of the folder's files."""
+
+
+_NANO: dict[str, Any] = {
+    "embed_dim": 32,
+    "num_heads": 1,
+    "stages": (1, 1, 2, 1),
+    "patch_kernel": (5, 5),
+    "patch_stride": (2, 2),
+    "patch_padding": (2, 2),
+}
+OWN = {
+    # Hiera for pictures of 64 pixels: its published sizes have four mask units there, this has 16 of 16 x 16
+    # pixels. 1.3 million parameters; every timm builds it from the arguments that an export records.
+    "hiera_nano_64": Source(
+        name="hiera_tiny_224",
+        arguments={**_NANO, "img_size": 64},
+        config={
+            "input_size": (3, 64, 64),
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.9,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "num_classes": 1000,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head.fc",
+        },
+        revision="",
+    )
+}
+"""Architectures of ours, made of timm's by other arguments; they have no pre-trained weights."""
 
 
 def split_name(backbone: str) -> tuple[str, str]:
@@ -167,7 +199,9 @@ def describe_source(backbone: str, model: models.ModelRef) -> Source:
 
 
 def source_of(name: str, architecture: str) -> Source | None:
-    """What a backbone of the hub or a folder is built from; None for a name of timm's."""
+    """What a backbone of the hub, a folder or of `OWN` is built from; None for a name of timm's."""
+    if name in OWN:
+        return OWN[name]
     return Source(**json.loads(architecture)) if name.startswith((HUB, FOLDER)) else None
 
 

@@ -208,6 +208,27 @@ class Objective(Protocol):
         """What the user is told once, before the run starts."""
         return ()
 
+    def deployed(self, task: Any) -> nn.Module:
+        """The model that a task is trained for: what is exported, and whose features are judged."""
+        backbone: nn.Module = task.backbone
+        return backbone
+
+    def for_evaluation(self, config: TrainConfig, store: Store, task: Any) -> Facts:
+        """What the evaluator of a rebuilt task finds in the store; asked where the model does not
+        classify."""
+        return self.check(config, store)
+
+    def pictures(self, task: Any, batch: Batch, images: Tensor) -> dict[str, Array]:
+        """What there is to see of some pictures: [h, w, 3] uint8 by the name of a file, which `evaluate --to`
+        writes as PNG.
+
+        Args:
+            task: in evaluation mode.
+            batch: some pictures of the split, on the task's device.
+            images: they, normalised.
+        """
+        return {}
+
     def text_space(self, config: TrainConfig, store: Store, task: Any) -> TextSpace | None:
         """The space that the task's images share with texts; None where there is none.
 

@@ -1,0 +1,98 @@
+"""Files of weights in the layout of the authors' package, hiera-transformer: a classifier's, or of a masked
+autoencoder's encoder, fusion and decoder.
+
+The authors' own weights (dl.fbaipublicfiles.com/hiera, and those tagged mae on the hub) are under CC BY-NC
+4.0: free to use with attribution, not for commercial purposes; the package's code is under Apache 2.0.
+Nothing is fetched from here.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import SettingsError
+
+LICENCE = "the weights that the authors of Hiera publish are under CC BY-NC 4.0, not for commercial use"
+_ENCODER = {"encoder_norm.": "head.norm.", "norm.": "head.norm.", "head.projection.": "head.fc."}
+_DECODER = {
+    "multi_scale_fusion_heads.": "fusion.heads.",
+    "decoder_": "decoder.",
+    "mask_token": "decoder.mask_token",
+}
+
+
+def is_file(path: str) -> bool:
+    """Whether a name is one of a file of weights."""
+    return path.endswith((".safetensors", ".pth"))
+
+
+def read(path: str) -> dict[str, Tensor]:
+    """The tensors of a file, of a .pth those under `model_state` where it has that; no code in it is run.
+
+    Raises:
+        SettingsError: it is not there, or holds more than tensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        message = (
+            f"{path}: cannot be read as weights ({str(error).splitlines()[0]}); only tensors are loaded."
+        )
+        raise SettingsError(message) from None
+    found = found.get("model_state", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        message = f"{path}: holds no weights by name."
+        raise SettingsError(message)
+    return found
+
+
+def of_backbone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the encoder, by timm's names, which may be theirs already."""
+    kept = {name: value for name, value in tensors.items() if not name.startswith(tuple(_DECODER))}
+    return {_renamed(name, _ENCODER): value for name, value in kept.items()}
+
+
+def of_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of fusion and decoder, by the names of `objectives.mae.MaeTask`; empty for a classifier's."""
+    return {
+        _renamed(name, _DECODER): value for name, value in tensors.items() if name.startswith(tuple(_DECODER))
+    }
+
+
+def fill_decoder(task: nn.Module, path: str) -> bool:
+    """Loads fusion and decoder of a masked autoencoder from its file; whether that has them, else they stay
+    as they are.
+
+    Raises:
+        SettingsError: they are of another size.
+    """
+    weights, own = of_decoder(read(path)), task.state_dict()
+    if not weights:
+        return False
+    needed = {name: value.shape for name, value in own.items() if not name.startswith("backbone.")}
+    if needed != {name: value.shape for name, value in weights.items()}:
+        width = len(weights["decoder.norm.weight"])
+        depth = sum(name.endswith(".attn.proj.bias") for name in weights)
+        message = (
+            f"init_from={path}: its decoder is another one; that has --decoder-width {width} --decoder-depth "
+            f"{depth}."
+        )
+        raise SettingsError(message)
+    task.load_state_dict(weights, strict=False, assign=own["decoder.mask_token"].is_meta)
+    return True
+
+
+def _renamed(name: str, table: dict[str, str]) -> str:
+    for theirs, ours in table.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
