@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.data.order import Rows
+from training.data.few_shot import rows_of
 from training.engine import build, checkpoint, loop
 from training.models import backbones
 from training.objectives.protocol import TextSpace, objective_of
@@ -98,7 +98,13 @@ class Judge:
         self._norm = build.make_norm(self.task.backbone, self.device)
 
     def outputs(
-        self, split: str, space: TextSpace | None = None, *, texts: bool = False, features: bool = False
+        self,
+        split: str,
+        space: TextSpace | None = None,
+        *,
+        texts: bool = False,
+        features: bool = False,
+        training: bool = False,
     ) -> Outputs:
         """Shows the model every usable picture of a split once.
 
@@ -107,6 +113,7 @@ class Judge:
             space: that images are projected into.
             texts: read the space's text targets beside the pictures, too.
             features: keep the features.
+            training: only the pictures that the run is trained on (--shots).
 
         Raises:
             ValueError: no such split, or none of its pictures can be read.
@@ -114,7 +121,7 @@ class Judge:
         import torch
         from tqdm import tqdm
 
-        rows = Rows(self.store, split)
+        rows = rows_of(self.config, self.store, split, training=training)
         if not len(rows):
             message = (
                 f"split={split}: has no usable picture; `gpt4image status --store {self.config.store}` says "
