@@ -242,10 +242,16 @@ class CoOp(Objective):
         return [class_name(classes[number]).replace("-", " ") for number in own]
 
     def notes(self, config: TrainConfig, store: Store, facts: Facts) -> tuple[str, ...]:
-        """Where pictures' embeddings come from."""
-        if variant := facts.variants.get("features"):
-            return (f"embeddings of pictures are read from the store ({variant}): no crop, no flip",)
-        return ()
+        """Where pictures' embeddings come from, and which have none."""
+        variant = facts.variants.get("features")
+        if not variant:
+            return ()
+        told = [f"embeddings of pictures are read from the store ({variant}): no crop, no flip"]
+        receipts = store.receipts("features", variant)
+        for split in dict.fromkeys((config.data.train_split, config.data.eval_split)):
+            if without := sum(receipts[shard].failed for shard in store.split_shards(split)):
+                told.append(f"{without} pictures of {split} have none: they teach nothing and count as wrong")
+        return tuple(told)
 
     def findings(
         self, config: TrainConfig, judge: Judge, split: str, outputs: Outputs, templates: Sequence[str]
