@@ -179,6 +179,8 @@ def pictures(folder: Path, clip: Any) -> tuple[list[str], Any]:
     from PIL import Image
     from torchvision.transforms.v2 import functional
 
+    from pipeline.captioners.prompts import class_name
+
     classes = sorted(path.name for path in folder.iterdir())
     base = classes[: -(-len(classes) // 2)]
     size, mean, std = clip.size, list(clip.pictures["mean"]), list(clip.pictures["std"])
@@ -189,7 +191,7 @@ def pictures(folder: Path, clip: Any) -> tuple[list[str], Any]:
             cut = functional.pil_to_tensor(functional.center_crop(picture, [size, size])).float() / 255
             images.append(functional.normalize(cut, mean, std))
             labels.append(number)
-    return [name.replace("-", " ").replace("_", " ") for name in base], (
+    return [class_name(name).replace("-", " ") for name in base], (
         torch.stack(images),
         torch.tensor(labels),
     )
