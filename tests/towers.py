@@ -61,3 +61,29 @@ def of_timm(folder: Path, name: str = "test_vit", classes: int = 5, **arguments:
         {key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors"
     )
     return model
+
+
+WORDS = "a photo of picture the class drawn ball red blue green box big small old in . , 0 1 2 3 4 5 6 7 8 9"
+
+
+def tokenizer(folder: Path) -> None:
+    """The words that the text tower of `clip` knows, between its start (1) and its end (2)."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {
+        word: number for number, word in enumerate(["<unknown>", "<start>", "<end>", *WORDS.split()])
+    }
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = [("<start>", 1), ("<end>", 2)]
+    made.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        bos_token="<start>",
+        eos_token="<end>",
+        pad_token="<end>",
+        unk_token="<unknown>",
+        model_max_length=16,
+    ).save_pretrained(folder)

@@ -8,7 +8,7 @@ when a run is resumed.
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Generic, Literal, Self, get_type_hints
+from typing import Any, Generic, Literal, Self, cast, get_type_hints
 
 import tyro
 from typing_extensions import TypeVar
@@ -75,6 +75,7 @@ class TrainConfig(Generic[Method]):
             TypeError: a name that is none of a setting.
         """
         groups = cls.groups(settings.get("objective", "align"))
+        settings = _own_model(groups) | settings
         given: dict[str, Any] = {name: restored(kind, settings) for name, kind in groups.items()}
         grouped = {own.name for kind in groups.values() for own in fields(kind)}
         return cls(**{name: value for name, value in settings.items() if name not in grouped}, **given)
@@ -110,7 +111,7 @@ class TrainConfig(Generic[Method]):
         return {
             each.name: each.default if each.default_factory is MISSING else each.default_factory()
             for each in own
-        }
+        } | _own_model(groups)
 
     @classmethod
     def kinds(cls, objective: str) -> dict[str, Any]:
@@ -168,6 +169,11 @@ class TrainConfig(Generic[Method]):
         for own in fields(self):
             group = getattr(self, own.name)
             faults += group.faults() if isinstance(group, Settings) else []
+        if (model := self.method.own_model) and self.model.backbone != model:
+            faults.append(
+                f"backbone={self.model.backbone}: {self.objective} brings its own model; leave out "
+                "--backbone, or a --preset that names one."
+            )
         if not isinstance(self.method, settings_of(self.objective)):
             faults.append(f"objective={self.objective}: `method` is of another one; see TrainConfig.of.")
         faults += [
@@ -193,6 +199,11 @@ class TrainConfig(Generic[Method]):
             raise SettingsError("\n".join(faults))
 
 
+def _own_model(groups: dict[str, type[Settings]]) -> dict[str, Any]:
+    own = cast(type[MethodSettings], groups["method"]).own_model
+    return {"backbone": own} if own else {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What a run's model can do on a split: accuracy, calibration, confusions; aligned ones also retrieval
@@ -207,11 +218,19 @@ class EvaluateConfig:
     is optimistic)."""
     weights: Literal["auto", "raw", "ema"] = "auto"
     """The weights themselves or their moving average; auto: the average where the run kept one."""
+    store: str = ""
+    """Another store to judge on, whose classes learned prompts (coop, cocoop) are bound to; empty: the
+    run's."""
+    class_half: Literal["", "all", "base", "new"] = ""
+    """Classes to judge with, see train; empty: the run's."""
     retrieval: bool = True
     """Of aligned runs: how well an image finds its own caption among all different ones of the split."""
     knn: bool = False
     """k-NN accuracy of the backbone's features (k = 20, T = 0.07, as DINO's); costs a pass over the train
     split."""
+    linear_probe: bool = False
+    """Accuracy of a linear classifier on the backbone's features, fitted to the pictures that the run was
+    trained on; costs a pass over them."""
     zero_shot: bool = False
     """Of aligned runs: accuracy of class prompts, through the encoder of the embeddings. The two flags below
     imply it."""

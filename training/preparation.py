@@ -71,11 +71,18 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
 
 def few_steps(config: TrainConfig) -> str:
     """What to say of a training that is too short to compare anything by (docs/evidence.md), or nothing."""
-    from training.data.order import Rows
+    from training.data.few_shot import rows_of
 
-    pictures = len(Rows(Store(config.store), config.data.train_split)) * config.data.epoch_repeats
+    rows = rows_of(config, Store(config.store), config.data.train_split, training=True)
+    pictures = len(rows) * config.data.epoch_repeats
     steps = pictures * config.optim.epochs // config.optim.batch_size
-    if steps >= FEW_STEPS or config.model.pretrained or config.model.init_from or config.preset == "smoke":
+    if (
+        steps >= FEW_STEPS
+        or config.method.own_model
+        or config.model.pretrained
+        or config.model.init_from
+        or config.preset == "smoke"
+    ):
         return ""
     enough = -(-FEW_STEPS * config.optim.batch_size // pictures)
     return (
@@ -96,6 +103,7 @@ def _has_checkpoint(run: str) -> bool:
 
 def check(config: TrainConfig) -> Facts:
     """Finds every fault that can be found without starting workers; returns what the method found."""
+    from training.data.few_shot import rows_of
     from training.data.order import Rows
     from training.models import backbones, optimizers
     from training.objectives.protocol import objective_of
@@ -106,14 +114,15 @@ def check(config: TrainConfig) -> Facts:
     if config.model.freeze_backbone and not (config.model.init_from or config.model.pretrained):
         message = "freeze_backbone: what does not train must be trained; add --init-from RUN or --pretrained."
         raise SettingsError(message)
-    backbones.probe(
-        config.model.backbone,
-        config.model.image_size,
-        config.model.patch_size,
-        small_stem=config.model.small_stem,
-        drop_path=config.model.drop_path,
-        architecture=config.model.architecture,
-    )
+    if not config.method.own_model:
+        backbones.probe(
+            config.model.backbone,
+            config.model.image_size,
+            config.model.patch_size,
+            small_stem=config.model.small_stem,
+            drop_path=config.model.drop_path,
+            architecture=config.model.architecture,
+        )
     optimizers.check_optimizer(config.optim.optimizer, config.optim.betas)
     store.split_shards(config.data.eval_split)
     if not len(Rows(store, config.data.eval_split)):
@@ -123,7 +132,8 @@ def check(config: TrainConfig) -> Facts:
             "--eval-split."
         )
         raise SettingsError(message)
-    rows = len(Rows(store, config.data.train_split))
+    rows = len(rows_of(config, store, config.data.train_split, training=True))
+    rows_of(config, store, config.data.eval_split)
     if rows < config.optim.batch_size:
         message = (
             f"batch_size={config.optim.batch_size}: the split {config.data.train_split} has {rows} usable "

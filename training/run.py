@@ -101,6 +101,8 @@ def _trained(
     for name in ("failure.json", "stopped.json", "progress.json"):
         if read_json(config.run, name) is not None:
             filesystem.delete_file(f"{path}/{name}")
+    if config.data.shots:
+        _keep_draw(config)
     run_id = _tracking_run(config, variants)
 
     # A report waits until the one before has been fetched; Ray's two seconds are longer than an epoch of a
@@ -166,6 +168,24 @@ def _trained(
         _log_artifacts(config, run_id)
         write_json(config.run, "result.json", result)
     return result | {"complete": complete}
+
+
+def _keep_draw(config: TrainConfig) -> None:
+    """Names the few pictures that a run sees.
+
+    Raises:
+        SettingsError: it saw others before.
+    """
+    from training.data.few_shot import drawn
+
+    now, before = drawn(config, Store(config.store)), read_json(config.run, "few_shot.json")
+    if before is not None and before["digest"] != now["digest"]:
+        message = (
+            f"shots={config.data.shots}: other pictures are drawn now than few_shot.json of {config.run} "
+            "names; some have become usable or unusable since. Pass another --run."
+        )
+        raise SettingsError(message)
+    write_json(config.run, "few_shot.json", now)
 
 
 def _piece_done(config: TrainConfig) -> Result | None:

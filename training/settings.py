@@ -46,6 +46,8 @@ class MethodSettings(Deciding):
     goes on.
     """
 
+    own_model: ClassVar[str] = ""
+    """What stands for --backbone where the method brings a model of its own and takes none of timm's."""
     left_open: ClassVar[tuple[str, ...]] = ()
     """Settings that a run finds for itself where they are empty; a resumed run keeps what was found."""
     axes: ClassVar[dict[str, str]] = {}
@@ -88,7 +90,7 @@ def flaws(kind: Any) -> list[str]:
         ]
         found += [
             f"{name} must be a ClassVar"
-            for name in ("left_open", "axes", "legend", "grid", "baseline")
+            for name in ("own_model", "left_open", "axes", "legend", "grid", "baseline")
             if name in names
         ]
     unknown = sorted(

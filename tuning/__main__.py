@@ -69,11 +69,11 @@ def _tune(settings: config.TuneConfig) -> int:
     _print(content)
     if content["exported"]:
         load = "copy it here, then " if "://" in content["exported"] else ""
+        how = "timm.create_model('local-dir:...', pretrained=True)"
+        if settings_of(settings.train.objective).own_model:
+            how = "its README.md says how to use it"
         source = content["exported_from"]["trial"]
-        print(
-            f"\nbest model, of {source}: {content['exported']} ({load}timm.create_model('local-dir:...', "
-            "pretrained=True))"
-        )
+        print(f"\nbest model, of {source}: {content['exported']} ({load}{how})")
     run.require_results(content)
     return 0
 

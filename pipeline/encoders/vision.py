@@ -210,7 +210,7 @@ def _transformers_tower(model: ModelRef, size: int) -> _Built:
 
     where: Any = {"revision": model.hub_revision, "trust_remote_code": False}
     location = model.here()
-    with _as_settings(model), _quiet():
+    with _as_settings(model), quiet():
         whole: Any = AutoConfig.from_pretrained(location, **where)
         processor = _processor(location, where)
     config = getattr(whole, "vision_config", whole)
@@ -245,7 +245,7 @@ def _transformers_tower(model: ModelRef, size: int) -> _Built:
         resize = round(edge * (_edge(processor, "size") or crop) / crop)
 
     def load() -> nn.Module:
-        with _as_settings(model), _quiet():
+        with _as_settings(model), quiet():
             module, told = kind.from_pretrained(
                 location, config=config, use_safetensors=True, output_loading_info=True, **where
             )
@@ -299,7 +299,7 @@ def _edge(processor: Any, name: str) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the list of a whole model's other weights, and without bars."""
     from transformers.utils import logging
 

@@ -27,6 +27,7 @@ from training import run_folder
 from training.__main__ import main
 from training.config import EvaluateConfig, TrainConfig
 from training.data import text_targets
+from training.data.order import Rows
 from training.engine import build, checkpoint, loop
 from training.evaluation import measures, outputs
 from training.objectives import align
@@ -273,7 +274,7 @@ def projected(run: Path, coloured: Path, split: str = "val") -> np.ndarray:
     norm = build.make_norm(task.backbone, torch.device("cpu"))
     store = Store(str(coloured))
     loader = build.make_loader(config, (), task.backbone)
-    samples = outputs.Rows(store, split).in_order()
+    samples = Rows(store, split).in_order()
     with torch.inference_mode():
         return torch.cat(
             [

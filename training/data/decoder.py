@@ -26,11 +26,15 @@ Part = dict[str, Array]
 each."""
 
 
+_ENCODED = ("image", "uri", "content_hash")
+
+
 @dataclass(frozen=True)
 class _Shard:
-    pictures: pa.ChunkedArray
-    uris: pa.ChunkedArray
-    hashes: pa.ChunkedArray
+    pictures: pa.ChunkedArray | None
+    """With `uris` and `hashes` None where no pictures are wanted."""
+    uris: pa.ChunkedArray | None
+    hashes: pa.ChunkedArray | None
     sizes: Array
     labels: Array
     columns: dict[str, Array]
@@ -43,8 +47,11 @@ class ShardReader:
     Any thread may ask; a shard is read once, by the thread that asks first.
     """
 
-    def __init__(self, store: Store, columns: tuple[Columns, ...], keep: int) -> None:
+    def __init__(
+        self, store: Store, columns: tuple[Columns, ...], keep: int, *, pictures: bool = True
+    ) -> None:
         self._store, self._columns, self._keep = store, columns, keep
+        self._kinds = ["id", "label", "width", "height", *(_ENCODED * pictures)]
         self._cache: OrderedDict[int, Future[_Shard]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -67,9 +74,7 @@ class ShardReader:
         return future.result()
 
     def _read(self, shard: int) -> _Shard:
-        table = self._store.read_shard(
-            "images", "", shard, ["id", "content_hash", "image", "uri", "label", "width", "height"]
-        )
+        table = self._store.read_shard("images", "", shard, self._kinds)
         labels = table["label"].to_numpy().astype(np.int64)
         sizes = np.array(
             [table["width"].to_pylist(), table["height"].to_pylist()], dtype=np.float64
@@ -77,23 +82,33 @@ class ShardReader:
         columns: dict[str, Array] = {}
         for each in self._columns:
             columns |= each.read(self._store, shard, table["id"])
-        return _Shard(table["image"], table["uri"], table["content_hash"], sizes, labels, columns)
+        encoded = {name: table[name] if name in self._kinds else None for name in _ENCODED}
+        image, uri, content_hash = encoded.values()
+        return _Shard(image, uri, content_hash, sizes, labels, columns)
 
 
 class Decoder:
     """Samples to arrays; knows neither threads nor Ray."""
 
-    def __init__(self, store: Store, columns: tuple[Columns, ...], augment: Augment, keep: int) -> None:
-        self._store, self._augment = store, augment
-        self._reader = ShardReader(store, columns, keep)
+    def __init__(
+        self,
+        store: Store,
+        columns: tuple[Columns, ...],
+        augment: Augment,
+        keep: int,
+        *,
+        pictures: bool = True,
+    ) -> None:
+        self._store, self._augment, self._wanted = store, augment, pictures
+        self._reader = ShardReader(store, columns, keep, pictures=pictures)
 
     def __call__(self, samples: Array, train: bool) -> Part:
         """Decodes [n, 4] samples; views of one picture that follow each other are decoded from it once."""
-        size = self._augment.size
+        size = self._augment.size * self._wanted
         pictures = np.empty((len(samples), size, size, 3), np.uint8)
         shards = [self._reader[int(shard)] for shard in samples[:, SHARD]]
         cuts = np.flatnonzero((np.diff(samples[:, [SHARD, ROW]], axis=0) != 0).any(1)) + 1
-        for views in np.split(np.arange(len(samples)), cuts) if len(samples) else []:
+        for views in np.split(np.arange(len(samples)), cuts) if len(samples) and self._wanted else []:
             shard, row = shards[views[0]], int(samples[views[0], ROW])
             data = self._bytes(shard, row)
             if train:
@@ -113,9 +128,8 @@ class Decoder:
         return part
 
     def _bytes(self, shard: _Shard, row: int) -> bytes:
-        image, uri, content_hash = (
-            column[row].as_py() for column in (shard.pictures, shard.uris, shard.hashes)
-        )
+        columns = (shard.pictures, shard.uris, shard.hashes)
+        image, uri, content_hash = (None if column is None else column[row].as_py() for column in columns)
         try:
             return self._store.picture(image, uri, content_hash)
         except OSError as error:  # of a store that keeps places and no pictures
@@ -133,13 +147,15 @@ class Decoder:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """What makes a decoder, here or in another process; `keep` is how many shards it holds."""
+    """What makes a decoder, here or in another process; `keep` is how many shards it holds, and without
+    `pictures` only columns are read."""
 
     store: str
     columns: tuple[Columns, ...]
     augment: Augment
     keep: int
+    pictures: bool = True
 
     def build(self) -> Decoder:
         """The decoder."""
-        return Decoder(Store(self.store), self.columns, self.augment, self.keep)
+        return Decoder(Store(self.store), self.columns, self.augment, self.keep, pictures=self.pictures)

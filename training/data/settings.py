@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from training.settings import Deciding, below, no_share
 
@@ -15,6 +16,12 @@ class DataSettings(Deciding):
     """Split to train on."""
     eval_split: str = "val"
     """Split that the model is judged on after every epoch."""
+    shots: int = 0
+    """Pictures of each class to train on, drawn by --seed: every run of the same seed has the very same,
+    which RUN/few_shot.json names; 0: all."""
+    class_half: Literal["all", "base", "new"] = "all"
+    """Classes that take part, in training and evaluation: all, the first half of them in order (rounded up,
+    base), or the rest (new)."""
     shuffle_shards: int = 16
     """Shards whose rows are mixed at a time; all workers together keep about twice as many in memory, of
     Parquet sources (where a shard may hold few classes) each worker does, with BatchNorm, --mixup or
@@ -57,6 +64,6 @@ class DataSettings(Deciding):
         """See `Settings.faults`."""
         return [
             *below(1, self, "shuffle_shards", "repeats", "epoch_repeats"),
-            *below(0, self, "color_jitter", "mixup", "cutmix"),
+            *below(0, self, "shots", "color_jitter", "mixup", "cutmix"),
             *no_share(self, "flip", "crop_scale", "erase", "mix_prob", "mix_switch_prob"),
         ]

@@ -59,3 +59,25 @@ def found(store: Store, variant: str = "", *, tokens: bool = False) -> tuple[str
         )
         raise SettingsError(message)
     return name, record
+
+
+def made_by(store: Store, revision: str, size: int, named: str = "") -> str:
+    """The finished variant that a tower of this revision made at its size; empty: there is none, and none was
+    named.
+
+    Raises:
+        SettingsError: the named one is not there, not whole, or another tower's.
+    """
+    for name in [found(store, named)[0]] if named else store.variants("features"):
+        made = store.variant("features", name)
+        if made.get("revision") == revision and made.get("feature_size") == size:
+            if named or not store.pending("features", name):
+                return name
+        elif named:
+            message = (
+                f"image_features={named}: was made by {made.get('tower')} ({made.get('revision')}) at "
+                f"{made.get('feature_size')} pixels, and the run's is {revision} at {size}; make others with "
+                "`gpt4image features`, or leave the flag out."
+            )
+            raise SettingsError(message)
+    return ""

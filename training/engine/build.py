@@ -17,6 +17,7 @@ from training.data import order
 from training.data.augment import Augment
 from training.data.columns import Columns
 from training.data.decoder import DecoderSpec
+from training.data.few_shot import rows_of
 from training.data.loader import Decoding, Loader, ThreadDecoding, lookahead
 from training.data.order import Rows, Sequence
 from training.data.views import Norm, Views
@@ -92,13 +93,15 @@ class Run:
             task.backbone,
             sharing * config.place.loader_workers if decode else sharing,
             facts.fixed_crop,
+            pictures=facts.pictures,
         )
         decoding = (
             decode(spec, config.place.loader_workers)
             if decode
             else ThreadDecoding(spec.build(), config.place.loader_workers)
         )
-        train_rows, eval_rows = Rows(store, config.data.train_split), Rows(store, config.data.eval_split)
+        train_rows = rows_of(config, store, config.data.train_split, training=True)
+        eval_rows = rows_of(config, store, config.data.eval_split)
         sequence = Sequence(
             train_rows,
             seed=config.seed,
@@ -180,6 +183,8 @@ def decoder_spec(
     model: nn.Module,
     decoders: int,
     fixed_crop: float = 0.0,
+    *,
+    pictures: bool = True,
 ) -> DecoderSpec:
     """What a decoder needs to know; evaluation crops as timm's for this backbone, or by `fixed_crop` (see
     `protocol.Facts`). `decoders` share the work of a batch."""
@@ -198,7 +203,7 @@ def decoder_spec(
     )
     # Of the window in use and of the next one, each decoder opens its part; one shard more at either end.
     keep = 2 * (math.ceil(config.data.shuffle_shards / decoders) + 2)
-    return DecoderSpec(store=config.store, columns=columns, augment=augment, keep=keep)
+    return DecoderSpec(store=config.store, columns=columns, augment=augment, keep=keep, pictures=pictures)
 
 
 def make_loader(

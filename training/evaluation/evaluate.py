@@ -8,7 +8,7 @@ uses the upright view; timm does not).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from pipeline.errors import SettingsError
 from pipeline.store import Store, locations
 from training import run_folder
 from training.config import EvaluateConfig
+from training.data.few_shot import classes_of
 from training.engine import checkpoint
 from training.evaluation import findings, measures, zeroshot
 from training.evaluation.outputs import Array, Judge, Outputs, load
@@ -53,8 +54,21 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
             be had.
     """
     config = run_folder.read(settings.run).but(run=run_folder.address(settings.run))
+    config = config.but(class_half=settings.class_half) if settings.class_half else config
+    if settings.store:
+        if not config.method.own_model:
+            message = f"store={settings.store}: {config.objective} knows the classes of {config.store} alone."
+            raise SettingsError(message)
+        config = config.but(store=run_folder.address(settings.store))
     if settings.to:
         locations.check_writable("to", settings.to)
+    own = bool(config.method.own_model)
+    if own and settings.classes_file:
+        message = (
+            f"classes_file: {config.objective} is judged with the store's classes; choose among them with "
+            "--class-half."
+        )
+        raise SettingsError(message)
     if settings.asks_zero_shot and config.method.is_baseline:
         message = (
             f"zero_shot: {settings.run} is a baseline, without a head into the texts' space; evaluate an "
@@ -70,12 +84,13 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
     space = None
     if settings.retrieval or asked:
         space = objective_of(config).text_space(config, store, judge.task)
-    if asked and space is None:
+    if asked and space is None and not own:
         message = f"zero_shot: images of {settings.run} share no space with texts ({config.objective})."
         raise SettingsError(message)
     outputs = None
-    if judge.classifies or settings.knn or space is not None:
-        outputs = judge.outputs(split, space, texts=settings.retrieval, features=settings.knn)
+    kept = settings.knn or settings.linear_probe or own
+    if judge.classifies or kept or space is not None:
+        outputs = judge.outputs(split, space, texts=settings.retrieval, features=kept)
     if judge.classifies:
         assert outputs is not None
         judgement = _judged(outputs, classes)
@@ -88,9 +103,16 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
         "weights": loaded.weights,
         "epoch": int(loaded.state["epoch"]),
         **judgement.summary,
+        "classes": len(classes_of(config.data.class_half, len(classes))),
     }
     if settings.knn and outputs is not None:
         summary["knn"] = _knn(judge, outputs, split)
+    if settings.linear_probe and outputs is not None:
+        summary["linear_probe"] = _linear_probe(judge, outputs)
+    if judge.classifies and outputs is not None:
+        told = objective_of(config).findings(config, judge, split, outputs, settings.class_prompts)
+        if told:
+            summary["findings"] = [asdict(each) for each in told]
     if space is not None and outputs is not None and settings.retrieval:
         summary["retrieval"] = _retrieval(space, outputs)
     if space is not None and outputs is not None and asked is not None:
@@ -163,6 +185,16 @@ def _knn(judge: Judge, outputs: Outputs, split: str) -> Found:
     )
     top1 = round(100 * float((predicted == outputs.labels).mean()), 3)
     return {"top1": top1, "k": K, "temperature": TEMPERATURE, "bank": len(bank.labels)}
+
+
+def _linear_probe(judge: Judge, outputs: Outputs) -> Found:
+    bank = judge.outputs(judge.config.data.train_split, features=True, training=True)
+    assert outputs.features is not None and bank.features is not None
+    from training.models import linear_probe
+
+    probe = linear_probe.fit(bank.features, bank.labels)
+    top1 = round(100 * float((probe(outputs.features) == outputs.labels).mean()), 3)
+    return {"top1": top1, "penalty": probe.penalty, "images": len(bank.labels)}
 
 
 def _retrieval(space: TextSpace, outputs: Outputs) -> Found | None:

@@ -42,6 +42,12 @@ def table(summary: dict[str, Any]) -> str:
                 f"k = {knn['k']}, T = {knn['temperature']}, {knn['bank']} training images",
             )
         )
+    if probe := summary.get("linear_probe"):
+        note = f"penalty {probe['penalty']:g}, fitted to {probe['images']} images"
+        lines.append(_line("linear probe top-1", probe["top1"], note))
+    for told in summary.get("findings", ()):
+        text = f"  {told['name']:18}  {told['note']}"
+        lines.append(text if told["value"] is None else _line(told["name"], told["value"], told["note"]))
     if retrieval := summary.get("retrieval"):
         recalls = ", ".join(f"R@{k} {retrieval[f'recall{k}']:.2f}" for k in (1, 5, 10))
         lines.append(

@@ -16,8 +16,8 @@ from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
 from training.data.columns import Columns
+from training.data.few_shot import rows_of
 from training.data.loader import Batch
-from training.data.order import Rows
 from training.engine import build, checkpoint, loop
 from training.models import backbones
 from training.objectives.protocol import TextSpace, objective_of
@@ -139,7 +139,13 @@ class Judge:
             return objective_of(self.config).pictures(self.task, batch, self._norm(batch.images))
 
     def outputs(
-        self, split: str, space: TextSpace | None = None, *, texts: bool = False, features: bool = False
+        self,
+        split: str,
+        space: TextSpace | None = None,
+        *,
+        texts: bool = False,
+        features: bool = False,
+        training: bool = False,
     ) -> Outputs:
         """Shows the model every usable picture of a split once.
 
@@ -148,6 +154,7 @@ class Judge:
             space: that images are projected into.
             texts: read the space's text targets beside the pictures, too.
             features: keep the features.
+            training: only the pictures that the run is trained on (--shots).
 
         Raises:
             ValueError: no such split, or none of its pictures can be read.
@@ -157,7 +164,7 @@ class Judge:
         parts: dict[str, list[Array]] = {}
         columns = (space.columns,) if space and texts else ()
         with torch.inference_mode():
-            for batch in self._batches(self._samples(split), columns, split):
+            for batch in self._batches(self._samples(split, training=training), columns, split):
                 for name, value in self._answers(batch.images, batch.labels, space, features).items():
                     parts.setdefault(name, []).append(value.cpu().numpy())
                 parts.setdefault("samples", []).append(batch.samples)
@@ -168,8 +175,8 @@ class Judge:
         absent |= dict.fromkeys(("predicted", "top5", "confidence"), np.zeros(0))
         return Outputs(**absent | found)
 
-    def _samples(self, split: str) -> Array:
-        rows = Rows(self.store, split)
+    def _samples(self, split: str, *, training: bool = False) -> Array:
+        rows = rows_of(self.config, self.store, split, training=training)
         if not len(rows):
             message = (
                 f"split={split}: has no usable picture; `gpt4image status --store {self.config.store}` says "

@@ -64,6 +64,8 @@ def export(settings: ExportConfig) -> dict[str, Any]:
     classes = store.dataset.classes
     with checkpoint.opened(settings.run, settings.checkpoint) as folder:
         loaded = outputs.load(config, folder, len(classes), settings.weights)
+    if config.method.own_model:
+        return _own(settings, config, loaded)
     model: Any = objective_of(config).deployed(loaded.task).eval()
     classes = classes if backbones.classifies(model) else []
     recipe = preprocessing(model, config, classes)
@@ -96,6 +98,25 @@ def export(settings: ExportConfig) -> dict[str, Any]:
         exported["files"] = sorted(os.listdir(work))
         _move(work, settings.to)
     return exported
+
+
+def _own(settings: ExportConfig, config: TrainConfig, loaded: outputs.Loaded) -> dict[str, Any]:
+    """Of a method with a model of its own: what that writes."""
+    if settings.formats != ("timm",):
+        message = (
+            f"format={settings.format}: {config.objective} has no model of timm, of ONNX or of torch.export; "
+            "leave the flag out for what it has."
+        )
+        raise SettingsError(message)
+    os.makedirs(os.path.dirname(os.path.abspath(settings.to)), exist_ok=True)
+    beside = os.path.dirname(os.path.abspath(settings.to))
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=beside) as work:
+        told = objective_of(config).export(config, loaded.task, work)
+        files = sorted(os.listdir(work))
+        _move(work, settings.to)
+    state = {"epoch": int(loaded.state["epoch"]), "weights": loaded.weights}
+    empty = {"formats": [], "small_stem": False, "checks": {}}
+    return {"to": settings.to, **told, **state, **empty, "files": files}
 
 
 def describe(exported: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from pipeline.errors import SettingsError
 from training.config import TrainConfig
 from training.objectives.metric import Metric
 from training.objectives.registry import module_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from training.data.columns import Array, Columns
     from training.data.loader import Batch
     from training.data.views import Draw, Views
+    from training.evaluation.outputs import Judge, Outputs
 
 Losses = dict[str, "Tensor"]
 """`loss` to differentiate, and what else is logged: scalars, or [b] values whose mean is meant; `correct`
@@ -52,6 +54,9 @@ class Facts:
     fixed_crop: float = 0.0
     """Where columns were made of pictures as they are: the share of the shorter edge that is cut out of the
     middle, for training as for evaluation, without random crops and flips. 0: crops as the settings say."""
+    pictures: bool = True
+    """Whether pictures are decoded; a method that reads what was made of them may do without: batches then
+    have [b, 3, 0, 0]."""
 
 
 class Inputs(Protocol):
@@ -170,6 +175,16 @@ class TextSpace(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a method tells in `evaluate`, beside its accuracy."""
+
+    name: str
+    value: float | None = None
+    """In percent; None: the note says it all."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """What the card of an exported model says of its training."""
 
@@ -236,6 +251,30 @@ class Objective(Protocol):
             SettingsError: the run does not say which texts it was trained on, and the store has several.
         """
         return None
+
+    def findings(
+        self, config: TrainConfig, judge: Judge, split: str, outputs: Outputs, templates: Sequence[str]
+    ) -> list[Finding]:
+        """What else there is to tell of a run on a split, by features where its model is not timm's.
+
+        Args:
+            config: the run's settings.
+            judge: of the run.
+            split: that it is judged on.
+            outputs: of the split, with features where the method has a model of its own.
+            templates: of class prompts; empty: the method's own.
+        """
+        return []
+
+    def export(self, config: TrainConfig, task: Any, folder: str) -> dict[str, Any]:
+        """Writes the model of a method that brings its own (`MethodSettings.own_model`) into a folder, with
+        config.json and README.md; returns `architecture` and `parameters`.
+
+        Raises:
+            SettingsError: there is nothing to export.
+        """
+        message = f"run={config.run}: {config.objective} exports nothing."
+        raise SettingsError(message)
 
     def describe(self, config: TrainConfig, store: Store) -> Description:
         """For the card of an exported model."""

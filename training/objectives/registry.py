@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import SettingsError
 from training.objectives.metric import Metric
-from training.objectives.settings import mae, mvp
+from training.objectives.settings import cocoop, coop, mae, mvp
 from training.objectives.settings.align import AlignSettings
 from training.settings import MethodSettings, flaws
 
@@ -33,6 +33,8 @@ BUILT_IN = {
     "align": BuiltIn(AlignSettings),
     "mae": BuiltIn(mae.MaeSettings, mae.METRIC, presets=mae.PRESETS, preset="hiera-scenes-mae"),
     "mvp": BuiltIn(mvp.MvpSettings, mvp.METRIC, presets=mvp.PRESETS, preset="mvp-vit-b"),
+    "coop": BuiltIn(coop.CoOpSettings, presets=coop.PRESETS, preset="coop-scenes"),
+    "cocoop": BuiltIn(cocoop.CoCoOpSettings, presets=cocoop.PRESETS, preset="cocoop-scenes"),
 }
 """By name, which is that of the file in this folder; a test holds that settings and metric are those of the
 modules."""

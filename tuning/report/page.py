@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.captioners.prompts import class_name
 from pipeline.sources import images
 from pipeline.store import Store, locations
+from training.objectives.registry import settings_of
 from tuning.report import landscape, plots, progress, significance, words
 from tuning.report.comparison import Comparison, comparisons, of_sweep
 from tuning.report.configurations import Configuration, Content, configurations, headings, legend, metric_of
@@ -91,6 +92,7 @@ def _sweep(content: Content, found: list[Comparison]) -> dict[str, Any]:
         "backbones": _backbones(content),
         "cost_plot": _safe(plots.cost_plot(configurations(content))),
         "exported": content["exported"],
+        "for_timm": not settings_of(content["objective"]).own_model,
         "tracking": _tracking(content),
         "parent": content["parent_run"],
     }
