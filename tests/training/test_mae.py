@@ -25,6 +25,7 @@ from training.data.order import Rows
 from training.engine import checkpoint, loop
 from training.engine.build import Run
 from training.models import backbones, masked_hiera, optimizers
+from training.models.published_hiera import resized_positions
 from training.objectives import mae
 from training.presets import PRESETS, preset
 from training.settings import flat
@@ -306,8 +307,36 @@ def test_published_weights_are_a_start_for_pre_training_and_fine_tuning(
     def told(name: str, **changes: Any) -> str:
         return told_of(store, tmp_path / "again", init_from=str(tmp_path / name), **changes)
 
-    assert "has --decoder-width 32 --decoder-depth 1" in told(file.name, decoder_depth=2)
-    assert "do not fit" in told(file.name, image_size=64)
+    for other in ({"decoder_depth": 2}, {"image_size": 64}):
+        said = told(file.name, **other)
+        assert "that has --decoder-width 32 --decoder-depth 1 --image-size 32." in said
+    assert "do not fit" in told(file.name, backbone="hiera_tiny_224", image_size=32)
     (tmp_path / f"bad.{ending}").write_bytes(b"no weights at all")
     for name in (f"none.{ending}", f"bad.{ending}"):
         assert "only tensors are loaded" in told(name)
+
+
+def test_positions_of_another_size_keep_what_repeats_from_unit_to_unit() -> None:
+    unit, slope = torch.randn(1, 4, 8, 8), torch.linspace(-1, 1, 16)
+
+    def positions(edge: int) -> torch.Tensor:
+        wide = nn.functional.interpolate(slope.expand(1, 4, 16, 16), size=(edge, edge), mode="bicubic")
+        return (unit.tile(1, 1, edge // 8, edge // 8) + wide).flatten(2).transpose(1, 2)
+
+    small = positions(16)
+    assert torch.equal(resized_positions(small, (16, 16), (8, 8)), small)
+    larger = resized_positions(small, (32, 32), (8, 8))
+    plane = (larger - positions(32)).transpose(1, 2).unflatten(2, (32, 32))
+    assert float(plane.abs().max()) < 0.5, "the slope within a unit counts as the unit's own"
+    repeated = larger.transpose(1, 2).unflatten(2, (4, 8, 4, 8)).mean((2, 4))
+    wanted = small.transpose(1, 2).unflatten(2, (2, 8, 2, 8)).mean((2, 4))
+    torch.testing.assert_close(repeated - repeated.mean(), wanted - wanted.mean(), rtol=0, atol=0.15)
+
+
+def test_fine_tuning_takes_larger_pictures_than_pre_training(run: Path, store: Path, tmp_path: Path) -> None:
+    config = TrainConfig.of(store="s", backbone="hiera_nano_64", image_size=64, init_from=str(run))
+    model: Any = backbones.of_run(config, 3)
+    weights = load_file(run / "checkpoint_4" / "ema.safetensors")
+    assert model.pos_embed.shape == (1, 32**2, 32) and weights["backbone.pos_embed"].shape == (1, 16**2, 32)
+    assert torch.equal(model.blocks[0].norm1.weight, weights["backbone.blocks.0.norm1.weight"])
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+from timm.models.hiera import Hiera
 from torch import Tensor, nn
 
 from pipeline.errors import MissingError, SettingsError
@@ -99,6 +100,9 @@ def fill(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     if adapt is not None:
         weights = adapt(dict(weights), model)
     own = model.state_dict()
+    if isinstance(model, Hiera) and "pos_embed" in weights:
+        grid, window = model.tokens_spatial_shape, model.mask_unit_size
+        weights |= {"pos_embed": published_hiera.resized_positions(weights["pos_embed"], grid, window)}
     classifier = timm_model.get_classifier()
     head = {name for name, module in model.named_modules() if module is classifier}
     new = {name for name in own if name.rpartition(".")[0] in head}

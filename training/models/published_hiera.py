@@ -8,11 +8,14 @@ Nothing is fetched from here.
 
 from __future__ import annotations
 
+import math
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from pipeline.errors import SettingsError
 
@@ -68,6 +71,26 @@ def of_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def resized_positions(positions: Tensor, grid: Sequence[int], window: Sequence[int]) -> Tensor:
+    """[1, N, C] position embeddings for the tokens of another square grid, as they are where it is their own.
+
+    What repeats from mask unit to mask unit is apart from the rest: the mean unit is laid out anew, and only
+    what is left is interpolated, since units do not grow with the picture ("Window Attention is Bugged",
+    arXiv 2311.05613, section 4).
+    """
+    edge = math.isqrt(positions.shape[1])
+    fits = positions.ndim == 3 and edge**2 == positions.shape[1] and edge % window[0] == 0
+    if not fits or edge == grid[0]:
+        return positions
+    plane = positions.float().transpose(1, 2).reshape(1, -1, edge, edge)
+    units = plane.unfold(2, window[0], window[0]).unfold(3, window[1], window[1])
+    mean = units.mean((2, 3))
+    rest = plane - mean.tile(1, 1, edge // window[0], edge // window[1])
+    larger = interpolate(rest, size=tuple(grid), mode="bicubic", antialias=True)
+    laid: Tensor = larger + mean.tile(1, 1, grid[0] // window[0], grid[1] // window[1])
+    return laid.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
 def fill_decoder(task: nn.Module, path: str) -> bool:
     """Loads fusion and decoder of a masked autoencoder from its file; whether that has them, else they stay
     as they are.
@@ -82,9 +105,10 @@ def fill_decoder(task: nn.Module, path: str) -> bool:
     if needed != {name: value.shape for name, value in weights.items()}:
         width = len(weights["decoder.norm.weight"])
         depth = sum(name.endswith(".attn.proj.bias") for name in weights)
+        size = math.isqrt(weights["decoder.pos_embed"].shape[1] * len(weights["decoder.pred.bias"]) // 3)
         message = (
             f"init_from={path}: its decoder is another one; that has --decoder-width {width} --decoder-depth "
-            f"{depth}."
+            f"{depth} --image-size {size}."
         )
         raise SettingsError(message)
     task.load_state_dict(weights, strict=False, assign=own["decoder.mask_token"].is_meta)
