@@ -32,7 +32,7 @@ PATHS = frozenset(
     }
 )
 """Settings of any verb that are files or folders of the user's."""
-MODELS = frozenset({"model", "encoder", "tower", "teacher", "teachers", "backbone", "backbones"})
+MODELS = frozenset({"model", "encoder", "tower", "teacher", "teachers", "clip", "backbone", "backbones"})
 """Names on a hub, or folders; those of the checkout travel with it."""
 URIS = frozenset({"tracking_uri"})
 CONFIG = "--config"

@@ -39,9 +39,9 @@ def ours_of(theirs: Any, recipe: str, **changes: Any) -> mae.MaeTask:
     return task
 
 
-def masks(count: int, units: int, ratio: float) -> Tensor:
+def masks(count: int, grid: int, ratio: float) -> Tensor:
     samples = np.array([[0, 0, row, 0] for row in range(count)])
-    return torch.from_numpy(mae.drawn(3, 5, samples, units, mae.num_kept(units, ratio)))
+    return torch.from_numpy(mae.seen(grid, ratio, samples, (3, 5)))
 
 
 def compared(theirs: Any, ours: mae.MaeTask, images: Tensor, keep: Tensor) -> None:
@@ -68,14 +68,14 @@ def test_a_small_one_has_their_loss_and_gradients(ratio: float) -> None:
     decoder = {"decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4}
     theirs = hiera.MaskedAutoencoderHiera(**NANO, q_pool=2, **decoder)
     ours = ours_of(theirs, "hiera-scenes-mae", decoder_width=64, decoder_depth=2, decoder_heads=4)
-    compared(theirs, ours, torch.randn(3, 3, 64, 64), masks(3, 16, ratio))
+    compared(theirs, ours, torch.randn(3, 3, 64, 64), masks(3, 4, ratio))
 
 
 def test_the_published_tiny_has_their_loss_and_gradients_and_starts_as_theirs_does() -> None:
     torch.manual_seed(0)
     theirs = hiera.mae_hiera_tiny_224()
     ours = ours_of(theirs, "hiera-t-mae")
-    compared(theirs, ours, torch.randn(1, 3, 224, 224), masks(1, 49, 0.6))
+    compared(theirs, ours, torch.randn(1, 3, 224, 224), masks(1, 7, 0.6))
     config = TrainConfig.of(store="s", **preset("hiera-t-mae", "mae"), objective="mae", seed=1)
     fresh = mae.OBJECTIVE.build(config, mae.Facts(), 0)
     wanted = {f"backbone.{name}": value for name, value in of_backbone(theirs.state_dict()).items()}
@@ -102,7 +102,7 @@ def test_the_classifier_has_their_logits_where_they_answer_with_a_softmax() -> N
 def test_an_unpooled_last_stage_is_timms_own_and_can_be_pooled_again() -> None:
     arguments = weights.OWN["hiera_nano_64"].arguments
     torch.manual_seed(0)
-    images, keep = torch.randn(2, 3, 64, 64), masks(2, 16, 0.6)
+    images, keep = torch.randn(2, 3, 64, 64), masks(2, 4, 0.6)
     pooled = timm.create_model("hiera_tiny_224", num_classes=0, **arguments).eval()
     native = timm.create_model("hiera_tiny_224", num_classes=0, q_pool=2, **arguments).eval()
     assert native.state_dict().keys() == pooled.state_dict().keys()

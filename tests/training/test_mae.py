@@ -93,22 +93,26 @@ def test_every_size_has_its_recipes_and_as_many_parameters_as_published(size: st
 
 def test_a_mask_depends_on_seed_step_and_picture_alone_and_leaves_equally_many() -> None:
     samples = np.array([[0, shard, row, 0] for shard in range(3) for row in range(40)])
-    whole = mae.drawn(1, 7, samples, 49, mae.num_kept(49, 0.6))
+    whole = mae.seen(7, 0.6, samples, (1, 7))
     assert whole.shape == (120, 49) and set(whole.sum(1)) == {19}, "49 (1 - 0.6), rounded down"
-    parts = np.concatenate([mae.drawn(1, 7, part, 49, 19) for part in np.array_split(samples[::-1], 7)])
+    parts = np.concatenate([mae.seen(7, 0.6, part, (1, 7)) for part in np.array_split(samples[::-1], 7)])
     assert (parts[::-1] == whole).all()
-    for seed, step in ((2, 7), (1, 8)):
-        other = mae.drawn(seed, step, samples, 49, 19)
+    for seeds in ((2, 7), (1, 8), ()):
+        other = mae.seen(7, 0.6, samples, seeds)
         assert 0.2 < (other & whole).sum() / whole.sum() < 0.6
     each = whole.mean(0)
     assert each.min() > 0.2 and each.max() < 0.6, "no unit is preferred"
+    later = samples + np.array([3, 0, 0, 1])
+    assert (mae.seen(7, 0.6, later) == mae.seen(7, 0.6, samples)).all(), "an evaluation's is the picture's"
+    for units, kept in ((4, 1), (9, 3), (16, 6), (49, 19)):  # as the authors' package rounds
+        assert mae.num_kept(units, 0.6) == kept == int(mae.seen(int(units**0.5), 0.6, samples[:1]).sum())
 
 
 def test_what_is_removed_is_neither_seen_nor_computed() -> None:
     """Pixels of removed units change no prediction, not even through the stem, whose windows overlap."""
     config = settings(Path("s"), image_size=64)
     task = mae.OBJECTIVE.build(config, mae.Facts(), 0).eval()
-    keep = torch.from_numpy(mae.drawn(0, 0, np.array([[0, 0, 0, 0], [0, 0, 1, 0]]), 16, 6))
+    keep = torch.from_numpy(mae.seen(4, 0.6, np.array([[0, 0, 0, 0], [0, 0, 1, 0]])))
     images = torch.randn(2, 3, 64, 64)
     patches = masked_hiera.patches_of(images, task.decoder.patch)
     hidden = task.decoder.masked(keep)[..., None]

@@ -120,9 +120,8 @@ class Judge:
         facts = objective_of(self.config).for_evaluation(self.config, self.store, self.task)
         evaluator = self.task.evaluator(self.device)
         with torch.inference_mode():
-            for host_batch in self._batches(
-                self._samples(split), facts.columns, split, fixed_crop=facts.fixed_crop
-            ):
+            samples = self._samples(split)
+            for host_batch in self._batches(samples, facts.columns, split, facts.fixed_crop):
                 batch = host_batch.to(self.device)
                 evaluator.add(batch, self._norm(batch.images), contextlib.nullcontext)
         found: dict[str, float] = evaluator.metrics(evaluator.sums().tolist())
@@ -186,9 +185,9 @@ class Judge:
         return rows.in_order()
 
     def _batches(
-        self, samples: Array, columns: tuple[Columns, ...], split: str = "", *, fixed_crop: float = 0.0
+        self, samples: Array, columns: tuple[Columns, ...], split: str = "", fixed_crop: float = 0.0
     ) -> Iterator[Batch]:
-        """Decoded; progress is shown of a split that is named. `fixed_crop`: see `protocol.Facts`."""
+        """Decoded, see `build.decoder_spec`; progress is shown of a split that is named."""
         from tqdm import tqdm
 
         loader = build.make_loader(self.config, columns, self.model, fixed_crop)

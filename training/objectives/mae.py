@@ -13,7 +13,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
+from training.data import masking
 from training.data.columns import Array
 from training.data.loader import Batch
-from training.data.order import shares
 from training.data.views import Draw, Views
 from training.evaluation import figures
 from training.models import backbones, masked_hiera, published_hiera
@@ -70,12 +69,12 @@ class MaeTask(nn.Module):
 
     def prepare(self, batch: Batch, views: Views, draw: Draw) -> Inputs:
         """Masks are drawn by (seed, step, picture)."""
-        return Inputs(views.norm(batch.images), self.kept(batch, draw.seed, draw.step))
+        return Inputs(views.norm(batch.images), self.seen(batch, (draw.seed, draw.step)))
 
-    def kept(self, batch: Batch, seed: int, step: int) -> Tensor:
-        """[b, U] of a batch, on its device."""
-        units = masked_hiera.num_units(self.backbone)
-        keep = drawn(seed, step, batch.samples, units, num_kept(units, self.settings.mask_ratio))
+    def seen(self, batch: Batch, seeds: tuple[int, ...] = ()) -> Tensor:
+        """See the function `seen`, on the batch's device."""
+        grid = self.backbone.mask_spatial_shape[0]
+        keep = seen(grid, self.settings.mask_ratio, batch.samples, seeds)
         return torch.from_numpy(keep).to(batch.images.device, non_blocking=True)
 
     def predict(self, images: Tensor, keep: Tensor) -> Tensor:
@@ -125,7 +124,7 @@ class Evaluator:
     def add(self, batch: Batch, images: Tensor, precision: Precision) -> None:
         """See `protocol.Evaluator`."""
         with precision():
-            errors = self._task.errors(images, self._task.kept(batch, 0, 0))
+            errors = self._task.errors(images, self._task.seen(batch))
         self._sums += torch.stack([errors.double().sum(), errors.new_tensor(len(errors))])
 
     def sums(self) -> Tensor:
@@ -142,12 +141,19 @@ def num_kept(units: int, ratio: float) -> int:
     return int(units * (1 - ratio))
 
 
-def drawn(seed: int, step: int, samples: Array, units: int, kept: int) -> Array:
-    """[b, units] bool, which mask units of each picture are kept; see `order.shares`."""
-    draws = np.stack([shares(seed, f"unit {unit}", step, samples) for unit in range(units)], 1)
-    ranks: Array = draws.argsort(1, kind="stable").argsort(1)
-    found: Array = ranks < kept
-    return found
+def seen(grid: int, ratio: float, samples: Array, seeds: tuple[int, ...] = ()) -> Array:
+    """[b, grid * grid] bool, which mask units of each picture the encoder sees.
+
+    Args:
+        grid: mask units along an edge.
+        ratio: share that it does not see.
+        samples: [b, 4], see `order`.
+        seeds: see `masking.masks`; without any a picture has the same mask always.
+    """
+    removed = 1 - num_kept(grid**2, ratio) / grid**2
+    if not seeds:
+        return ~masking.fixed("random", grid, removed, samples)
+    return ~masking.masks("random", grid, removed, seeds, samples)
 
 
 class Mae(Objective):
@@ -220,7 +226,7 @@ class Mae(Objective):
 
         Normalised patches say nothing of their brightness and contrast: those are lent by the picture.
         """
-        keep, edge = task.kept(batch, 0, 0), task.decoder.patch
+        keep, edge = task.seen(batch), task.decoder.patch
         masked = task.decoder.masked(keep)[..., None]
         pixels, predicted = masked_hiera.patches_of(images, edge), task.predict(images, keep).float()
         if task.settings.norm_pix_loss:
