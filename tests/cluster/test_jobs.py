@@ -42,7 +42,16 @@ NO_PLACE = {
     *("source_kind", "captioner", "caption_preset", "model_revision", "prompt", "base_url", "captions"),
     *("encoder_preset", "encoder_revision", "pooling", "long_captions", "split", "embeddings", "preset"),
     *("objective", "balance", "alignment_schedule", "alignment", "text_projection", "positives", "head"),
-    *("several_captions", "class_half", "architecture", "optimizer", "clip_mode", "loss", "train_split", "eval_split"),
+    *(
+        "several_captions",
+        "class_half",
+        "architecture",
+        "optimizer",
+        "clip_mode",
+        "loss",
+        "train_split",
+        "eval_split",
+    ),
     *("auto_augment", "precision", "loader", "experiment", "log_artifacts", "register_as", "parent_run"),
     *("checkpoint", "weights", "class_prompts", "format", "axis", "search", "scheduler", "test_split"),
 }
