@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument(
         "--clip", default=str(ROOT / "examples/scenes/clip"), help="folder of a CLIP (default: the scenes')"
     )
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the pictures (default 10)")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the pictures (default 5)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each (default 3)")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step of ours (default 16)")
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/cocoop.md")
