@@ -24,7 +24,7 @@ from pipeline.store import Store
 from tests.stores import several_captions
 from training.config import TrainConfig
 from training.engine import checkpoint, loop
-from training.objectives import align
+from training.objectives.protocol import objective_of
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +46,15 @@ VIT: dict[str, Any] = {
     "batch_size": 19,
     "learn_temperature": True,
     "text_projection": "learned",
+}
+MAE: dict[str, Any] = {
+    "objective": "mae",
+    "backbone": "hiera_nano_64",
+    "batch_size": 19,
+    "decoder_depth": 1,
+    "decoder_width": 32,
+    "decoder_heads": 4,
+    "mask_ratio": 0.5,
 }
 # BatchNorm over few pictures magnifies the last bit, so that steps are small.
 RESNET: dict[str, Any] = {"backbone": "test_resnet", "batch_size": 48, "lr": 0.01}
@@ -106,6 +115,7 @@ CASES = {
     "balanced, BatchNorm, accumulated": Case(
         [Part(RESNET | BALANCED | {"accumulate": 2, "lr": 0.02}, 2)], {"accumulate": 4}
     ),
+    "masked autoencoding": Case([Part(MAE | {"accumulate": 2}, 2)], {"accumulate": 1}),
     "BatchNorm": Case([Part(RESNET, 2)], {"accumulate": 2}),
     "BatchNorm, accumulated": Case([Part(RESNET | {"accumulate": 2}, 2)], {"accumulate": 4}),
     "BatchNorm, three workers": Case([Part(RESNET, 3)], {"accumulate": 3}),
@@ -148,7 +158,10 @@ def _rank(rank: int, world: int, root: str, store: str, names: list[str], number
 
 
 def config_of(store: str, settings: dict[str, Any]) -> TrainConfig:
-    return TrainConfig.of(store=store, **SHARED | settings)
+    """Of what the cases share that which the method knows."""
+    known = TrainConfig.defaults(settings.get("objective", "align"))
+    shared = {name: value for name, value in SHARED.items() if name in known}
+    return TrainConfig.of(store=store, **shared | settings)
 
 
 def folder_of(root: Path, name: str) -> Path:
@@ -203,8 +216,8 @@ def test_several_workers_end_with_the_weights_of_one(
     fit(alone, tmp_path, 0, Part({}, 1))
     expected, found = parameters(tmp_path, alone), parameters(folder_of(several, name), config)
     assert (tmp_path / "last").read_text() == (folder_of(several, name) / "last").read_text()
-    wide = 8 if config.method.text_projection == "learned" else 0
-    start = align.build_task(config, 3, 4, wide).state_dict()
+    method = objective_of(config)
+    start = method.build(config, method.check(config, Store(store)), 3).state_dict()
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         torch.testing.assert_close(
