@@ -1,0 +1,132 @@
+"""A trained CLIP as transformers reads it: `CLIPModel.from_pretrained(FOLDER)`, its tokenizer and its image
+processor."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import RunStoppedError
+from pipeline.sources import images
+from pipeline.store import Store
+from training.config import TrainConfig
+from training.data import caption_tokens
+from training.data.caption_tokens import END
+from training.data.order import ROW, SHARD, Rows
+from training.engine import build
+from training.models.clip_towers import ClipTowers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REAL = 32
+"""Pictures of the eval split that are compared."""
+SAME, ALIKE = 1e-5, 0.999
+"""Largest difference of components for equal inputs; least cosine of a picture that went through
+transformers' own resizing, which rounds otherwise."""
+
+_USE = """```python
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+clip = CLIPModel.from_pretrained(FOLDER).eval()
+texts = AutoTokenizer.from_pretrained(FOLDER)(["a caption"], padding=True, return_tensors="pt")
+images = AutoImageProcessor.from_pretrained(FOLDER)(pictures, return_tensors="pt")
+with torch.no_grad():
+    logits = clip(**texts, **images).logits_per_image
+```"""
+
+
+def write(config: TrainConfig, towers: ClipTowers, tokenizer: Any, folder: str) -> dict[str, Any]:
+    """Writes config.json, model.safetensors, the tokenizer, preprocessor_config.json and README.md; see
+    `Objective.export`.
+
+    Raises:
+        RunStoppedError: what was written gives other vectors than the run's model.
+    """
+    import torch
+    from transformers import CLIPImageProcessor
+
+    towers = towers.cpu().eval()
+    size = config.model.image_size
+    towers.model.save_pretrained(folder)
+    bpe = json.loads(tokenizer.to_str())["model"]
+    longest = config.method.context_tokens
+    merges = [(pair[0], pair[1]) for pair in bpe["merges"]]
+    words = caption_tokens.as_transformers(bpe["vocab"], merges, model_max_length=longest)
+    words.save_pretrained(folder)
+    CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    ).save_pretrained(folder)
+    with torch.no_grad():
+        told = _compared(config, towers, tokenizer, folder)
+    count = sum(each.numel() for each in towers.model.parameters())
+    name = f"CLIP {size} x {size}, patches of {config.model.patch_size}"
+    card = (
+        f"# {name}\n\n{count:,} parameters, trained from nothing with CLIP's contrast of pictures and "
+        f"captions by gpt4image-ray.\n\n{_USE}\n\nLoaded again and compared with the run's model: {told}\n"
+    )
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as stream:
+        stream.write(card)
+    return {"architecture": name, "parameters": count}
+
+
+def _compared(config: TrainConfig, towers: ClipTowers, tokenizer: Any, folder: str) -> str:
+    """What was found, in words."""
+    import torch
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+    loaded: Any = CLIPModel.from_pretrained(folder, use_safetensors=True).eval()
+    processor: Any = AutoImageProcessor.from_pretrained(folder)
+    words: Any = AutoTokenizer.from_pretrained(folder)
+    store = Store(config.store)
+    samples = Rows(store, config.data.eval_split).in_order()
+    samples = samples[np.linspace(0, len(samples) - 1, min(REAL, len(samples))).astype(int)]
+    loader = build.make_loader(config, (), towers)
+    norm = build.make_norm(towers, torch.device("cpu"))
+    views = torch.cat([norm(batch.images) for batch in loader.evaluate(samples, 16, 0, 1)])
+    ours = towers.forward_features(views)
+    theirs = _unit(loaded.get_image_features(pixel_values=views))
+    inputs = processor([_picture(store, *sample) for sample in samples], return_tensors="pt")
+    alike = float((_unit(loaded.get_image_features(**inputs)) * ours).sum(1).min())
+    texts = _texts(store, config.method.caption_variant, samples)
+    ids = torch.from_numpy(caption_tokens.encode(tokenizer, texts, config.method.context_tokens))
+    made = words(texts, padding=True, truncation=True, return_tensors="pt")
+    told = _unit(loaded.get_text_features(**made))
+    difference = float(torch.cat([theirs - ours, told - towers.texts(ids)]).abs().max())
+    if not (difference < SAME and alike > ALIKE):
+        message = (
+            f"export: transformers gives other vectors than the run's model (difference {difference:.1e}, "
+            f"limit {SAME:.0e}; least cosine by its own resizing {alike:.4f}, limit {ALIKE})."
+        )
+        raise RunStoppedError(message)
+    return (
+        f"{len(samples)} pictures of the split {config.data.eval_split} and {len(texts)} captions, largest "
+        f"difference of a vector's components {difference:.1e}; by the folder's own resizing the least "
+        f"cosine is {alike:.5f}."
+    )
+
+
+def _unit(output: Any) -> Tensor:
+    import torch
+
+    return torch.nn.functional.normalize(output.pooler_output, dim=-1)
+
+
+def _picture(store: Store, *sample: int) -> Any:
+    row = store.read_shard("images", "", int(sample[SHARD]), ["image", "uri", "content_hash"])
+    values = (row[name][int(sample[ROW])].as_py() for name in ("image", "uri", "content_hash"))
+    return images.decode(store.picture(*values), max_pixels=2**62)
+
+
+def _texts(store: Store, variant: str, samples: Any) -> list[str]:
+    found = [
+        store.read_shard("captions", variant, int(each[SHARD]), ["caption"])["caption"][
+            int(each[ROW])
+        ].as_py()
+        for each in samples
+    ]
+    return [text for text in found if text is not None] or [END]
