@@ -42,7 +42,7 @@ def contrastive_loss(
     Pairs of equal captions are positives of each other: they share a row's mass.
 
     Args:
-        image_bd: [b, d] unit-length features of pictures, with gradient.
+        image_bd: [b, d] unit-length features of pictures, with gradient; float32 or wider.
         text_bd: [b, d] of their captions, with gradient.
         groups_b: [b] int64, equal for equal captions; -1 where there is none: such a pair takes no part.
         scale: 1 / temperature.
@@ -53,7 +53,7 @@ def contrastive_loss(
         process on the joint batch.
     """
     world, own = world_size(), len(groups_b)
-    both, groups = torch.cat([image_bd, text_bd], 1).float(), groups_b
+    both, groups = torch.cat([image_bd, text_bd], 1), groups_b
     if world > 1:
         missing = (own if size is None else size) - own
         gather: Any = _Gather
@@ -66,7 +66,7 @@ def contrastive_loss(
         valid = groups >= 0
         same = (groups_b[:, None] == groups) & valid & (groups_b >= 0)[:, None]
         total = sum(
-            _rows(scale * rows.float() @ columns.T, same, valid)
+            _rows(scale * rows @ columns.T, same, valid)
             for rows, columns in ((image_bd, texts), (text_bd, images))
         )
         loss: Tensor = world * total / (2 * valid.sum().clamp_min(1))
@@ -77,5 +77,5 @@ def _rows(logits_bB: Tensor, same_bB: Tensor, valid_B: Tensor) -> Tensor:
     """Sum over rows of the cross entropy towards all columns of the row's own caption."""
     # No infinity: a batch without any caption would have no finite row.
     logs = logits_bB.masked_fill(~valid_B, torch.finfo(logits_bB.dtype).min).log_softmax(1)
-    share = same_bB / same_bB.sum(1, keepdim=True).clamp_min(1)
+    share = same_bB.to(logs.dtype) / same_bB.sum(1, keepdim=True).clamp_min(1)
     return -torch.where(same_bB, logs * share, 0.0).sum()
