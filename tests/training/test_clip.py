@@ -243,3 +243,25 @@ def test_measures_of_one_page_agree(tmp_path: Path) -> None:
     images, texts = (normalize(torch.randn(9, 4), dim=-1) for _ in range(2))
     of_images, _ = both_ranks(images, texts, torch.arange(9))
     assert of_images.tolist() == measures.caption_ranks(images.numpy(), texts.numpy(), np.arange(9)).tolist()
+
+
+def test_the_shipped_clip_is_small_safe_and_knows_what_it_sees(tmp_path: Path) -> None:
+    """Freshly drawn scenes, two of each kind; chance is 4 %."""
+    import subprocess
+    import sys
+
+    root = Path(__file__).resolve().parent.parent.parent
+    folder = root / "examples" / "scenes" / "clip"
+    files = list(folder.iterdir())
+    assert sum(path.stat().st_size for path in files) <= 6_000_000
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder.parent)!r})\n"
+        "from pathlib import Path; from train_clip import exam; import json\n"
+        f"print(json.dumps(exam(Path({str(folder)!r}), Path({str(tmp_path)!r}), 0, 2)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["scenes"] == 56 and found["zero-shot top-1, 28 kinds"] > 50
+    assert found["image to text R@1"] > 80 and found["text to image R@1"] > 80

@@ -101,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Drawn scenes on a CPU: no flips ("left of" must stay true), hardly any crop ("at the top").
     "clip-scenes": {
-        "image_size": 48,
+        "image_size": 64,
         "patch_size": 8,
         "vision_width": 128,
         "vision_layers": 4,
