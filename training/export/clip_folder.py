@@ -40,9 +40,11 @@ with torch.no_grad():
 ```"""
 
 
-def write(config: TrainConfig, towers: ClipTowers, tokenizer: Any, folder: str) -> dict[str, Any]:
+def write(
+    config: TrainConfig, towers: ClipTowers, tokenizer: Any, folder: str, captions: str
+) -> dict[str, Any]:
     """Writes config.json, model.safetensors, the tokenizer, preprocessor_config.json and README.md; see
-    `Objective.export`.
+    `Objective.export`. `captions` is the variant whose captions are compared.
 
     Raises:
         RunStoppedError: what was written gives other vectors than the run's model.
@@ -54,7 +56,7 @@ def write(config: TrainConfig, towers: ClipTowers, tokenizer: Any, folder: str) 
     size = config.model.image_size
     towers.model.save_pretrained(folder)
     bpe = json.loads(tokenizer.to_str())["model"]
-    longest = config.method.context_tokens
+    longest = towers.model.config.text_config.max_position_embeddings
     merges = [(pair[0], pair[1]) for pair in bpe["merges"]]
     words = caption_tokens.as_transformers(bpe["vocab"], merges, model_max_length=longest)
     words.save_pretrained(folder)
@@ -62,7 +64,7 @@ def write(config: TrainConfig, towers: ClipTowers, tokenizer: Any, folder: str) 
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     ).save_pretrained(folder)
     with torch.no_grad():
-        told = _compared(config, towers, tokenizer, folder)
+        told = _compared(config, towers, tokenizer, folder, captions)
     count = sum(each.numel() for each in towers.model.parameters())
     name = f"CLIP {size} x {size}, patches of {config.model.patch_size}"
     card = (
@@ -74,7 +76,7 @@ def write(config: TrainConfig, towers: ClipTowers, tokenizer: Any, folder: str) 
     return {"architecture": name, "parameters": count}
 
 
-def _compared(config: TrainConfig, towers: ClipTowers, tokenizer: Any, folder: str) -> str:
+def _compared(config: TrainConfig, towers: ClipTowers, tokenizer: Any, folder: str, captions: str) -> str:
     """What was found, in words."""
     import torch
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
@@ -93,8 +95,8 @@ def _compared(config: TrainConfig, towers: ClipTowers, tokenizer: Any, folder: s
     inputs = processor([_picture(store, *sample) for sample in samples], return_tensors="pt")
     alike = float((_unit(loaded.get_image_features(**inputs)) * ours).sum(1).min())
     apart = max(map(_apart, views, inputs["pixel_values"]))
-    texts = _texts(store, config.method.caption_variant, samples)
-    ids = torch.from_numpy(caption_tokens.encode(tokenizer, texts, config.method.context_tokens))
+    texts = _texts(store, captions, samples)
+    ids = torch.from_numpy(caption_tokens.encode(tokenizer, texts, words.model_max_length))
     made = words(texts, padding=True, truncation=True, return_tensors="pt")
     told = _unit(loaded.get_text_features(**made))
     difference = float(torch.cat([theirs - ours, told - towers.texts(ids)]).abs().max())

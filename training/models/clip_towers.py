@@ -92,7 +92,8 @@ class ClipTowers(nn.Module):
         """[n, d] of unit length, of [n, L] token ids."""
         longest = int((ids_nL == self.end).int().argmax(1).max()) + 1
         pooled = self.model.text_model(input_ids=ids_nL[:, :longest].long()).pooler_output
-        return functional.normalize(self.model.text_projection(pooled).float(), dim=-1)
+        project = self.model.get_submodule("text_projection")
+        return functional.normalize(project(pooled).float(), dim=-1)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[b, d] of unit length, of normalised images [b, 3, S, S]."""

@@ -276,7 +276,7 @@ class Clip(Objective):
     def export(self, config: TrainConfig, task: ClipTask, folder: str) -> dict[str, Any]:
         """See `clip_folder.write`."""
         tokenizer = caption_tokens.load_tokenizer(Store(config.store), file_of(config))
-        return clip_folder.write(config, task.backbone, tokenizer, folder)
+        return clip_folder.write(config, task.backbone, tokenizer, folder, config.method.caption_variant)
 
     def describe(self, config: TrainConfig, store: Store) -> Description:
         """See `protocol.Objective`."""
