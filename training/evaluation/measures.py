@@ -169,6 +169,40 @@ def ranks_of(cosines: Tensor, own: Tensor) -> Tensor:
     return (~(cosines < cosines.gather(1, own[:, None]))).sum(1)
 
 
+def both_ranks(images: Tensor, texts: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks, from 1, by cosine: of each picture's own caption among the different ones, and of each different
+    caption's best picture among those of other captions. Ties, and what is no number, count against them.
+
+    Args:
+        images: [n, d] of unit length.
+        texts: [n, d] of unit length, of the pictures' captions.
+        groups: [n] equal for equal captions; -1 where there is none, which takes no part.
+
+    Returns:
+        ([m] of the m pictures with a caption, [M] of the M different captions).
+    """
+    import torch
+
+    kept = groups >= 0
+    images, texts = images[kept], texts[kept]
+    different, own = torch.unique(groups[kept], return_inverse=True)
+    first = torch.zeros(len(different), dtype=torch.long, device=own.device)
+    first[own.flip(0)] = torch.arange(len(own), device=own.device).flip(0)
+    texts = texts[first]
+    of_images = [
+        ranks_of(images[start:stop] @ texts.T, own[start:stop])
+        for start, stop in _blocks(len(images), len(texts))
+    ]
+    of_texts = []
+    for start, stop in _blocks(len(texts), len(images)):
+        cosines = texts[start:stop] @ images.T
+        mine = own == torch.arange(start, stop, device=own.device)[:, None]
+        best = cosines.masked_fill(~mine, -torch.inf).amax(1, keepdim=True)
+        of_texts.append(1 + (~(cosines < best) & ~mine).sum(1))
+    empty = [own.new_zeros(0)]
+    return torch.cat(of_images or empty), torch.cat(of_texts or empty)
+
+
 def retrieval(ranks: Array) -> dict[str, float]:
     """Recall at 1, 5 and 10 in percent, and the median rank."""
     recalls = {f"recall{k}": 100 * float((ranks <= k).mean()) for k in (1, 5, 10)}

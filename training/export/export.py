@@ -36,6 +36,9 @@ FILES = (
     "model.pt2",
     "labels.txt",
     "preprocessing.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "README.md",
     "config.json",
 )

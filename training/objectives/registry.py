@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import SettingsError
 from training.objectives.metric import Metric
-from training.objectives.settings import cocoop, coop, mae, mvp
+from training.objectives.settings import clip, cocoop, coop, mae, mvp
 from training.objectives.settings.align import AlignSettings
 from training.settings import MethodSettings, flaws
 
@@ -35,6 +35,7 @@ BUILT_IN = {
     "mvp": BuiltIn(mvp.MvpSettings, mvp.METRIC, presets=mvp.PRESETS, preset="mvp-vit-b"),
     "coop": BuiltIn(coop.CoOpSettings, presets=coop.PRESETS, preset="coop-scenes"),
     "cocoop": BuiltIn(cocoop.CoCoOpSettings, presets=cocoop.PRESETS, preset="cocoop-scenes"),
+    "clip": BuiltIn(clip.ClipSettings, clip.METRIC, presets=clip.PRESETS, preset="clip-vit-b32"),
 }
 """By name, which is that of the file in this folder; a test holds that settings and metric are those of the
 modules."""
