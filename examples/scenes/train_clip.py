@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--work", type=Path, help="folder to draw and train in, kept; empty: a temporary one")
     result.add_argument("--per-kind", type=int, default=320, help="training pictures of each of 28 kinds")
     result.add_argument("--per-relation", type=int, default=300, help="and of each of 12 relations")
-    result.add_argument("--epochs", type=int, default=10, help="passes over them")
+    result.add_argument("--epochs", type=int, default=14, help="passes over them")
     result.add_argument("--workers", type=int, default=0, help="processes to draw in; 0 draws in this one")
     return result
 
