@@ -127,9 +127,9 @@ def embed(folder: Path, pictures: Sequence[Path], texts: Sequence[str]) -> tuple
     return F.normalize(torch.cat(seen), dim=-1), F.normalize(torch.cat(said), dim=-1)
 
 
-def exam(folder: Path, work: Path, workers: int) -> dict[str, float]:
-    """What it can do on held-out scenes, 40 of each kind, in percent."""
-    jobs = jobs_for(work, KINDS, {"exam": 40}, EXAM_SEED)
+def exam(folder: Path, work: Path, workers: int, per_kind: int = 40) -> dict[str, float]:
+    """What it can do on held-out scenes, so many of each kind, in percent."""
+    jobs = jobs_for(work, KINDS, {"exam": per_kind}, EXAM_SEED)
     paths, scenes = zip(*drawn(jobs, workers), strict=True)
     captions = [caption_of(scene) for scene in scenes]
     prompts = [f"a photo of a {kind}." for kind in KINDS]
