@@ -35,7 +35,7 @@ RATES = (3e-4, 1e-3, 3e-3)
 SHOTS = 7
 PLAIN: Settings = {"alignment_weight": 0.0, "balance": "none"}
 _FINE: Settings = {"preset": "scenes", "clip_grad": 1.0, "loader_workers": 1, "threads": 1}
-VIT: Settings = {**_FINE, "backbone": "test_vit2", "image_size": 48, "patch_size": 8, "temperature": 0.05}
+VIT: Settings = {**_FINE, "backbone": "test_vit2", "image_size": 64, "patch_size": 8, "temperature": 0.05}
 HIERA: Settings = {**_FINE, "backbone": "hiera_nano_64", "image_size": 64, "temperature": 0.05}
 PRE: dict[str, Settings] = {
     "MVP": {"preset": "mvp-scenes", "teacher": str(ROOT / "examples" / "scenes" / "clip")},
@@ -211,7 +211,7 @@ def prompts(work: Path, name: str, seed: int) -> None:
         summary = evaluate(EvaluateConfig(run=str(run), class_half=half, retrieval=False)).summary
         found[half] = summary["top1"]
         for told in summary.get("findings", ()):
-            if told["value"] is not None and "zero-shot" in told["name"]:
+            if told["name"] == "zero-shot top-1":
                 found[f"zero-shot {half}"] = told["value"]
     (run / "judged.json").write_text(json.dumps(found))
 
