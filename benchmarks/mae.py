@@ -3,9 +3,10 @@ them, same task, same pictures.
 
 Run `python benchmarks/mae.py [--backbones NAME ...]`. A step is preparation (masks), forward, backward and
 AdamW, as `gpt4image train --objective mae` computes it; pictures are random bytes. Contenders take turns,
-step by step; medians count. The decoder (8 blocks of 512) computes the same in both: of the smallest sizes it
-is as much as the encoder, so that the gain is that of the larger ones. `encoder` is forward and backward of
-the backbone alone. Seconds on a CPU are its own (process time), whatever else the machine does.
+step by step; medians count. `encoder` is forward and backward of the backbone alone; the decoder (8 blocks of
+512) computes the same in both, and beside the smallest sizes it is nearly as much as the full encoder, which
+bounds what masking can gain there. Seconds on a CPU are its own (process time), whatever else the machine
+does.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--backbones", nargs="+", default=NAMED, help="the goal is for the last of them")
+    parser.add_argument("--backbones", nargs="+", default=NAMED, help="the goal is for each of them")
     parser.add_argument("--batch", type=int, default=64 if gpu else 4, help="images a step (64; 4 on a CPU)")
     parser.add_argument("--turns", type=int, default=20 if gpu else 7, help="timed steps of each contender")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -59,7 +60,9 @@ def main() -> int:
                     f"{backbone:22}{what:9}{name:>6}{medians[name]:>9.3f}"
                     f"{options.batch / medians[name]:>10.1f}{medians['all'] / medians[name]:>8.2f}   {turns}"
                 )
-    value = ratios[options.backbones[-1]]["step"]
+    value = min(found["step"] for found in ratios.values())
+    reached = [name for name, found in ratios.items() if found["step"] >= GOAL]
+    table.append(f"a step {GOAL} times as fast: {', '.join(reached) or 'none'}")
     record.publish(
         "mae",
         "Masked autoencoding: a step at mask ratio 0.6 beside a full one",
@@ -70,7 +73,6 @@ def main() -> int:
         value=value,
         unit="times as fast",
         goal=GOAL,
-        of=options.backbones[-1],
         of_backbones=ratios,
         batch=options.batch,
         threads=options.threads,
