@@ -273,6 +273,9 @@ def test_its_flags_are_its_own_and_a_backbone_is_none_of_them(capsys: pytest.Cap
     config = parse_train(["--store", "s", "--preset", "cocoop", "--shots", "8"])
     assert (config.objective, config.method.context_words, config.data.shots) == ("cocoop", "a photo of a", 8)
     assert (config.optim.lr, config.optim.batch_size, config.model.backbone) == (0.016, 8, "clip")
+    assert config.method.clip == "openai/clip-vit-base-patch16"  # the paper's, and not the toy of the scenes
+    with pytest.raises(SettingsError, match="clip: name the frozen CLIP"):
+        TrainConfig.of(store="s", objective="coop")
     wrong = [["--backbone", "resnet18"], ["--context-length", "0"], ["--zero-shot-templates", "a photo"]]
     for flags in wrong:
         with pytest.raises(SystemExit):

@@ -31,10 +31,10 @@ class BuiltIn:
 
 BUILT_IN = {
     "align": BuiltIn(AlignSettings),
-    "mae": BuiltIn(mae.MaeSettings, mae.METRIC, presets=mae.PRESETS, preset="hiera-scenes-mae"),
+    "mae": BuiltIn(mae.MaeSettings, mae.METRIC, presets=mae.PRESETS, preset="hiera-t-mae"),
     "mvp": BuiltIn(mvp.MvpSettings, mvp.METRIC, presets=mvp.PRESETS, preset="mvp-vit-b"),
-    "coop": BuiltIn(coop.CoOpSettings, presets=coop.PRESETS, preset="coop-scenes"),
-    "cocoop": BuiltIn(cocoop.CoCoOpSettings, presets=cocoop.PRESETS, preset="cocoop-scenes"),
+    "coop": BuiltIn(coop.CoOpSettings, presets=coop.PRESETS, preset="coop"),
+    "cocoop": BuiltIn(cocoop.CoCoOpSettings, presets=cocoop.PRESETS, preset="cocoop"),
     "clip": BuiltIn(clip.ClipSettings, clip.METRIC, presets=clip.PRESETS, preset="clip-vit-b32"),
 }
 """By name, which is that of the file in this folder; a test holds that settings and metric are those of the

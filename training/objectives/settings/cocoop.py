@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from training.objectives.settings.coop import OPTIMISER, SCENES, PromptLearning
+from training.objectives.settings.coop import OPTIMISER, PAPERS_CLIP, SCENES, PromptLearning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # larger in proportion.
     "cocoop": {
         **OPTIMISER,
+        "clip": PAPERS_CLIP,
         "image_size": 224,
         "shots": 16,
         "epochs": 10,

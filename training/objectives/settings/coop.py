@@ -10,6 +10,9 @@ import tyro
 from training.settings import Grid, MethodSettings, below
 
 TEMPLATES = ("a photo of a {label}.",)
+PAPERS_CLIP = "openai/clip-vit-base-patch16"
+SCENES_CLIP = "examples/scenes/clip"
+"""Knows drawn scenes alone, so that only their recipes name it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,8 @@ class PromptLearning(MethodSettings):
     legend: ClassVar = {"context_length": "how many vectors are learned in place of a prompt's words"}
     grid = ContextGrid
 
-    clip: str = "examples/scenes/clip"
-    """The frozen CLIP: folder or hub name (ORG/NAME or ORG/NAME@REVISION, pinned to its commit) of a
+    clip: str = ""
+    """The frozen CLIP, which must be named: folder or hub name (ORG/NAME or ORG/NAME@REVISION, pinned to its commit) of a
     transformers CLIPModel in safetensors."""
     clip_revision: tyro.conf.Suppress[str] = ""
     """Commit, or hash of the folder's files; found when a run begins."""
@@ -58,6 +61,8 @@ class PromptLearning(MethodSettings):
     def faults(self) -> list[str]:
         """See `Settings.faults`."""
         faults = below(0, self, "context_length") + below(1, self, "prompts_at_once")
+        if not self.clip:
+            faults.append(f"clip: name the frozen CLIP, such as --clip {PAPERS_CLIP}.")
         if not self.context_length and not self.context_words:
             faults.append("context_length=0: needs --context-words to take the number from.")
         if not self.zero_shot_templates or any("{label}" not in each for each in self.zero_shot_templates):
@@ -89,9 +94,22 @@ OPTIMISER: dict[str, Any] = {
     "crop_scale": 0.08,
     "flip": 0.5,
 }
-_COOP: dict[str, Any] = {**OPTIMISER, "image_size": 224, "batch_size": 32, "context_length": 16}
+_COOP: dict[str, Any] = {
+    **OPTIMISER,
+    "clip": PAPERS_CLIP,
+    "image_size": 224,
+    "batch_size": 32,
+    "context_length": 16,
+}
 # The small CLIP that comes along, on drawn scenes: no flips ("left of" must stay true), no harsh crops.
-SCENES: dict[str, Any] = {**OPTIMISER, "image_size": 64, "crop_scale": 0.8, "flip": 0.0, "workers": 1}
+SCENES: dict[str, Any] = {
+    **OPTIMISER,
+    "clip": SCENES_CLIP,
+    "image_size": 64,
+    "crop_scale": 0.8,
+    "flip": 0.0,
+    "workers": 1,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "coop": {**_COOP, "shots": 16, "epochs": 200},
