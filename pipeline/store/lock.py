@@ -33,6 +33,8 @@ _PREFIX = "lock-"
 _OURS: set[str] = set()  # announcements of this very process
 BEAT_S = 15.0  # between two announcements on an object store
 SILENCE_S = 60.0  # after which whoever announced itself is taken for dead
+# What was told to end takes a moment: a run after Ctrl-C, the second of two jobs that were sent at once.
+PATIENCE_S = 10.0
 _UNKNOWN = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems without locks
 
 
@@ -45,7 +47,7 @@ def held(folder: str, what: str) -> Iterator[None]:
         what: the setting that names the folder, for the message.
 
     Raises:
-        SettingsError: another process holds it; the text says which.
+        SettingsError: another process holds it, `PATIENCE_S` later too; the text says which.
     """
     if not locations.is_local(folder):
         with _announced(folder, what):
@@ -115,7 +117,7 @@ def _outlive_others(filesystem: fs.FileSystem, root: str, mine: str, folder: str
     """Returns once no other process says that it is at work; of a killed one that takes as long as its
     silence must last."""
     first: dict[str, float] = {}
-    warned = False
+    warned, begun = False, time.monotonic()
     while True:
         infos = filesystem.get_file_info(fs.FileSelector(root))
         times = {
@@ -134,14 +136,13 @@ def _outlive_others(filesystem: fs.FileSystem, root: str, mine: str, folder: str
                 with contextlib.suppress(OSError):
                     filesystem.delete_file(path)
             return
-        alive = [path for path, at in others.items() if at > first.setdefault(path, at) or _is_here(path)]
+        here = [path for path in others if _is_here(path)]
+        alive = [path for path, at in others.items() if at > first.setdefault(path, at) and path not in here]
+        patient = time.monotonic() - begun < PATIENCE_S and not _OURS & set(here)
+        alive += [] if patient else here
         if alive:
             host, pid = _host_and_pid(alive[0])
-            message = (
-                f"{what}={folder}: process {pid} on {host} is at work in it; wait until it ends, or pass "
-                f"another --{what}."
-            )
-            raise SettingsError(message)
+            raise _refused(folder, what, f"process {pid} on {host}")
         if not warned:
             host, pid = _host_and_pid(next(iter(others)))
             print(
@@ -151,7 +152,7 @@ def _outlive_others(filesystem: fs.FileSystem, root: str, mine: str, folder: str
                 flush=True,
             )
             warned = True
-        time.sleep(min(BEAT_S, 5))
+        time.sleep(min(BEAT_S, PATIENCE_S, 0.5 if here else 5))
 
 
 def _host_and_pid(path: str) -> tuple[str, int]:
@@ -180,21 +181,37 @@ def _owner() -> dict[str, object]:
 
 
 def _lock(stream: IO[str], folder: str, what: str) -> None:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        message = (
-            f"{what}={folder}: {_holder(stream)} is at work in it; wait until it ends, or pass another "
-            f"--{what}."
-        )
-        raise SettingsError(message) from None
-    except OSError as error:
-        if error.errno not in _UNKNOWN:
-            raise
-        print(
-            f"{what}={folder}: its file system has no locks; take care that no second process works in it.",
-            file=sys.stderr,
-        )
+    begun, warned = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(stream)
+            itself = f"process {os.getpid()} on {socket.gethostname()} " in holder
+            if itself or time.monotonic() - begun > PATIENCE_S:
+                raise _refused(folder, what, holder) from None
+            if not warned:
+                said = f"{what}={folder}: {holder} is at work in it; waiting {PATIENCE_S:.0f} s for its end"
+                print(said, file=sys.stderr, flush=True)
+                warned = True
+            time.sleep(min(PATIENCE_S, 0.2))
+        except OSError as error:
+            if error.errno not in _UNKNOWN:
+                raise
+            print(
+                f"{what}={folder}: its file system has no locks; take care that no second process works in "
+                "it.",
+                file=sys.stderr,
+            )
+            return
+        else:
+            return
+
+
+def _refused(folder: str, what: str, holder: str) -> SettingsError:
+    return SettingsError(
+        f"{what}={folder}: {holder} is at work in it; wait until it ends, or pass another --{what}."
+    )
 
 
 def _holder(stream: IO[str]) -> str:

@@ -110,15 +110,18 @@ class Host:
     def log(self) -> Path:
         return self.folder.parent / f"{self.name}.log"
 
-    def actors(self) -> set[str]:
-        """Which of Ray's actors are at work here, by the names of their processes."""
+    def processes(self) -> dict[psutil.Process, str]:
+        """Ray's actors that are at work here, with the names of their processes."""
         assert self.node is not None
-        found = set()
+        found = {}
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.node.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    found.add(" ".join(process.cmdline()))
-        return {name for name in found if name.startswith("ray::")}
+                    found[process] = " ".join(process.cmdline())
+        return {process: name for process, name in found.items() if name.startswith("ray::")}
+
+    def actors(self) -> set[str]:
+        return set(self.processes().values())
 
 
 def joined(hosts: list[Host]) -> str:
@@ -205,6 +208,20 @@ def actors_until_done(driver: subprocess.Popen[bytes], hosts: list[Host], second
     return seen
 
 
+@contextlib.contextmanager
+def stopped(actor: str, hosts: list[Host]) -> Iterator[None]:
+    """Actors of a name do nothing in the meantime."""
+    held = [process for host in hosts for process, name in host.processes().items() if actor in name]
+    assert held, f"no {actor}"
+    for process in held:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in held:
+            process.resume()
+
+
 def has(names: set[str], actor: str) -> bool:
     return any(actor in name for name in names)
 
@@ -222,11 +239,12 @@ def test_a_store_is_described_and_a_model_trained_by_hosts_that_share_only_s3(ho
     train += ["--workers", "2", "--threads", "3", "--batch-size", "32", "--epochs", "12"]
     train += ["--tracking-uri", "none"]
     driver = first.start(*train)
-    wait_until_told(first, "starting 2 workers", driver, 90)  # it holds the run; the other asks for 15 s
-    other = second.start(*train)
+    wait_until_told(first, "epoch   1/", driver, 120)
+    with stopped("RayTrainWorker", hosts):  # it holds the run for as long as the other asks, 15 s
+        other = second.start(*train)
+        assert other.wait(90) == 2, second.log.read_text()
     seen = actors_until_done(driver, hosts, 150)
     assert all(has(names, "RayTrainWorker") for names in seen), seen
-    assert other.wait(60) == 2, second.log.read_text()
     assert "on host-a is at work in it" in second.log.read_text()
 
     again = second.start(*train)

@@ -27,6 +27,25 @@ with lock.held(sys.argv[1], "sweep"):
 """
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.3)
+
+
+def test_who_was_told_to_end_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_S", 60.0)
+    folder = str(tmp_path / "sweep")
+    child = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "held\n"
+    threading.Timer(1, child.kill).start()
+    begun = time.monotonic()
+    with lock.held(folder, "sweep"):
+        assert child.wait(5) == -signal.SIGKILL and time.monotonic() - begun < 30
+    assert f"process {child.pid}" in (said := capsys.readouterr().err) and "waiting 60 s" in said, said
+
+
 def test_a_folder_is_held_by_one_process_until_it_ends_however_it_ends(tmp_path: Path) -> None:
     folder = str(tmp_path / "sweep")
     child = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True)
