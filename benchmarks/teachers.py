@@ -34,7 +34,13 @@ SEEDS = (1, 2, 3, 4, 5)
 RATES = (3e-4, 1e-3, 3e-3)
 SHOTS = 7
 PLAIN: Settings = {"alignment_weight": 0.0, "balance": "none"}
-_FINE: Settings = {"preset": "scenes", "clip_grad": 1.0, "loader_workers": 1, "threads": 1}
+_FINE: Settings = {
+    "preset": "scenes",
+    "epochs": 15,
+    "clip_grad": 1.0,
+    "loader_workers": 1,
+    "threads": 1,
+}
 VIT: Settings = {**_FINE, "backbone": "test_vit2", "image_size": 64, "patch_size": 8, "temperature": 0.05}
 HIERA: Settings = {**_FINE, "backbone": "hiera_nano_64", "image_size": 64, "temperature": 0.05}
 PRE: dict[str, Settings] = {

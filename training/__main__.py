@@ -109,11 +109,19 @@ def _train(settings: config.TrainConfig) -> int:
 
 
 def _evaluate(settings: config.EvaluateConfig) -> int:
-    from training.evaluation import findings
+    from training.evaluation import findings, spread
     from training.evaluation.evaluate import evaluate
 
-    summary = evaluate(settings).summary
-    print(json.dumps(summary) if settings.json else findings.table(summary))
+    summaries = []
+    for each in settings.each():
+        summaries.append(evaluate(each).summary)
+        if not settings.json:
+            print(findings.table(summaries[-1]), flush=True)
+    if settings.json:
+        told = summaries[0] if len(summaries) == 1 else {"runs": summaries, **spread.of_runs(summaries)}
+        print(json.dumps(told))
+    elif len(summaries) > 1:
+        print(spread.table(summaries))
     if settings.to:
         print(f"written: {settings.to}", file=sys.stderr)
     return 0

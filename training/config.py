@@ -7,7 +7,8 @@ when a run is resumed.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+import os
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Generic, Literal, Self, cast, get_type_hints
 
 import tyro
@@ -211,6 +212,8 @@ class EvaluateConfig:
 
     run: tyro.conf.Positional[str]
     """Folder or s3:// address of a run."""
+    more_runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Further ones, such as the same with other seeds: each is judged, then all by mean and deviation."""
     split: str = ""
     """Split to measure on; empty: the run's --eval-split."""
     checkpoint: Literal["last", "best"] = "last"
@@ -240,8 +243,8 @@ class EvaluateConfig:
     """Classes to choose from, one name a line (or CLASS, a tab, and another name for it); empty: the
     store's."""
     to: str = ""
-    """Folder for evaluation.json, per_class.csv, predictions.parquet, confusion.png and reliability.png;
-    empty: none."""
+    """Folder for evaluation.json, per_class.csv, predictions.parquet, confusion.png and reliability.png (of
+    several runs, one in it for each); empty: none."""
     json: bool = False
     """One JSON object on standard output, and nothing else."""
 
@@ -264,8 +267,25 @@ class EvaluateConfig:
                 )
         if "://" in self.to:
             faults.append(f"to={self.to}: must be a folder of this machine.")
+        runs = (self.run, *self.more_runs)
+        if twice := sorted({run for run in runs if runs.count(run) > 1}):
+            faults.append(f"run={twice[0]}: name each run once.")
         if faults:
             raise SettingsError("\n".join(faults))
+
+    def each(self) -> list[EvaluateConfig]:
+        """The same question for each run alone; what it writes, in a folder of the run's name, or of its
+        number where runs are called alike."""
+        runs = (self.run, *self.more_runs)
+        if len(runs) == 1:
+            return [self]
+        names = [run.rstrip("/").rpartition("/")[2] for run in runs]
+        if len(set(names)) < len(names):
+            names = [f"{number}-{name}" for number, name in enumerate(names, 1)]
+        return [
+            replace(self, run=run, more_runs=(), to=os.path.join(self.to, name) if self.to else "")
+            for run, name in zip(runs, names, strict=True)
+        ]
 
 
 FORMATS = ("timm", "onnx", "torch")

@@ -129,11 +129,13 @@ def test_a_demo_goes_on_as_it_was_begun_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Pictures of one task would pass for those of another."""
-    monkeypatch.setattr(demo, "_steps", lambda config, root: {})
+    monkeypatch.setattr(demo, "steps", lambda config, root: [])
     command = ["demo", "--to", str(tmp_path / "demo")]
     assert cluster_main(command) == cluster_main(command) == 0
     assert cluster_main([*command, "--task", "relations"]) == 2
     assert "task: kinds then, relations now" in capsys.readouterr().err
+    assert cluster_main([*command, "--objective", "mae"]) == 2
+    assert "objective: align then, mae now" in capsys.readouterr().err
     (tmp_path / "old" / "scenes").mkdir(parents=True)
     (tmp_path / "old" / "scenes" / "truth.jsonl").touch()
     assert cluster_main(["demo", "--to", str(tmp_path / "old")]) == 2

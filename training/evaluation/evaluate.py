@@ -98,6 +98,7 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
         judgement = Judgement(summary=_by_own_metric(judge, split), classes=classes)
     summary: Found = {
         "run": settings.run,
+        "objective": config.objective,
         "split": split,
         "checkpoint": settings.checkpoint,
         "weights": loaded.weights,
@@ -167,7 +168,7 @@ def _by_own_metric(judge: Judge, split: str) -> Found:
     """What the method is judged by, where its model has no classifier."""
     metrics = judge.metrics(split)
     images = int(metrics.pop("eval_images"))
-    return {"objective": judge.config.objective, "images": images, **metrics}
+    return {"images": images, **metrics}
 
 
 def _knn(judge: Judge, outputs: Outputs, split: str) -> Found:
