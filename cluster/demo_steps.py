@@ -69,8 +69,8 @@ def _pretraining(config: DemoConfig, root: str, common: Sequence[str]) -> list[S
     there, each plain and aligned."""
     recipe = {"mae": "hiera-scenes-mae", "mvp": "mvp-scenes"}[config.objective]
     backbone = {
-        "mae": ["--backbone", "hiera_nano_64", "--image-size", "64"],
-        "mvp": ["--backbone", "test_vit2", "--image-size", "64", "--patch-size", "8"],
+        "mae": ["--backbones", "hiera_nano_64", "--image-size", "64"],
+        "mvp": ["--backbones", "test_vit2", "--image-size", "64", "--patch-size", "8"],
     }[config.objective]
     before = f"{root}/{config.objective}"
     few = [*common, "--preset", "scenes", *backbone, "--lr", "1e-3", "--clip-grad", "1", "--shots", SHOTS]

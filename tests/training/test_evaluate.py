@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from pipeline.encoders.models import resolve
 from pipeline.encoders.text import TextEncoder
+from pipeline.errors import SettingsError
 from pipeline.store import CAPTIONS, IMAGES, Dataset, Split, Store, embeddings_table
 from training import run_folder
 from training.__main__ import main
@@ -29,7 +31,7 @@ from training.config import EvaluateConfig, TrainConfig
 from training.data import text_targets
 from training.data.order import Rows
 from training.engine import build, checkpoint, loop
-from training.evaluation import measures, outputs
+from training.evaluation import measures, outputs, spread
 from training.objectives import align
 from training.objectives.align import Inputs
 from training.settings import flat
@@ -387,6 +389,36 @@ def test_the_table_names_every_measure(run: Path, capsys: pytest.CaptureFixture[
         "ema weights",
     ):
         assert words in told.out, words
+
+
+def test_several_runs_are_judged_one_by_one_and_then_by_mean_and_deviation(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(run, tmp_path / "again" / run.name)
+    command = ["evaluate", str(run), str(other), "--no-retrieval", "--linear-probe"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["run"] for each in found["runs"]] == [str(run), str(other)]
+    assert found["mean"]["top-1"] == found["runs"][0]["top1"] and found["deviation"]["top-1"] == 0
+    assert main([*command, "--to", str(tmp_path / "files")]) == 0
+    told = capsys.readouterr().out
+    probe = found["mean"]["linear probe top-1"]
+    assert "2 runs on val: mean +- deviation" in told
+    assert f"linear probe top-1  {probe:6.2f} +- 0.00   ({probe:.2f} {probe:.2f})" in told
+    folders = {path.parent.name for path in tmp_path.glob("files/*/evaluation.json")}
+    assert folders == {f"1-{run.name}", f"2-{run.name}"}
+    with pytest.raises(SettingsError, match="name each run once"):
+        EvaluateConfig(run="a", more_runs=("a",))
+
+
+def test_the_deviation_is_that_of_a_sample() -> None:
+    runs = [
+        {"objective": "align", "split": "val", "top1": top1, "knn": {"top1": 9.0}} for top1 in (60.0, 64.0)
+    ]
+    runs[0]["linear_probe"] = {"top1": 1.0}
+    told = spread.of_runs(runs)
+    assert told["mean"] == {"top-1": 62.0, "k-NN top-1": 9.0}, "what both have"
+    assert told["deviation"]["top-1"] == pytest.approx(8**0.5)
 
 
 def test_a_baseline_has_neither_retrieval_nor_zero_shot(
