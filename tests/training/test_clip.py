@@ -102,6 +102,9 @@ def test_the_store_keeps_the_tokenizer_and_a_run_keeps_its_own(
     groups = found["caption_groups"][:, 0]
     assert found["caption_ids"].shape == (10, 1, 12) and (groups[:2] == -1).all() and (groups[2:] >= 0).all()
     texts = store.read_shard("captions", "test", 0, ["caption"])["caption"].to_pylist()[2:]
+    full = max(int((ids != ids[-1]).sum()) + 1 for ids in found["caption_ids"][2:, 0])
+    assert caption_tokens.cut(store, "test", 0, file, full) == (0, 8)
+    assert caption_tokens.cut(store, "test", 0, file, 3) == (8, 8), "start, a token, end"
     assert len(set(groups[2:].tolist())) == len(set(texts))
 
 

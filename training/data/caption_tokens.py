@@ -133,6 +133,14 @@ def encode(tokenizer: Any, texts: list[str], longest: int) -> Array:
     return rows
 
 
+def cut(store: Store, variant: str, shard: int, file: str, longest: int) -> tuple[int, int]:
+    """(captions of a shard that lose words to `longest`, all of its captions)."""
+    table = store.read_shard("captions", variant, shard, ["caption", "others"])
+    texts = [text for each in _texts(table) for _, text in each]
+    lengths = [len(each.ids) for each in _loaded(store.uri, file).encode_batch(texts)]
+    return sum(length > longest for length in lengths), len(texts)
+
+
 def load_tokenizer(store: Store, file: str) -> Any:
     """A tokenizers.Tokenizer.
 

@@ -226,12 +226,17 @@ class Clip(Objective):
         return task
 
     def notes(self, config: TrainConfig, store: Store, facts: ClipFacts) -> tuple[str, ...]:
-        """Of pictures that have no caption."""
-        receipts, split = store.receipts("captions", facts.variants["captions"]), config.data.train_split
-        without = sum(receipts[shard].failed for shard in store.split_shards(split))
-        if not without:
-            return ()
-        return (f"{without} pictures of {split} have no caption: they teach nothing",)
+        """Of pictures that have no caption, and of captions that are longer than what is read of them."""
+        variant, split = facts.variants["captions"], config.data.train_split
+        receipts, shards = store.receipts("captions", variant), store.split_shards(split)
+        told = []
+        if without := sum(receipts[shard].failed for shard in shards):
+            told.append(f"{without} pictures of {split} have no caption: they teach nothing")
+        longest = config.method.context_tokens
+        some, of = caption_tokens.cut(store, variant, shards[0], facts.file, longest)
+        if some:
+            told.append(f"the end is cut of {some} of the first {of} captions: --context-tokens {longest}")
+        return tuple(told)
 
     def findings(
         self, config: TrainConfig, judge: Judge, split: str, outputs: Outputs, templates: Sequence[str]
