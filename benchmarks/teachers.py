@@ -68,6 +68,14 @@ ARMS: dict[str, dict[str, tuple[Settings, str]]] = {
         "MAE, then align": (HIERA, "MAE"),
     },
 }
+TITLES = {
+    "ViT": "ViT of 0.35 million parameters, seven labels a class",
+    "Hiera": "Hiera of 1.2 million parameters, seven labels a class",
+    "CLIP, base": "frozen CLIP, 14 classes with seven labels each",
+    "CLIP, new": "frozen CLIP, 14 classes without a label",
+    "CLIP, H": "frozen CLIP, harmonic mean of both",
+}
+GAIN, LOSS, UNCLEAR = "#009E73", "#D55E00", "#56606B"
 PROMPTS = {"CoOp": "coop-scenes", "CoCoOp": "cocoop-scenes"}
 
 
@@ -80,6 +88,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="trainings at a time")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/teachers.md")
+    parser.add_argument("--picture", default="", help="also draw the table into this file")
     options = parser.parse_args()
     work = Path(options.work).resolve()
     for drawing in (SEARCHED, JUDGED):
@@ -92,8 +101,8 @@ def main() -> int:
             for drawing in (SEARCHED, JUDGED)
             for teacher in ONCE
         ]
-        for each in once:
-            each.result()
+        for made in once:
+            made.result()
         searches = {pool.submit(search, work, kind): kind for kind in kinds}
         jobs = {pool.submit(prompts, work, name, seed): name for seed in options.seeds for name in PROMPTS}
         chosen = {}
@@ -105,9 +114,11 @@ def main() -> int:
             for seed in options.seeds
             for kind in kinds
         }
-        for done in as_completed(jobs):
-            done.result()
+        for ended in as_completed(jobs):
+            ended.result()
     rows = summary(work, options.seeds)
+    if options.picture:
+        draw_picture(rows, options.picture)
     shown = [row for row in rows if row["arm"] == "MVP, then align"]
     record.publish(
         "teachers",
@@ -277,6 +288,44 @@ def summary(work: Path, seeds: list[int]) -> list[Settings]:
             values = {seed: of_half(each, half, "") for seed, each in found.items()}
             rows.append(row(f"CLIP, {half}", name, values, zero))
     return rows
+
+
+def draw_picture(rows: list[Settings], to: str) -> None:
+    """Top-1 of every seed, means, and Student's 95 % intervals of them, a panel a group."""
+    from matplotlib.figure import Figure
+
+    from tuning.report.significance import student_interval
+
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    panels = {group: [row for row in rows if row["group"] == group] for group in groups}
+    heights = [len(each) for each in panels.values()]
+    figure = Figure(figsize=(9.5, 0.36 * sum(heights) + 0.55 * len(heights) + 0.6), layout="constrained")
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, sharex=True)
+    for panel, (group, mine) in zip(axes, panels.items(), strict=True):
+        for height, row in enumerate(reversed(mine)):
+            values = list(row["values"].values())
+            colour = UNCLEAR
+            if "gain" in row and not row["low"] <= 0 <= row["high"]:
+                colour = GAIN if row["low"] > 0 else LOSS
+            if len(set(values)) > 1:
+                panel.plot(student_interval(values), [height] * 2, color=colour, lw=2.2, alpha=0.75)
+            panel.scatter(values, [height] * len(values), s=18, color="white", edgecolor=colour, zorder=3)
+            panel.plot([row["mean"]], [height], marker="D", color=colour, ms=6, zorder=4)
+            told = f"{row['mean']:.1f}" + (f"  ({row['gain']:+.1f})" if "gain" in row else "")
+            panel.annotate(
+                told, (1.02, height), xycoords=("axes fraction", "data"), va="center", fontsize=8.5
+            )
+        panel.set_yticks(range(len(mine)), [row["arm"] for row in reversed(mine)], fontsize=8.5)
+        panel.set_ylim(-0.6, len(mine) - 0.4)
+        panel.set_title(TITLES.get(group, group), fontsize=10, loc="left")
+        panel.grid(axis="x", color="#e3e6ea")
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+    axes[-1].set_xlim(0, 100)
+    axes[-1].set_xlabel(
+        "top-1, %; a circle is a seed; diamond: mean; bar: 95 %; in brackets: over the first line"
+    )
+    figure.savefig(to, dpi=110)
 
 
 def of_half(found: Settings, half: str, prefix: str) -> float:

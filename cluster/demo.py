@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -31,6 +32,8 @@ def run(config: DemoConfig) -> int:
     with _PeakMemory() as memory:
         for name, arguments in steps(config, root):
             print(f"\n== {name}", file=sys.stderr, flush=True)
+            if arguments:
+                print(f"$ gpt4image {shlex.join(arguments)}", file=sys.stderr, flush=True)
             start = time.monotonic()
             code = cli.main(arguments) if arguments else _render(config, root)
             seconds[name] = round(time.monotonic() - start, 1)
