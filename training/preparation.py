@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from pipeline.errors import MissingError, SettingsError
+from pipeline.errors import MissingError, OtherSettingsError, SettingsError
 from pipeline.store import Store, locations
 from training import run_folder
 from training.config import TrainConfig
@@ -56,17 +56,38 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     recorded = read_json(config.run, "config.json")
     config = backbones.resolved(config, recorded)
     if recorded is not None:
+        config = config.but(init_state=recorded.get("init_state", ""))
         config = run_folder.resumed(config, recorded)
         run_folder.check_store(config.run, recorded, Store(config.store))
     begun = recorded is not None and _has_checkpoint(config.run)
     if config.model.init_from and not begun:
-        print(f"train: {chain.check(config)}", file=sys.stderr)
+        told, state = chain.check(config)
+        print(f"train: {told}", file=sys.stderr)
+        config = _started_from(config, state, resumed=recorded is not None)
     facts = check(config)
     for note in objective_of(config).notes(config, Store(config.store), facts):
         print(f"train: {note}", file=sys.stderr)
     if config.model.pretrained and not config.model.brings_weights and not begun:
         weights.fetch_weights(config.model.backbone)
     return config.but(**facts.found), facts.variants
+
+
+def _started_from(config: TrainConfig, state: str, *, resumed: bool) -> TrainConfig:
+    """The settings with the weights that --init-from names now.
+
+    Raises:
+        OtherSettingsError: the run goes on before its first checkpoint, and began with other ones.
+    """
+    start, then = config.model.init_from, config.model.init_state
+    if then not in ("", state):
+        if resumed:
+            message = (
+                f"run={config.run}: has no checkpoint yet, and {start} has other weights than when it began; "
+                "pass another --run to start from those."
+            )
+            raise OtherSettingsError(message)
+        print(f"train: note: {start} has other weights than those on record ({then})", file=sys.stderr)
+    return config.but(init_state=state)
 
 
 def few_steps(config: TrainConfig) -> str:

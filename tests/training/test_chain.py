@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from pipeline.errors import OtherSettingsError
 from tests.runs import fitted
 from training import preparation
 from training.config import TrainConfig
 from training.models import backbones, chain
+from training.settings import flat
 
 
 def settings(store: Path, **changes: Any) -> TrainConfig:
@@ -90,6 +94,30 @@ def test_runs_that_cannot_be_started_from_are_named_before_anything_starts(
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text((first / "config.json").read_text())
     assert "holds no checkpoint" in told(init_from=str(tmp_path / "empty"))
+
+
+def test_a_run_without_a_checkpoint_goes_on_from_the_weights_that_it_began_with_or_not_at_all(
+    tmp_path: Path, make_store: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "store", train=30, val=12)
+    first = fitted(settings(store, alignment_weight=0.0), tmp_path / "first")
+    asked = settings(store, alignment_weight=0.0, init_from=str(first), run=str(tmp_path / "second"))
+    config, _ = preparation.prepare(asked)
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "config.json").write_text(json.dumps({"version": 1, **flat(config)}))
+    assert preparation.prepare(asked)[0] == config
+    state = first / "epoch-1" / "state.json"
+    content = json.loads(state.read_text())
+    content["history"][0]["loss"] += 1
+    state.write_text(json.dumps(content))
+    with pytest.raises(OtherSettingsError, match="has other weights than when it began"):
+        preparation.prepare(asked)
+    capsys.readouterr()
+    another, _ = preparation.prepare(config.but(run=str(tmp_path / "third")))
+    assert "other weights than those on record" in capsys.readouterr().err
+    assert another.model.init_state not in ("", config.model.init_state)
+    shutil.copytree(first / "epoch-1", tmp_path / "second" / "epoch-1")
+    assert preparation.prepare(asked)[0] == config, "it needs them no more"
 
 
 def test_weights_that_do_not_fit_are_told_by_name_and_shape() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 from typing import Any
@@ -19,15 +21,18 @@ from training.models.weights import architecture_of
 _OF_BACKBONE = "backbone."
 
 
-def check(config: TrainConfig) -> str:
-    """Whether a run can start from the one that it names; a line about that one.
+def check(config: TrainConfig) -> tuple[str, str]:
+    """Whether a run can start from the one that it names.
+
+    Returns:
+        A line about that one, and a digest of the weights as they are now.
 
     Raises:
         SettingsError: there is no such run, it has no checkpoint, or its backbone is another one.
     """
     other = config.model.init_from
     if published_hiera.is_file(other):
-        return _check_file(config)
+        return _check_file(config), _digest_of_file(other)
     try:
         before = run_folder.read(other)
         state = checkpoint.read_state(checkpoint.find(other))
@@ -45,7 +50,9 @@ def check(config: TrainConfig) -> str:
         message = f"init_from={other}: that run has {is_so}; pass the same, or start from another run."
         raise SettingsError(message)
     epochs = len(state["history"])
-    return f"the backbone starts from {other} ({before.objective}, {epochs} of {before.optim.epochs} epochs)"
+    told = f"the backbone starts from {other} ({before.objective}, {epochs} of {before.optim.epochs} epochs)"
+    # What was measured and when, step by step, belongs to one training alone.
+    return told, hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_file(config: TrainConfig) -> str:
@@ -59,6 +66,11 @@ def _check_file(config: TrainConfig) -> str:
     start(model, config.model.init_from)
     hiera = architecture_of(config).startswith("hiera_")
     return f"the backbone starts from {config.model.init_from}" + f"; {published_hiera.LICENCE}" * hiera
+
+
+def _digest_of_file(file: str) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
 def _base(config: TrainConfig) -> str:

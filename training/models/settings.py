@@ -42,6 +42,8 @@ class ModelSettings(Deciding):
     """Start from the backbone of another run (folder or s3://), such as one of --objective mae: its last
     checkpoint, the average where it kept one; the classifier only where it has as many classes. Or from a
     FILE.safetensors or FILE.pth with timm's names of weights or those of Hiera's authors."""
+    init_state: tyro.conf.Suppress[str] = ""
+    """Which weights --init-from names; found when a run begins."""
     freeze_backbone: bool = False
     """Train nothing of the backbone but its classifier, with statistics of BatchNorm as they are: a linear
     probe of what --init-from or --pretrained bring."""
