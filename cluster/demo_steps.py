@@ -13,6 +13,8 @@ from cluster.config import DemoConfig
 
 SWEEP_EPOCHS = "4"  # to see the sweep work; what is compared is trained for as long as the recipe says
 SHOTS = "7"
+PRETRAINING_EPOCHS = {"mae": "6", "mvp": "12"}  # a third or less of the recipes', for minutes
+FINE_TUNING_EPOCHS = "15"
 CLIP = "examples/scenes/clip"
 
 
@@ -67,15 +69,19 @@ def _align(config: DemoConfig, root: str, common: Sequence[str]) -> list[Step]:
 def _pretraining(config: DemoConfig, root: str, common: Sequence[str]) -> list[Step]:
     """Learns from all pictures without labels, then from few labels: the same backbone from nothing and from
     there, each plain and aligned."""
-    recipe = {"mae": "hiera-scenes-mae", "mvp": "mvp-scenes"}[config.objective]
     backbone = {
         "mae": ["--backbones", "hiera_nano_64", "--image-size", "64"],
         "mvp": ["--backbones", "test_vit2", "--image-size", "64", "--patch-size", "8"],
     }[config.objective]
+    recipe = {"mae": "hiera-scenes-mae", "mvp": "mvp-scenes"}[config.objective]
     before = f"{root}/{config.objective}"
+    learn = [*common, "--preset", recipe, "--run", before]
     few = [*common, "--preset", "scenes", *backbone, "--lr", "1e-3", "--clip-grad", "1", "--shots", SHOTS]
+    if not config.epochs:
+        learn += ["--epochs", PRETRAINING_EPOCHS[config.objective]]
+        few += ["--epochs", FINE_TUNING_EPOCHS]
     return [
-        Step("learn from pictures alone", ("train", *common, "--preset", recipe, "--run", before)),
+        Step("learn from pictures alone", ("train", *learn)),
         Step("what it has learned", ("evaluate", before, "--linear-probe", "--to", f"{root}/evaluation")),
         Step("few labels, from nothing", _compared(root, "from-nothing", "1 2 3", few)),
         Step(
