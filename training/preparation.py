@@ -56,7 +56,6 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     recorded = read_json(config.run, "config.json")
     config = backbones.resolved(config, recorded)
     if recorded is not None:
-        config = config.but(init_state=recorded.get("init_state", ""))
         config = run_folder.resumed(config, recorded)
         run_folder.check_store(config.run, recorded, Store(config.store))
     begun = recorded is not None and _has_checkpoint(config.run)
