@@ -56,8 +56,9 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
     config = run_folder.read(settings.run).but(run=run_folder.address(settings.run))
     config = config.but(class_half=settings.class_half) if settings.class_half else config
     if settings.store:
-        if not config.method.own_model:
-            message = f"store={settings.store}: {config.objective} knows the classes of {config.store} alone."
+        # A CLIP from nothing has its tokenizer in its store.
+        if not config.method.own_model or config.objective == "clip":
+            message = f"store={settings.store}: {config.objective} is judged on {config.store} alone."
             raise SettingsError(message)
         config = config.but(store=run_folder.address(settings.store))
     if settings.to:
