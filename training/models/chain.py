@@ -123,6 +123,16 @@ def start(model: nn.Module, run: str) -> None:
     fill(model, weights, f"init_from={run}")
 
 
+def beside_backbone(run: str) -> dict[str, Tensor]:
+    """What the last checkpoint of a run, or its average, has beside the backbone (see `start`)."""
+    from safetensors.torch import load_file
+
+    with checkpoint.opened(run) as folder:
+        average = os.path.join(folder, "ema.safetensors")
+        tensors = load_file(average if os.path.isfile(average) else os.path.join(folder, "model.safetensors"))
+    return {name: value for name, value in tensors.items() if not name.startswith(_OF_BACKBONE)}
+
+
 def fill(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Loads all weights but those of a classifier of another size; see `start`. `source` begins the error."""
     timm_model: Any = model
