@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipeline.encoders.cut import Cut
 from pipeline.encoders.models import TIMM, TIMM_FOLDER, TIMM_HUB, ModelRef
 from pipeline.errors import SettingsError
 
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+TIMM_FAMILY = "timm"
 _CLIP, _SIGLIP = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model")
+# A class token, then others, then patches row by row, behind the last norm. Of other models (Swin, ConvNeXt)
+# the first place is a patch like the rest, or there are no places.
+_ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # which fit their positions unasked
+_CLASS_TOKEN = ("vit", "deit", "vit_msn", *_ANY_SIZE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +43,7 @@ class TowerFacts:
     size: int
     """Edge of its square input, in pixels."""
     resize: int
-    """A picture's shorter edge becomes this, and the middle is cut out; 0: the picture is squashed."""
+    """See `Cut`."""
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -54,6 +60,12 @@ class TowerFacts:
     def num_tokens(self) -> int:
         """N."""
         return self.grid**2
+
+    @property
+    def cut(self) -> Cut:
+        """How it wants pictures: each library cuts in its own way."""
+        rounds = self.family == TIMM_FAMILY
+        return Cut(size=self.size, resize=self.resize, interpolation=self.interpolation, rounds=rounds)
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class VisionTower:
 
     def view(self, picture: Image.Image) -> npt.NDArray[np.uint8]:
         """[S, S, 3] of an RGB picture, resized and cut as the tower wants it."""
-        return view(self.facts, picture)
+        return self.facts.cut(picture)
 
     def __call__(self, images: Tensor) -> Seen:
         """What it says of [b, 3, H, W] uint8 images (0 to 255), which are resized where H and W are not its
@@ -125,19 +137,6 @@ def describe(model: ModelRef, size: int = 0) -> TowerFacts:
         SettingsError: no vision tower, no square input, or a size that it does not take.
     """
     return _facts(model, _timm_tower(model, size) if _is_timm(model) else _transformers_tower(model, size))
-
-
-def view(facts: TowerFacts, picture: Image.Image) -> npt.NDArray[np.uint8]:
-    """See `VisionTower.view`; needs no weights."""
-    kind = Image.Resampling[facts.interpolation.upper()]
-    size = (facts.size, facts.size)
-    if not facts.resize:
-        return np.asarray(picture.resize(size, kind))
-    shorter = min(picture.size)
-    width, height = (facts.resize * edge // shorter for edge in picture.size)
-    picture = picture.resize((width, height), kind)
-    left, top = ((edge - facts.size) // 2 for edge in picture.size)
-    return np.asarray(picture.crop((left, top, left + facts.size, top + facts.size)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +176,13 @@ def _facts(model: ModelRef, built: _Built) -> TowerFacts:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             message = f"tower={model.name!r}, size={built.size}: cannot run so ({reason}); pass another size."
             raise SettingsError(message) from None
+        except (AttributeError, TypeError, IndexError):  # several resolutions, say, in a list
+            pooled = tokens = torch.empty(())
+    if (pooled.ndim, tokens.ndim) != (2, 3):
+        message = (
+            f"tower={model.name!r}: gives no pooled feature and one map or row of patches; choose another."
+        )
+        raise SettingsError(message)
     grid = math.isqrt(tokens.shape[1])
     if grid**2 != tokens.shape[1]:
         message = (
@@ -225,11 +231,12 @@ def _transformers_tower(model: ModelRef, size: int) -> _Built:
     elif config.model_type in _SIGLIP:
         kind, pooling = SiglipVisionModel, "attention-pooled image embedding"
     own, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    if not isinstance(own, int) or not isinstance(patch, int):
+    known = config.model_type in (*_CLIP, *_SIGLIP, *_CLASS_TOKEN)
+    if not known or not isinstance(own, int) or not isinstance(patch, int):
         message = (
-            f"tower={model.name!r}: {config.model_type} has no square pictures and patches; take a ViT of "
-            "CLIP's, SigLIP's or DINOv2's kind, or one of timm's as timm:NAME, hf-hub:NAME or "
-            "local-dir:FOLDER."
+            f"tower={model.name!r}: {config.model_type} has no square pictures whose patches and pooled "
+            f"feature are known here; take one of clip, siglip, {', '.join(_CLASS_TOKEN)}, or one of timm's "
+            "as timm:NAME, hf-hub:NAME or local-dir:FOLDER."
         )
         raise SettingsError(message)
     edge = size or _edge(processor, "crop_size" if processor.do_center_crop else "size") or own
@@ -247,7 +254,13 @@ def _transformers_tower(model: ModelRef, size: int) -> _Built:
     def load() -> nn.Module:
         with _as_settings(model), quiet():
             module, told = kind.from_pretrained(
-                location, config=config, use_safetensors=True, output_loading_info=True, **where
+                # In float32, as `training.models.frozen_clip`: files of half precision would be computed so.
+                location,
+                config=config,
+                dtype="float32",
+                use_safetensors=True,
+                output_loading_info=True,
+                **where,
             )
         # Of a model that was saved without it; nothing here asks for it.
         if missing := sorted(name for name in told["missing_keys"] if "pooler" not in name):
@@ -257,10 +270,15 @@ def _transformers_tower(model: ModelRef, size: int) -> _Built:
         return loaded
 
     def look(tower: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-        more = {"interpolate_pos_encoding": True} if edge != own and config.model_type != "dinov2" else {}
+        fits = edge == own or config.model_type in _ANY_SIZE
+        more = {} if fits else {"interpolate_pos_encoding": True}
         output = tower(pixel_values=images, **more)
         hidden = output.last_hidden_state
-        tokens = hidden[:, hidden.shape[1] - (edge // patch) ** 2 :]
+        others = hidden.shape[1] - (edge // patch) ** 2
+        if hidden.ndim != 3 or others < (config.model_type not in _SIGLIP):
+            message = f"{config.model_type} gives {tuple(hidden.shape[1:])}, no class token and patches"
+            raise ValueError(message)
+        tokens = hidden[:, others:]
         if projects:
             return output.image_embeds, tower.vision_model.post_layernorm(tokens)
         if config.model_type in _CLIP:
@@ -379,7 +397,7 @@ def _timm_tower(model: ModelRef, size: int) -> _Built:
 
     squash = data["crop_mode"] == "squash"
     return _Built(
-        family="timm",
+        family=TIMM_FAMILY,
         size=edge,
         resize=0 if squash else math.floor(edge / float(data["crop_pct"])),
         interpolation=str(data["interpolation"]),

@@ -40,7 +40,7 @@ class PrepareViews:
 
         self._store, self._variant = Store(config.store), variant
         self._facts = vision.describe(model, config.feature_size)
-        self._view = partial(vision.view, self._facts)
+        self._view = self._facts.cut
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Columns in: shard, redo. Out: shard, redo, views ([S, S, 3] bytes each)."""

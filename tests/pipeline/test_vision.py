@@ -14,7 +14,22 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionModel, SiglipImageProcessor
+from timm.data import create_transform
+from transformers import (
+    AutoModel,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionModel,
+    ConvNextConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    SiglipImageProcessor,
+    SwinConfig,
+    ViTConfig,
+    ViTMSNConfig,
+)
 
 from pipeline.config import FeatureConfig
 from pipeline.encoders import models, vision
@@ -106,6 +121,84 @@ def test_a_model_of_timms_says_what_timm_says(tmp_path: Path, name: str, grid: i
     torch.testing.assert_close(tower(images).tokens, tokens, atol=1e-4, rtol=1e-4)
     expected = torch.nn.functional.normalize(pooled, dim=-1)
     torch.testing.assert_close(tower(images).pooled, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_where_a_margin_is_odd_each_library_cuts_in_its_own_way(tmp_path: Path) -> None:
+    """Of 35 pixels 32: torchvision begins at the second, transformers at the first."""
+    noise = np.random.default_rng(0).integers(0, 256, (35, 38, 3), dtype=np.uint8)
+    towers.clip(tmp_path / "clip", pad=3)
+    clip = vision.describe(models.resolve(str(tmp_path / "clip")))
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "clip")
+    pixels = processor(Image.fromarray(noise), return_tensors="pt")["pixel_values"]
+    assert np.abs(clip.cut(Image.fromarray(noise)).astype(int) - _unnormalised(pixels, clip)).max() <= 1
+    towers.of_timm(tmp_path / "timm", img_size=32)
+    described = json.loads((tmp_path / "timm" / "config.json").read_text())
+    described["pretrained_cfg"]["crop_pct"] = 0.9
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(described))
+    facts = vision.describe(models.resolve(f"local-dir:{tmp_path / 'timm'}"))
+    assert facts.resize == clip.resize == 35
+    transform = create_transform(32, crop_pct=0.9, interpolation=facts.interpolation, use_prefetcher=True)
+    wanted = np.asarray(transform(Image.fromarray(noise))).transpose(1, 2, 0)
+    np.testing.assert_array_equal(facts.cut(Image.fromarray(noise)), wanted)
+
+
+def test_a_clip_of_half_precision_is_computed_in_float32(tmp_path: Path) -> None:
+    towers.clip(tmp_path).half().save_pretrained(tmp_path)
+    reference = CLIPModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tower = VisionTower(models.resolve(str(tmp_path)), device="cpu")
+    image = torch.from_numpy(tower.view(picture(40, 40)).copy()).permute(2, 0, 1)[None]
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (tower.facts.mean, tower.facts.std))
+    with torch.no_grad():
+        pooled = reference.get_image_features((image / 255 - mean) / std).pooler_output
+    expected = torch.nn.functional.normalize(pooled, dim=-1)
+    torch.testing.assert_close(tower(image).pooled, expected, atol=1e-6, rtol=1e-5)
+
+
+_VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+_VIT |= {"image_size": 32, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ViTConfig(**_VIT),
+        DeiTConfig(**_VIT),
+        ViTMSNConfig(**_VIT),
+        Dinov2Config(**_VIT),
+        Dinov2WithRegistersConfig(**_VIT, num_register_tokens=2),
+        DINOv3ViTConfig(**_VIT, num_register_tokens=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_class_token_is_taken_of_models_that_have_one(tmp_path: Path, config: Any) -> None:
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    tower = VisionTower(models.resolve(str(tmp_path)), device="cpu")
+    facts = tower.facts
+    assert (facts.pooling, facts.dim, facts.grid, facts.token_dim) == ("class token", 16, 4, 16)
+    assert seen(tower, picture(40, 40)).tokens.shape == (1, 16, 16)
+    assert vision.describe(models.resolve(str(tmp_path)), 48).grid == 6
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4),
+        ConvNextConfig(hidden_sizes=[16, 16, 16, 16], depths=[1, 1, 1, 1], image_size=32),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_no_patch_passes_for_a_class_token(tmp_path: Path, config: Any) -> None:
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match=rf"{config.model_type} has no square .* clip, siglip, vit, deit"):
+        vision.describe(models.resolve(str(tmp_path)))
+
+
+def test_a_model_of_several_maps_is_named(tmp_path: Path) -> None:
+    towers.of_timm(tmp_path, "crossvit_9_240")
+    with pytest.raises(SettingsError, match="no pooled feature and one map or row of patches"):
+        vision.describe(models.resolve(f"local-dir:{tmp_path}"))
 
 
 def test_other_sizes_are_taken_where_they_fit_and_explained_where_not(tmp_path: Path) -> None:

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from pipeline.errors import OtherSettingsError, SettingsError
+from tests import towers
 from tests.runs import fitted
 from training import preparation, run_folder
 from training.config import TrainConfig
 from training.models import backbones, chain
+from training.models.weights import normalisation_of
 from training.settings import flat
 
 
@@ -134,3 +137,46 @@ def test_weights_that_do_not_fit_are_told_by_name_and_shape() -> None:
         chain.fill(model, {n: v for n, v in weights.items() if n != "conv1.0.weight"}, "init_from=x")
     with pytest.raises(ValueError, match=r"extra: 1 in place of nothing"):
         chain.fill(model, weights | {"extra": torch.zeros(1)}, "init_from=x")
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "hiera_tiny_224"])
+def test_a_file_of_timm_s_own_names_is_a_start_whatever_the_architecture(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(3)
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    theirs = timm.create_model(name, num_classes=3).state_dict()
+    save_file(theirs, tmp_path / "weights.safetensors")
+    config = TrainConfig.of(
+        store="s", backbone=name, image_size=size, init_from=str(tmp_path / "weights.safetensors")
+    )
+    told, _ = chain.check(config)
+    assert ("CC BY-NC" in told) == name.startswith("hiera")
+    begun = backbones.of_run(config, 3).state_dict()
+    assert begun.keys() == theirs.keys() and all(torch.equal(begun[key], theirs[key]) for key in begun)
+
+
+def test_pictures_come_to_the_weights_normalised_as_they_were_trained_on(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
+    store = make_store(tmp_path / "store", train=30, val=12)
+    towers.of_timm(tmp_path / "timm", img_size=32, patch_size=8)
+    described = json.loads((tmp_path / "timm" / "config.json").read_text())
+    described["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(described))
+    brought = f"local-dir:{tmp_path / 'timm'}"
+    first = settings(store, alignment_weight=0.0, patch_size=0, backbone=brought)
+    first = fitted(backbones.resolved(first), tmp_path / "first")
+    second = settings(store, alignment_weight=0.0, patch_size=0, init_from=str(first))
+    with pytest.raises(SettingsError) as error:
+        chain.check(second)
+    assert "mean (0.1, 0.2, 0.3) and deviation (1, 1, 1), --backbone test_vit with" in str(error.value)
+    assert f"; pass --backbone {brought}." in str(error.value)
+    chain.check(backbones.resolved(second.but(backbone=brought)))
+
+
+def test_of_one_architecture_tags_differ_in_their_normalisation() -> None:
+    def of(name: str) -> tuple[tuple[float, ...], ...]:
+        return normalisation_of(TrainConfig.of(store="s", backbone=name))
+
+    assert of("vit_small_patch16_224.dino") == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert of("vit_small_patch16_224") == ((0.5,) * 3, (0.5,) * 3)
+    assert of("hiera_nano_64") == of("hiera_tiny_224")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, CLIPModel
 
+from pipeline.encoders import vision
 from pipeline.encoders.models import resolve
 from pipeline.errors import SettingsError
 from pipeline.store import Store, features_table
@@ -262,6 +264,21 @@ def test_the_stores_embeddings_are_read_in_place_of_pictures(
     Store(str(made)).write_variant("features", "other", {"tower": "t", "revision": "r", "feature_size": 32})
     with pytest.raises(SettingsError, match="features other lacks 9 of 9 shards"):
         preparation.check(config.but(image_features="other"))
+
+
+def test_pictures_are_evaluated_as_they_are_seen_for_the_store(tmp_path: Path, store: Path) -> None:
+    """64 of 93 pixels: the floor of 64 / (64 / 93) is 92, and the margin is odd."""
+    towers.clip(tmp_path, size=64, pad=29)
+    towers.tokenizer(tmp_path)
+    config = settings(store, tmp_path, image_size=64)
+    task = objective_of(config).build(config, None, 5)
+    augment = build.decoder_spec(config, (), task.backbone, 1).augment
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (93, 100, 3), dtype=np.uint8))
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    wanted = vision.describe(resolve(str(tmp_path))).cut(picture)
+    np.testing.assert_array_equal(augment.evaluate(encoded.getvalue()), wanted)
+    assert not augment.fixed
 
 
 def test_a_run_goes_on_with_the_clip_and_the_features_it_was_begun_with(

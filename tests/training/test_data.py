@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.encoders.cut import Cut
 from pipeline.store import Store
 from training.config import TrainConfig
 from training.data import text_targets
@@ -245,6 +246,22 @@ def test_evaluation_crops_as_timm_validates(tmp_path: Path) -> None:
             64, is_training=False, interpolation=kind, crop_pct=0.875, use_prefetcher=True
         )
         np.testing.assert_array_equal(found, np.asarray(reference(picture)).transpose(1, 2, 0))
+
+
+def test_evaluation_cuts_as_a_frozen_tower_does() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (93, 131, 3), dtype=np.uint8))
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    for rounds, left in ((True, 34), (False, 33)):  # (131 - 64) / 2, and (93 - 64) / 2 from the top
+        cut = Cut(size=64, resize=93, interpolation="bicubic", rounds=rounds)
+        own = augment(size=64, cut=cut, fixed=True)
+        wanted = np.asarray(picture)[14 : 14 + 64, left : left + 64]
+        np.testing.assert_array_equal(own.evaluate(encoded.getvalue()), wanted)
+        (view,) = own.train(encoded.getvalue(), 131, 93, np.zeros((1, 4)))
+        np.testing.assert_array_equal(view, wanted)
+    # No floor of a quotient: 64 / (64 / 93) is a little below 93.
+    sizes = [(size, resize) for size in range(16, 400) for resize in range(size, 2 * size)]
+    assert all(Cut(size=s, resize=r, interpolation="", rounds=True).at(s).resize == r for s, r in sizes)
 
 
 def test_pca_is_fitted_once_kept_in_the_store_and_keeps_what_varies(

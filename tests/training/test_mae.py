@@ -260,6 +260,9 @@ def test_what_does_not_fit_is_said_before_a_worker_starts(store: Path, tmp_path:
     assert "is no Hiera, whose mask units" in told(backbone="test_vit")
     both = told(mixup=0.2, erase=0.1)
     assert "mixup=0.2: changes the pixels" in both and "erase=0.1" in both
+    assert "freeze_backbone: is for a classifier" in told(
+        backbone="hiera_tiny_224", pretrained=True, freeze_backbone=True
+    )
     assert "no pre-trained weights for hiera_nano_64" in told(pretrained=True)
     assert "betas=(0.9, 0.95): sgd has none" in told(optimizer="sgd")
     for wrong, said in (
@@ -311,6 +314,12 @@ def test_published_weights_are_a_start_for_pre_training_and_fine_tuning(
     def told(name: str, **changes: Any) -> str:
         return told_of(store, tmp_path / "again", init_from=str(tmp_path / name), **changes)
 
+    part = {"decoder_norm.weight", "mask_token"}
+    save_file({n: v for n, v in theirs.items() if n not in part}, tmp_path / "part.safetensors")
+    assert "do not fit (decoder.mask_token and 1 more); pass a file that has all" in told("part.safetensors")
+    part = {"multi_scale_fusion_heads.1.bias"}
+    save_file({n: v for n, v in theirs.items() if n not in part}, tmp_path / "part.safetensors")
+    assert "do not fit (fusion.heads.1.bias); pass" in told("part.safetensors")
     for other in ({"decoder_depth": 2}, {"image_size": 64}):
         said = told(file.name, **other)
         assert "that has --decoder-width 32 --decoder-depth 1 --image-size 32." in said
@@ -318,6 +327,32 @@ def test_published_weights_are_a_start_for_pre_training_and_fine_tuning(
     (tmp_path / f"bad.{ending}").write_bytes(b"no weights at all")
     for name in (f"none.{ending}", f"bad.{ending}"):
         assert "only tensors are loaded" in told(name)
+
+
+def test_pre_training_that_starts_from_pre_training_keeps_its_decoder(
+    run: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begun(**changes: Any) -> tuple[dict[str, torch.Tensor], str]:
+        asked = settings(store, init_from=str(run), run=str(tmp_path / "again"), seed=3, **changes)
+        config, _ = preparation.prepare(asked)
+        return Run.of(config, CPU, 0, None, None).task.state_dict(), capsys.readouterr().err
+
+    weights = load_file(run / "checkpoint_4" / "ema.safetensors")
+    found, said = begun()
+    assert f"fusion and decoder start from {run}" in said
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    found, said = begun(decoder_depth=2)
+    assert "fusion and decoder start from nothing: that run's are of another size" in said
+    assert not torch.equal(found["decoder.pred.weight"], weights["decoder.pred.weight"])
+    plain = TrainConfig.of(store=str(store), backbone="hiera_nano_64", image_size=32, epochs=1)
+    trained(plain.but(batch_size=12, threads=1, alignment_weight=0.0), tmp_path / "classifier")
+    asked = settings(store, init_from=str(tmp_path / "classifier"), run=str(tmp_path / "again"))
+    preparation.prepare(asked)
+    assert "start from nothing: that run has none" in capsys.readouterr().err
+    for gone in ("gone", "gone.safetensors"):
+        later = settings(store, init_from=str(tmp_path / gone))
+        assert mae.OBJECTIVE.notes(later, Store(str(store)), mae.Facts()) == (), "a run that goes on"
 
 
 def test_positions_of_another_size_keep_what_repeats_from_unit_to_unit() -> None:

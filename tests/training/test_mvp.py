@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import FeatureConfig
+from pipeline.encoders import models, vision
 from pipeline.errors import SettingsError
 from pipeline.stages.variants import FeatureVariant
 from pipeline.store import Store
@@ -254,6 +255,9 @@ def test_stored_features_are_those_of_the_views_that_the_student_sees(
     assert variants == {"features": name} and config.method.teacher == str(teacher)
     task, _, batch = begun(config)
     assert task.teacher is None
+    tower = vision.describe(models.resolve(str(teacher)))
+    facts = OBJECTIVE.check(config, Store(str(store)))
+    assert facts.fixed_cut == tower.cut
     from_store = task.targets(batch)
     online, _, _ = begun(settings(store, teacher))
     asked = online.targets(type(batch)(batch.images, batch.labels, {}, batch.samples))

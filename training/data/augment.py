@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from pipeline.encoders.cut import Cut
 from pipeline.sources import images
 
 Array = npt.NDArray[Any]
@@ -43,6 +44,8 @@ class Augment:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     fixed: bool = False
     """Train on the views of evaluation."""
+    cut: Cut | None = None
+    """A frozen tower's way to cut for evaluation, in place of timm's."""
 
     @property
     def needs_own_process(self) -> bool:
@@ -95,10 +98,12 @@ class Augment:
         return view
 
     def evaluate(self, data: bytes) -> ImageArray:
-        """[S, S, 3] uint8: the shorter edge to size / crop_pct, then the centre."""
+        """[S, S, 3] uint8: the shorter edge to size / crop_pct, then the centre; or as a tower wants it."""
         from torchvision.transforms.v2 import functional
 
         image = images.decode(data, max_pixels=2**62)
+        if self.cut is not None:
+            return self.cut(image)
         edge = math.floor(self.size / self.crop_pct)
         image = functional.resize(
             image, [edge], interpolation=functional.InterpolationMode(self.interpolation)

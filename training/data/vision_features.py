@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.encoders.cut import Cut
+from pipeline.encoders.vision import TIMM_FAMILY
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.data.columns import Array
@@ -59,6 +61,16 @@ def found(store: Store, variant: str = "", *, tokens: bool = False) -> tuple[str
         )
         raise SettingsError(message)
     return name, record
+
+
+def cut_of(record: dict[str, Any]) -> Cut:
+    """How the pictures were cut that a record's features are of."""
+    return Cut(
+        size=record["feature_size"],
+        resize=record["resize"],
+        interpolation=record["interpolation"],
+        rounds=record["family"] == TIMM_FAMILY,
+    )
 
 
 def made_by(store: Store, revision: str, size: int, named: str = "") -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.encoders.cut import Cut
 from pipeline.store import Store
 from training.config import TrainConfig
 from training.data import order
@@ -92,7 +93,7 @@ class Run:
             facts.columns,
             task.backbone,
             sharing * config.place.loader_workers if decode else sharing,
-            facts.fixed_crop,
+            facts.fixed_cut,
             pictures=facts.pictures,
         )
         decoding = (
@@ -182,24 +183,26 @@ def decoder_spec(
     columns: tuple[Columns, ...],
     model: nn.Module,
     decoders: int,
-    fixed_crop: float = 0.0,
+    fixed_cut: Cut | None = None,
     *,
     pictures: bool = True,
 ) -> DecoderSpec:
-    """What a decoder needs to know; evaluation crops as timm's for this backbone, or by `fixed_crop` (see
-    `protocol.Facts`). `decoders` share the work of a batch."""
+    """What a decoder needs to know; evaluation cuts by `fixed_cut` (see `protocol.Facts`), as the model's own
+    `cut` where it is no timm's, or as timm for this backbone. `decoders` share the work of a batch."""
     from_timm = data_config(model)
+    cut: Cut | None = fixed_cut or getattr(model, "cut", None)
     augment = Augment(
         size=config.model.image_size,
         crop_scale=config.data.crop_scale,
         flip=config.data.flip,
         seed=config.seed,
-        crop_pct=fixed_crop or float(from_timm["crop_pct"]),
+        crop_pct=float(from_timm["crop_pct"]),
         interpolation=str(from_timm["interpolation"]),
         mean=tuple(from_timm["mean"]),
         auto_augment=config.data.auto_augment,
         color_jitter=config.data.color_jitter,
-        fixed=fixed_crop > 0,
+        fixed=fixed_cut is not None,
+        cut=cut and cut.at(config.model.image_size),
     )
     # Of the window in use and of the next one, each decoder opens its part; one shard more at either end.
     keep = 2 * (math.ceil(config.data.shuffle_shards / decoders) + 2)
@@ -207,10 +210,10 @@ def decoder_spec(
 
 
 def make_loader(
-    config: TrainConfig, columns: tuple[Columns, ...], model: nn.Module, fixed_crop: float = 0.0
+    config: TrainConfig, columns: tuple[Columns, ...], model: nn.Module, fixed_cut: Cut | None = None
 ) -> Loader:
     """A loader that decodes in threads of this process, for evaluation; see `decoder_spec`."""
-    decoder = decoder_spec(config, columns, model, 1, fixed_crop).build()
+    decoder = decoder_spec(config, columns, model, 1, fixed_cut).build()
     return Loader(ThreadDecoding(decoder, config.place.loader_workers), lookahead=4)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.encoders.cut import Cut
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
@@ -121,7 +122,7 @@ class Judge:
         evaluator = self.task.evaluator(self.device)
         with torch.inference_mode():
             samples = self._samples(split)
-            for host_batch in self._batches(samples, facts.columns, split, facts.fixed_crop):
+            for host_batch in self._batches(samples, facts.columns, split, facts.fixed_cut):
                 batch = host_batch.to(self.device)
                 evaluator.add(batch, self._norm(batch.images), contextlib.nullcontext)
         found: dict[str, float] = evaluator.metrics(evaluator.sums().tolist())
@@ -185,12 +186,12 @@ class Judge:
         return rows.in_order()
 
     def _batches(
-        self, samples: Array, columns: tuple[Columns, ...], split: str = "", fixed_crop: float = 0.0
+        self, samples: Array, columns: tuple[Columns, ...], split: str = "", fixed_cut: Cut | None = None
     ) -> Iterator[Batch]:
         """Decoded, see `build.decoder_spec`; progress is shown of a split that is named."""
         from tqdm import tqdm
 
-        loader = build.make_loader(self.config, columns, self.model, fixed_crop)
+        loader = build.make_loader(self.config, columns, self.model, fixed_cut)
         shown = None if split else True
         told: dict[str, Any] = {"unit": "img", "file": sys.stderr, "disable": shown, "leave": False}
         with tqdm(total=len(samples), desc=f"evaluate {split}", **told) as bar:

@@ -16,7 +16,7 @@ from training import run_folder
 from training.config import TrainConfig
 from training.engine import checkpoint
 from training.models import published_hiera
-from training.models.weights import architecture_of
+from training.models.weights import architecture_of, normalisation_of
 
 _OF_BACKBONE = "backbone."
 
@@ -28,7 +28,8 @@ def check(config: TrainConfig) -> tuple[str, str]:
         A line about that one, and a digest of the weights as they are now.
 
     Raises:
-        SettingsError: there is no such run, it has no checkpoint, or its backbone is another one.
+        SettingsError: there is no such run, it has no checkpoint, or its backbone is another one, or sees
+            pictures normalised otherwise.
     """
     other = config.model.init_from
     if published_hiera.is_file(other):
@@ -49,6 +50,7 @@ def check(config: TrainConfig) -> tuple[str, str]:
         is_so = ", ".join(f"{name} {theirs}" for name, theirs in differ.items())
         message = f"init_from={other}: that run has {is_so}; pass the same, or start from another run."
         raise SettingsError(message)
+    _check_normalisation(config, before)
     epochs = len(state["history"])
     told = f"the backbone starts from {other} ({before.objective}, {epochs} of {before.optim.epochs} epochs)"
     return told, _digest(state)
@@ -82,6 +84,19 @@ def _base(config: TrainConfig) -> str:
     return architecture_of(config).partition(".")[0]
 
 
+def _check_normalisation(config: TrainConfig, before: TrainConfig) -> None:
+    """Raises SettingsError where pictures would come to the weights otherwise than they were trained on: of
+    one architecture, timm's tags differ in mean and deviation."""
+    theirs, ours = normalisation_of(before), normalisation_of(config)
+    if theirs != ours:
+        message = (
+            f"init_from={config.model.init_from}: that run normalises pictures with mean {theirs[0]} and "
+            f"deviation {theirs[1]}, --backbone {config.model.backbone} with {ours[0]} and {ours[1]}; pass "
+            f"--backbone {before.model.backbone}."
+        )
+        raise SettingsError(message)
+
+
 def start(model: nn.Module, run: str, state: str = "") -> None:
     """Fills a backbone from the last checkpoint of a run, from the average where it kept one; or from a file
     of weights with timm's names or those of Hiera's authors.
@@ -103,7 +118,11 @@ def start(model: nn.Module, run: str, state: str = "") -> None:
     if published_hiera.is_file(run):
         if state:
             _check_same(run, state, _digest_of_file(run))
-        fill(model, published_hiera.of_backbone(published_hiera.read(run)), f"init_from={run}")
+        found = published_hiera.read(run)
+        # The authors' names are other ones, and mean other things in other architectures: a ViT's last norm
+        # is `norm` to timm.
+        found = published_hiera.of_backbone(found) if isinstance(model, Hiera) else found
+        fill(model, found, f"init_from={run}")
         return
     with checkpoint.opened(run) as folder:
         if state:
@@ -125,6 +144,16 @@ def _check_same(run: str, then: str, now: str) -> None:
             "run with those."
         )
         raise SettingsError(message)
+
+
+def beside_backbone(run: str) -> dict[str, Tensor]:
+    """What the last checkpoint of a run, or its average, has beside the backbone (see `start`)."""
+    from safetensors.torch import load_file
+
+    with checkpoint.opened(run) as folder:
+        average = os.path.join(folder, "ema.safetensors")
+        tensors = load_file(average if os.path.isfile(average) else os.path.join(folder, "model.safetensors"))
+    return {name: value for name, value in tensors.items() if not name.startswith(_OF_BACKBONE)}
 
 
 def fill(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:

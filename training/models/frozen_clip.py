@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.encoders import models, vision
+from pipeline.encoders.cut import Cut
 from pipeline.errors import SettingsError
 
 TOGETHER = 256
@@ -100,6 +101,8 @@ class FrozenClip:
     words: Words
     pictures: dict[str, Any]
     """timm's words for what it wants as pictures: input_size, mean, std, crop_pct, interpolation."""
+    cut: Cut
+    """What of that timm has no words for: which pixel of an odd margin, and no floor of a quotient."""
 
     @property
     def size(self) -> int:
@@ -182,7 +185,7 @@ def load(model: models.ModelRef) -> FrozenClip:
         "crop_pct": seen.size / (seen.resize or seen.size),
         "interpolation": seen.interpolation,
     }
-    return FrozenClip(model=clip, words=words, pictures=pictures)
+    return FrozenClip(model=clip, words=words, pictures=pictures, cut=seen.cut)
 
 
 def image_embeddings(model: Any, images: Tensor) -> Tensor:

@@ -233,7 +233,7 @@ class PromptedClip(Owner):
         self.settings, self.names = settings, tuple(names)
         of = range(len(names)) if of is None else of
         self._others = (of.start, max(total, of.stop) - of.stop)
-        self.pretrained_cfg = clip.pictures
+        self.pretrained_cfg, self.cut = clip.pictures, clip.cut
         self.checkpoints = False
         if not settings.words:
             start = STD * torch.randn(length, start.shape[1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,16 +96,24 @@ def fill_decoder(task: nn.Module, path: str) -> bool:
     as they are.
 
     Raises:
-        SettingsError: they are of another size.
+        SettingsError: they are of another size, or some of them are missing.
     """
     weights, own = of_decoder(read(path)), task.state_dict()
     if not weights:
         return False
     needed = {name: value.shape for name, value in own.items() if not name.startswith("backbone.")}
-    if needed != {name: value.shape for name, value in weights.items()}:
-        width = len(weights["decoder.norm.weight"])
-        depth = sum(name.endswith(".attn.proj.bias") for name in weights)
-        size = math.isqrt(weights["decoder.pos_embed"].shape[1] * len(weights["decoder.pred.bias"]) // 3)
+    found = {name: value.shape for name, value in weights.items()}
+    if needed != found:
+        theirs = _sizes(found)
+        if theirs is None or theirs == _sizes(needed):
+            wrong = sorted(name for name in needed | found if needed.get(name) != found.get(name))
+            message = (
+                f"init_from={path}: its fusion and decoder do not fit ({wrong[0]}"
+                f"{f' and {len(wrong) - 1} more' * (len(wrong) > 1)}); pass a file that has all of them, or "
+                "one that has the encoder alone."
+            )
+            raise SettingsError(message)
+        width, depth, size = theirs
         message = (
             f"init_from={path}: its decoder is another one; that has --decoder-width {width} --decoder-depth "
             f"{depth} --image-size {size}."
@@ -113,6 +121,17 @@ def fill_decoder(task: nn.Module, path: str) -> bool:
         raise SettingsError(message)
     task.load_state_dict(weights, strict=False, assign=own["decoder.mask_token"].is_meta)
     return True
+
+
+def _sizes(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int, int] | None:
+    """(width, depth, image size) of a decoder; None of a part of one."""
+    try:
+        (width,), (pixels,) = shapes["decoder.norm.weight"], shapes["decoder.pred.bias"]
+        _, patches, _ = shapes["decoder.pos_embed"]
+    except (KeyError, ValueError):
+        return None
+    depth = sum(name.endswith(".attn.proj.bias") for name in shapes)
+    return width, depth, math.isqrt(patches * pixels // 3)
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:

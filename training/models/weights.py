@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
 from pipeline.encoders import models
 from pipeline.errors import SettingsError
@@ -209,3 +209,15 @@ def architecture_of(config: TrainConfig) -> str:
     """timm's name of the architecture."""
     source = source_of(config.model.backbone, config.model.architecture)
     return config.model.backbone if source is None else source.name
+
+
+def normalisation_of(config: TrainConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, deviation) of the pictures that a backbone sees, found without building it."""
+    source = source_of(config.model.backbone, config.model.architecture)
+    if source is None:
+        known = timm.get_pretrained_cfg(config.model.backbone)
+        told = {} if known is None else known.to_dict()
+    else:
+        told = source.config
+    data = resolve_data_config(pretrained_cfg=told)
+    return tuple(data["mean"]), tuple(data["std"])

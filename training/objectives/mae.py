@@ -17,7 +17,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from pipeline.errors import SettingsError
+from pipeline.errors import MissingError, SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
 from training.data import masking
@@ -25,7 +25,7 @@ from training.data.columns import Array
 from training.data.loader import Batch
 from training.data.views import Draw, Views
 from training.evaluation import figures
-from training.models import backbones, masked_hiera, published_hiera
+from training.models import backbones, chain, masked_hiera, published_hiera
 from training.objectives.protocol import Description, Facts, Gradient, Losses, Objective, Precision
 from training.objectives.settings.mae import METRIC, MaeSettings
 from training.settings import flat
@@ -170,6 +170,8 @@ class Mae(Objective):
             for name in ("mixup", "cutmix", "erase")
             if getattr(config.data, name)
         ]
+        if config.model.freeze_backbone:
+            faults.append("freeze_backbone: is for a classifier on top; the backbone is what trains here.")
         if faults:
             raise SettingsError("\n".join(faults))
         with torch.device("meta"):
@@ -194,19 +196,22 @@ class Mae(Objective):
         task = MaeTask(backbones.of_run(config, 0), config.method, config.model.backbone)
         fresh = not (config.model.pretrained or config.model.init_from)
         masked_hiera.initialise(task.fusion, task.decoder, task.backbone if fresh else None)
-        if published_hiera.is_file(config.model.init_from):
-            published_hiera.fill_decoder(task, config.model.init_from)
+        if config.model.init_from:
+            _fill_decoder(task, config.model.init_from)
         return task
 
     def notes(self, config: TrainConfig, store: Store, facts: Facts) -> tuple[str, ...]:
-        """Whether the decoder starts from a file, too; one of another size is refused."""
-        path = config.model.init_from
-        if not published_hiera.is_file(path) or not os.path.exists(path):
-            return ()
+        """Whether the decoder starts from a file or a run, too; a file's of another size is refused."""
+        start = config.model.init_from
+        if not start or (published_hiera.is_file(start) and not os.path.exists(start)):
+            return ()  # a run that goes on needs it no more
         with torch.device("meta"):
             task = self.build(config.without_weights, facts, 0)
-        found = published_hiera.fill_decoder(task, path)
-        return (f"fusion and decoder start from {path if found else 'nothing: the file has none'}",)
+        try:
+            missing = _fill_decoder(task, start)
+        except MissingError:
+            return ()
+        return (f"fusion and decoder start from {f'nothing: {missing}' if missing else start}",)
 
     def rebuild(self, config: TrainConfig, weights: dict[str, Tensor], classes: int) -> MaeTask:
         """See `protocol.Objective`."""
@@ -241,6 +246,26 @@ class Mae(Objective):
         """See `protocol.Objective`."""
         how = f"masked autoencoding ({100 * config.method.mask_ratio:g} % of the mask units removed)"
         return Description(how=how, settings=flat(config.method))
+
+
+def _fill_decoder(task: MaeTask, start: str) -> str:
+    """Loads fusion and decoder from the file or the run that the encoder starts from; why not, where it has
+    none that fit, and they stay as they are.
+
+    Raises:
+        MissingError: the run is not there any more.
+        SettingsError: see `published_hiera.fill_decoder`.
+    """
+    if published_hiera.is_file(start):
+        return "" if published_hiera.fill_decoder(task, start) else "the file has none"
+    weights, own = chain.beside_backbone(start), task.state_dict()
+    needed = {name: value.shape for name, value in own.items() if not name.startswith("backbone.")}
+    if not needed.keys() & weights.keys():
+        return "that run has none"
+    if needed != {name: value.shape for name, value in weights.items()}:
+        return "that run's are of another size"
+    task.load_state_dict(weights, strict=False, assign=own["decoder.mask_token"].is_meta)
+    return ""
 
 
 def _as_bytes(images: Tensor, backbone: nn.Module) -> Array:

@@ -240,7 +240,7 @@ class Mvp(Objective):
             variants={"features": name},
             found={"feature_variant": name, "teacher": record["tower"]},
             columns=(columns,),
-            fixed_crop=record["feature_size"] / record["resize"],
+            fixed_cut=vision_features.cut_of(record),
             teacher=None,
             token_dim=record["token_dim"],
         )

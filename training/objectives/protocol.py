@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from pipeline.encoders.cut import Cut
     from pipeline.store import Store
     from training.data.columns import Array, Columns
     from training.data.loader import Batch
@@ -51,9 +52,9 @@ class Facts:
     """Settings that were left open (`MethodSettings.left_open`), as they are recorded."""
     columns: tuple[Columns, ...] = ()
     """What is read beside pictures and labels; sent to decoders of other processes."""
-    fixed_crop: float = 0.0
-    """Where columns were made of pictures as they are: the share of the shorter edge that is cut out of the
-    middle, for training as for evaluation, without random crops and flips. 0: crops as the settings say."""
+    fixed_cut: Cut | None = None
+    """Where columns were made of pictures as they are: how a picture is cut, for training as for evaluation,
+    without random crops and flips. None: crops as the settings say."""
     pictures: bool = True
     """Whether pictures are decoded; a method that reads what was made of them may do without: batches then
     have [b, 3, 0, 0]."""
