@@ -43,7 +43,7 @@ class TrainConfig(Generic[Method]):
     """One training run. The baseline is the same run with --alignment-weight 0."""
 
     store: str
-    """Folder or s3:// address of a store; needs embeddings unless the alignment weight is 0."""
+    """Folder or s3:// address of a store; what it must hold beside pictures depends on the method."""
     run: str = ""
     """Folder or s3:// address of the run: checkpoints, metrics, settings. The same resumes. Empty: a new one
     below runs/."""
@@ -51,9 +51,9 @@ class TrainConfig(Generic[Method]):
     """Recipe: a value for every other flag here; flags given beside it win. Recipes are named at the top of
     this help."""
     objective: str = "align"
-    """Training method: align (GPT4Image; with a weight of 0 its baseline), or the import path of a module of
-    one's own (see training/objectives/protocol.py). Each has flags and recipes of its own, which
-    --objective NAME --help shows."""
+    """Training method: align (GPT4Image; with a weight of 0 its baseline), mae, mvp, coop, cocoop, clip, or
+    the import path of a module of one's own (see training/objectives/protocol.py). Each has flags and recipes
+    of its own, which --objective NAME --help shows."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
 

@@ -191,6 +191,9 @@ class Driver:
                 each["stage"] = "search"  # a final one, where more seeds are searched on now
                 merits = self._of_history(known[name]["history"])
                 lost = "diverged" * (known[name]["status"] == "diverged")
+                if known[name]["result"] is None and not lost:
+                    # Killed between its last epoch and its result: the same training goes on and writes it.
+                    merits = merits[: self._search.rungs[-1] - 1]
                 self._search.restore(block, each["seed"], merits, lost)
         self._search.start()
         if self._search.has_pairs:

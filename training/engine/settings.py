@@ -15,7 +15,7 @@ class OptimSettings(Deciding):
     epochs: int = 40
     """Each is --epoch-repeats passes over the train split."""
     batch_size: int = 128
-    """Images a step over all workers together, and the batch that the alignment contrasts."""
+    """Images a step over all workers together, and the batch that contrastive losses contrast."""
     accumulate: int = 1
     """Parts that each worker's share of a batch is computed in, to save memory; the loss stays that of the
     whole batch."""

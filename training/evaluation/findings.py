@@ -68,7 +68,15 @@ def _metric_lines(summary: dict[str, Any]) -> list[str]:
     return [
         f"  {metric.title:18}  {metric.shown(summary[metric.name])}",
         *(f"  {name.replace('_', ' '):18}  {metric.shown(summary[name])}" for name in others),
+        *_constant_lines(summary),
     ]
+
+
+def _constant_lines(summary: dict[str, Any]) -> list[str]:
+    """A word where one prediction for all patches would do as well."""
+    if summary.get("constant_cosine", -1.0) < summary.get("cosine", 0.0):
+        return []
+    return ["  no better than one constant vector for all patches: nothing of single patches is learned yet"]
 
 
 def _accuracy_lines(summary: dict[str, Any]) -> list[str]:

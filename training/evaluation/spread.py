@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from training import run_folder
 from training.objectives.registry import metric_named
 
 _ACCURACY = {
@@ -31,15 +32,24 @@ def of_runs(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def table(summaries: Sequence[dict[str, Any]]) -> str:
     """As lines for a terminal, with each run's value."""
     told, found = of_runs(summaries), [_figures(summary) for summary in summaries]
-    names = {(summary["split"], summary["objective"]) for summary in summaries}
-    lines = [f"{len(summaries)} runs on {', '.join(sorted(split for split, _ in names))}: mean +- deviation"]
-    metrics = [metric_named(objective) for _, objective in sorted(names)]
+    splits, methods = ({summary[name] for summary in summaries} for name in ("split", "objective"))
+    lines = [f"{len(summaries)} runs on {', '.join(sorted(splits))}: mean +- deviation"]
+    metrics = [metric_named(objective) for objective in methods]
     digits = {metric.title: metric.digits for metric in metrics}
+    if differ := sorted({name for summary in summaries for name in _differing(summaries[0], summary)}):
+        lines.append(f"  they differ in more than their seed: {', '.join(differ)}")
     for name, mean in told["mean"].items():
         places = digits.get(name, 2)
         values = " ".join(f"{each[name]:.{places}f}" for each in found)
         lines.append(f"  {name:18}  {mean:6.{places}f} +- {told['deviation'][name]:.{places}f}   ({values})")
     return "\n".join(lines)
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Settings of two runs that are not the same, but for seeds and places."""
+    mine, theirs = (run_folder.read(summary["run"]).deciding() for summary in (one, other))
+    names = (mine.keys() | theirs.keys()) - {"seed", "init_from", "init_state"}
+    return [name for name in names if mine.get(name) != theirs.get(name)]
 
 
 def _figures(summary: dict[str, Any]) -> dict[str, float]:

@@ -25,10 +25,41 @@ with torch.no_grad():
     seen = torch.nn.functional.normalize(clip.get_image_features(**images).pooler_output, dim=-1)
     logits = clip.logit_scale.exp() * seen @ weights["class_embeddings"].T   # classes as in labels.txt
 ```"""
-_CONDITIONED = (
-    "Every picture has prompts of its own, so there are no embeddings of classes to keep: load the weights "
-    "into `training.models.prompts.PromptedClip`, or evaluate the run. Learned prompts that are the same for "
-    "all pictures are those of --objective coop."
+_CONDITIONED = """```python
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import linear, normalize
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+clip = CLIPModel.from_pretrained(CLIP).eval()      # the one named above
+images = AutoImageProcessor.from_pretrained(CLIP)(pictures, return_tensors="pt")
+weights = load_file("FOLDER/model.safetensors")
+labels = open("FOLDER/labels.txt", encoding="utf-8").read().splitlines()
+first, second = ([weights[f"generator.{n}.{kind}"] for kind in ("weight", "bias")] for n in (0, 2))
+places = torch.arange(1, len(weights["context"]) + 1)           # behind the start token
+texts = [f"{'a ' * len(places)}{label}." for label in labels]   # "a" keeps the context's places
+words = AutoTokenizer.from_pretrained(CLIP)
+texts = words(texts, padding=True, return_tensors="pt")
+ends = (texts.input_ids == words.eos_token_id).int().argmax(1)   # where CLIP reads a text's feature
+logits = []
+with torch.no_grad():
+    seen = normalize(clip.get_image_features(**images).pooler_output, dim=-1)
+    for picture in seen:                                         # each has prompts of its own
+        context = weights["context"] + linear(torch.relu(linear(picture, *first)), *second)
+
+        def place(module, given, embedded):
+            return embedded.index_copy(1, places, context.expand(len(labels), -1, -1))
+
+        hook = clip.text_model.embeddings.token_embedding.register_forward_hook(place)
+        hidden = clip.text_model(input_ids=texts.input_ids).last_hidden_state
+        hook.remove()
+        prompts = normalize(clip.text_projection(hidden[torch.arange(len(labels)), ends]), dim=-1)
+        logits.append(clip.logit_scale.exp() * prompts @ picture)
+logits = torch.stack(logits)                                     # classes as in labels.txt
+```"""
+_ELSEWHERE = (
+    "Every picture has prompts of its own, and the class's name stands among the context: load the weights "
+    "into `training.models.prompts.PromptedClip`, or evaluate the run."
 )
 
 
@@ -45,12 +76,13 @@ def write(config: TrainConfig, model: PromptedClip, folder: str) -> dict[str, An
     # Where the CLIP lies on this machine is nobody's business; its hash says which one it is.
     method = flat(config.method)
     method |= {"clip": _public(method["clip"])}
+    at_end = method["class_position"] == "end"
     told = {"objective": config.objective, "pictures": pictures, "labels": list(model.names), **method}
     card = (
         f"# {config.objective}: prompts for {method['clip']}, {len(model.names)} classes\n\nThe CLIP is "
         f"`{method['clip']}`, revision `{method['clip_revision']}`; it is not in this folder. "
         f"{sum(p.numel() for p in model.parameters()):,} parameters were learned.\n\n"
-        f"{_USE if model.generator is None else _CONDITIONED}\n"
+        f"{_USE if model.generator is None else _CONDITIONED if at_end else _ELSEWHERE}\n"
     )
     texts = {
         "labels.txt": "".join(f"{name}\n" for name in model.names),
@@ -67,5 +99,5 @@ def write(config: TrainConfig, model: PromptedClip, folder: str) -> dict[str, An
 
 
 def _public(clip: str) -> str:
-    is_hub = clip.count("/") == 1 and not clip.startswith((".", "/", "~")) and not os.path.isdir(clip)
-    return clip if is_hub else os.path.basename(clip.rstrip("/"))
+    is_elsewhere = clip.startswith((".", "~")) or os.path.isabs(clip)
+    return os.path.basename(clip.rstrip("/")) if is_elsewhere else clip

@@ -38,8 +38,8 @@ class PromptLearning(MethodSettings):
     grid = ContextGrid
 
     clip: str = ""
-    """The frozen CLIP, which must be named: folder or hub name (ORG/NAME or ORG/NAME@REVISION, pinned to its
-    commit) of a transformers CLIPModel in safetensors."""
+    """The frozen CLIP: folder or hub name (ORG/NAME or ORG/NAME@REVISION, pinned to its commit) of a
+    transformers CLIPModel in safetensors."""
     clip_revision: tyro.conf.Suppress[str] = ""
     """Commit, or hash of the folder's files; found when a run begins."""
     context_length: int = 16

@@ -40,7 +40,7 @@ class MaeSettings(MethodSettings):
 
     mask_ratio: float = 0.6
     """Share of a picture's mask units (8 x 8 tokens; of the published sizes 32 x 32 pixels) that the encoder
-    does not see; of what is left the number of units is rounded down."""
+    does not see; of what is left the number of units is rounded down. 0 hides nothing: to compare with."""
     norm_pix_loss: bool = True
     """Predict each patch's pixels with mean 0 and deviation 1, as published; without it the pixels as they
     are."""
