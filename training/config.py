@@ -29,6 +29,7 @@ from training.settings import (
     is_recordable,
     not_finite,
     restored,
+    template_fault,
 )
 from training.tracking.settings import TrackSettings
 
@@ -254,17 +255,9 @@ class EvaluateConfig:
         return self.zero_shot or bool(self.class_prompts or self.classes_file)
 
     def __post_init__(self) -> None:
-        faults = []
-        for template in self.class_prompts:
-            try:
-                fits = template.format(label="\0") != template.format(label="")
-            except (KeyError, IndexError, ValueError, AttributeError):
-                fits = False
-            if not fits:
-                faults.append(
-                    f"class_prompts={template!r}: must hold {{label}} and no other braces: 'a photo of a "
-                    f"{{label}}'."
-                )
+        faults = [
+            fault for template in self.class_prompts if (fault := template_fault("class_prompts", template))
+        ]
         if "://" in self.to:
             faults.append(f"to={self.to}: must be a folder of this machine.")
         runs = (self.run, *self.more_runs)

@@ -50,13 +50,13 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
         init_from=config.model.init_from and run_folder.address(config.model.init_from),
     )
     locations.check_writable("run", config.run)
+    from training.data import few_shot
     from training.models import backbones, chain, weights
     from training.objectives.protocol import objective_of
 
     recorded = read_json(config.run, "config.json")
     config = backbones.resolved(config, recorded)
     if recorded is not None:
-        config = config.but(init_state=recorded.get("init_state", ""))
         config = run_folder.resumed(config, recorded)
         run_folder.check_store(config.run, recorded, Store(config.store))
     begun = recorded is not None and _has_checkpoint(config.run)
@@ -65,7 +65,8 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
         print(f"train: {told}", file=sys.stderr)
         config = _started_from(config, state, resumed=recorded is not None)
     facts = check(config)
-    for note in objective_of(config).notes(config, Store(config.store), facts):
+    notes = objective_of(config).notes(config, Store(config.store), facts)
+    for note in filter(None, (few_shot.scarce(config, Store(config.store)), *notes)):
         print(f"train: {note}", file=sys.stderr)
     if config.model.pretrained and not config.model.brings_weights and not begun:
         weights.fetch_weights(config.model.backbone)

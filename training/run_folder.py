@@ -209,7 +209,7 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
         if _recipes(recorded) <= last:
             # Begun when the recipe said something else; what it says now was not asked for.
             open_ |= {n for n in former if recorded.get(n) == former[n] and given[n] == recipe[n]}
-    for name in config.method.left_open:
+    for name in (*config.method.left_open, "init_state"):
         if not given[name]:
             open_.add(name)
         elif not before.get(name):  # begun by a release that did not record it: who names it knows

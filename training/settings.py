@@ -176,6 +176,19 @@ def not_finite(settings: dict[str, Any]) -> list[str]:
     return [f"{name}={value}: must be a finite number." for name, value in wrong.items()]
 
 
+def template_fault(name: str, template: str) -> str:
+    """What is wrong with a prompt template, or nothing."""
+    try:
+        fits = template.format(label="\0") != template.format(label="")
+    except (KeyError, IndexError, ValueError, AttributeError):
+        fits = False
+    return (
+        ""
+        if fits
+        else f"{name}={template!r}: must hold {{label}} and no other braces: 'a photo of a {{label}}'."
+    )
+
+
 def below(least: int, settings: Any, *names: str) -> list[str]:
     """Faults of those that must be `least` or more."""
     demand = "0 or more" if least == 0 else f"at least {least}"

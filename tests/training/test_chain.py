@@ -17,7 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from pipeline.errors import OtherSettingsError, SettingsError
 from tests import towers
 from tests.runs import fitted
-from training import preparation
+from training import preparation, run_folder
 from training.config import TrainConfig
 from training.models import backbones, chain
 from training.models.weights import normalisation_of
@@ -109,12 +109,17 @@ def test_a_run_without_a_checkpoint_goes_on_from_the_weights_that_it_began_with_
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "config.json").write_text(json.dumps({"version": 1, **flat(config)}))
     assert preparation.prepare(asked)[0] == config
+    before = {name: value for name, value in flat(config).items() if name != "init_state"}
+    resumed = run_folder.resumed(config, {"version": 1, **before})
+    assert resumed == config, "as an early release began it"
     state = first / "epoch-1" / "state.json"
     content = json.loads(state.read_text())
     content["history"][0]["loss"] += 1
     state.write_text(json.dumps(content))
     with pytest.raises(OtherSettingsError, match="has other weights than when it began"):
         preparation.prepare(asked)
+    with pytest.raises(SettingsError, match="has other weights than when this run began"):
+        backbones.of_run(config, 3)  # as a worker does, perhaps later
     capsys.readouterr()
     another, _ = preparation.prepare(config.but(run=str(tmp_path / "third")))
     assert "other weights than those on record" in capsys.readouterr().err

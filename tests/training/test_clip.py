@@ -202,6 +202,11 @@ def test_evaluate_tells_and_export_is_a_clip_of_transformers(
     assert told.keys() == {"image to text R@1", "text to image R@1", "zero-shot top-1"}
     assert told["image to text R@1"] == pytest.approx(history[-1]["ema_image_to_text_recall1"])
     assert "image to text R@1" in findings.table(judgement.summary)
+    base = evaluate(EvaluateConfig(run=run, class_half="base", class_prompts=("a {label}",)))
+    assert base.outputs is not None and set(base.outputs.predicted) <= {0, 1}, "of three classes"
+    assert base.summary["findings"][-1]["value"] >= told["zero-shot top-1"] - 100 / 3
+    with pytest.raises(SettingsError, match="clip is judged on"):
+        evaluate(EvaluateConfig(run=run, store=str(tmp_path / "store")))
     said = export(ExportConfig(run=run, to=str(tmp_path / "model")))
     assert "CLIP 16 x 16" in describe(said) and "tokenizer.json" in said["files"]
     folder = tmp_path / "model"
@@ -227,9 +232,10 @@ def test_evaluate_tells_and_export_is_a_clip_of_transformers(
         ({"vision_width": 40}, "vision_width=40: must be a multiple of --head-width 16"),
         ({"vocabulary": 100}, "vocabulary=100: must be at least 515"),
         ({"mixup": 0.2}, "mixup, cutmix: a mixture of pictures has no caption"),
+        ({"label_smoothing": 0.1}, "label_smoothing: are of classifiers"),
         ({"layer_decay": 0.5}, "layer_decay: both towers start from nothing"),
         ({"init_from": "x"}, "init_from: is for models of timm"),
-        ({"zero_shot_templates": ("no label",)}, r"each must hold \{label\}"),
+        ({"zero_shot_templates": ("no label",)}, r"must hold \{label\}"),
         ({"caption_variant": "none"}, "none"),
     ],
 )

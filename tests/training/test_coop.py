@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from training.engine import build
 from training.evaluation import findings
 from training.evaluation.evaluate import evaluate
 from training.export.export import describe, export
+from training.objectives import coop
 from training.objectives.coop import Inputs
 from training.objectives.protocol import objective_of
 from tuning.cells import cell_of
@@ -176,6 +179,58 @@ def test_base_and_new_classes_are_judged_each_among_themselves(
     assert "{label} old" in every.summary["findings"][0]["note"]
 
 
+def test_a_picture_without_an_embedding_is_no_hit_of_any_class(store: Path, clip: Path) -> None:
+    task = objective_of(settings(store, clip)).build(settings(store, clip), None, 5).eval()
+    pooled = torch.randn(4, task.zero_shot.shape[1])
+    pooled[:2] = 0
+    batch = Batch(torch.empty(4, 0), torch.zeros(4, dtype=torch.int64), {"pooled": pooled}, np.zeros((4, 4)))
+    evaluator = task.evaluator(torch.device("cpu"))
+    with torch.no_grad():
+        evaluator.add(batch, batch.images, contextlib.nullcontext)
+    found = evaluator.metrics(evaluator.sums().tolist())
+    assert found["top5"] == 50 and found["zero_shot_top1"] <= 50 and found["eval_images"] == 4
+
+
+def test_new_classes_without_a_picture_or_none_at_all_spoil_no_evaluation(
+    tmp_path: Path, store: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, make_store: Callable[..., Path]
+) -> None:
+    run, real = fitted(settings(store, clip), tmp_path / "run"), coop.rows_of
+
+    def rows_of(config: TrainConfig, *where: Any) -> Any:
+        if config.data.class_half == "new":
+            message = "none"
+            raise SettingsError(message)
+        return real(config, *where)
+
+    monkeypatch.setattr(coop, "rows_of", rows_of)
+    told = {each["name"]: each for each in evaluate(EvaluateConfig(run=str(run))).summary["findings"]}
+    assert told["new top-1"]["value"] is None and "no usable picture" in told["new top-1"]["note"]
+    one = make_store(tmp_path / "one", classes=2, train=24, val=12)
+    with pytest.raises(SettingsError, match="class_half=base: has 1 of the classes"):
+        preparation.check(settings(one, clip))
+
+
+def test_classes_of_one_name_are_told(store: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, opened = settings(store, clip, class_half="all"), Store(str(store))
+    method = objective_of(config)
+    assert not method.notes(config, opened, method.check(config, opened))
+    classes = ["blue-ring", "blue ring", "c", "d", "e"]
+    monkeypatch.setattr(opened, "dataset", dataclasses.replace(opened.dataset, classes=classes))
+    (note,) = method.notes(config, opened, method.check(config, opened))
+    assert "several classes are called blue ring" in note and "--class-names" in note
+
+
+def test_adaptive_clipping_holds_for_what_is_learned(tmp_path: Path, store: Path, clip: Path) -> None:
+    still = {"ema": 0.0, "weight_decay": 0.0, "epochs": 1, "clip_mode": "agc"}
+    ways = []
+    for limit in (1e-9, 0.0):
+        run = fitted(settings(store, clip, clip_grad=limit, **still), tmp_path / f"run-{limit}")
+        begun = objective_of(settings(store, clip)).build(settings(store, clip), None, 5)
+        learned = load_file(run / "epoch-1" / "model.safetensors")["backbone.context"]
+        ways.append(float((learned - begun.backbone.context.detach()).norm()))
+    assert ways[0] < 1e-3 * ways[1]
+
+
 def test_contexts_of_each_class_are_for_no_other_classes(tmp_path: Path, store: Path, clip: Path) -> None:
     config = settings(store, clip, context_per_class=True, class_position="middle")
     run = fitted(config, tmp_path / "run")
@@ -272,6 +327,7 @@ def test_an_export_of_coop_is_a_classifier_for_anyone_with_that_clip(
         ({"patch_size": 8, "layer_decay": 0.5}, "patch_size: is for models of timm.*\n.*layer_decay"),
         ({"context_length": 13}, "the prompt of class 'class 0' has 18 tokens"),
         ({"zero_shot_templates": ("a " * 20 + "{label}",)}, "the text tower reads 16"),
+        ({"zero_shot_templates": ("a {label} in {place}",)}, "must hold {label} and no other braces"),
         ({"image_features": "none-such"}, "has no features yet"),
         ({"shots": 1}, "batch_size=6: the split train has 3 usable images"),
         ({"init_from": "/run"}, "init_from: is for models of timm"),

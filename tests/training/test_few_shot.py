@@ -12,6 +12,7 @@ import pytest
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
+from training.data import few_shot
 from training.data.few_shot import classes_of, drawn, rows_of
 from training.data.order import Rows
 from training.models import linear_probe
@@ -84,6 +85,23 @@ def test_rows_are_of_the_classes_that_take_part_and_few_only_in_training(
     with pytest.raises(SettingsError, match="class_half=new: the split train has no usable picture"):
         one = make_store(tmp_path / "one", classes=1)
         rows_of(config_of(one, class_half="new"), Store(str(one)), "train")
+
+
+def test_classes_with_fewer_pictures_than_asked_for_are_told(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
+    path = make_store(tmp_path / "store", classes=5, train=22, val=10)
+    store = Store(str(path))
+    counts = {name: len(ids) for name, ids in drawn(config_of(path, shots=99), store)["pictures"].items()}
+    least = min(counts.values())
+    assert (
+        few_shot.scarce(config_of(path), store) == few_shot.scarce(config_of(path, shots=least), store) == ""
+    )
+    told = few_shot.scarce(config_of(path, shots=least + 1), store)
+    few = [name for name, count in sorted(counts.items()) if count == least]
+    assert told.startswith(
+        f"{len(few)} of 5 classes have fewer than {least + 1} pictures ({few[0]} {least}, "
+    )
 
 
 def test_a_linear_probe_is_the_minimum_of_its_loss_and_tells_blobs_apart() -> None:

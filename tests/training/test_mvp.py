@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,15 @@ from tests.pipeline.test_vision import staged
 from tests.runs import fitted
 from training import preparation, run_folder
 from training.__main__ import parse_train
-from training.config import TrainConfig
+from training.config import EvaluateConfig, TrainConfig
 from training.data import masking
+from training.data.loader import Batch
 from training.data.order import Rows
 from training.data.views import Draw
-from training.engine import checkpoint
+from training.engine import build, checkpoint
 from training.engine.build import Run
+from training.evaluation import findings
+from training.evaluation.evaluate import evaluate
 from training.models import masked_vit
 from training.objectives.mvp import OBJECTIVE, Inputs, MvpTask
 from tuning import space
@@ -211,6 +216,19 @@ def test_losses_are_those_of_the_formulas_and_nothing_is_taught_without_a_target
         expected = np.where(d < 0.5, d**2, d - 0.25).mean(1)
     np.testing.assert_allclose(found[0], expected)
     assert not found[1].any()
+    _, _, batch = begun(config)
+    batch.columns["tokens"] = torch.randn(len(batch.images), task.grid**2, task.dim)
+    norm, metrics = build.make_norm(task.backbone, torch.device("cpu")), []
+    batch.columns["tokens"][1::2] = 0
+    half = Batch(
+        batch.images[::2], batch.labels[::2], {"tokens": batch.columns["tokens"][::2]}, batch.samples[::2]
+    )
+    for each in (batch, half):
+        evaluator = task.evaluator(torch.device("cpu"))
+        with torch.no_grad():
+            evaluator.add(each, norm(each.images), contextlib.nullcontext)
+        metrics.append(evaluator.metrics(evaluator.sums().tolist()) | {"eval_images": 0})
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-4), "pictures without features count nowhere"
 
 
 def stored(store: Path, teacher: Path) -> str:
@@ -342,6 +360,13 @@ def test_a_linear_probe_of_a_run_trains_the_classifier_alone(
     assert all(torch.equal(value, ends[name]) for name, value in after.items())
     with pytest.raises(SettingsError, match="what does not train must be trained"):
         preparation.check(config.but(init_from=""))
+    if backbone == "test_vit":
+        shutil.move(teacher, tmp_path / "elsewhere")
+        summary = evaluate(EvaluateConfig(run=str(first), linear_probe=True)).summary
+        lines = findings.table(summary)
+        assert "left out: model=" in lines and "linear probe top-1" in lines, lines
+        with pytest.raises(SettingsError, match="no such folder"):
+            evaluate(EvaluateConfig(run=str(first)))
 
 
 def test_recipes_bring_their_method_along_and_the_teacher_is_an_axis_of_sweeps() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel
 
+from pipeline.encoders.cut import Cut
 from pipeline.errors import SettingsError
 from tests import towers
-from pipeline.encoders.cut import Cut
 from training.models import frozen_clip
 from training.models.frozen_clip import FrozenClip, Words
 from training.models.prompts import PromptedClip, PromptSettings, zero_shot

@@ -224,6 +224,17 @@ def test_a_second_sweep_in_the_same_folder_is_refused(
     assert main([*again, "--no-export"]) == 0
 
 
+def test_a_sweep_that_starts_from_a_run_goes_on(store: Path, weights: Path, tmp_path: Path) -> None:
+    """Its trials have on record which weights those were; nobody gives them again."""
+    sweep = tmp_path / "sweep"
+    again = [*command(store, sweep, "0"), "--init-from", str(tmp_path / "before")]
+    begun(again, weights, sweep, s0=51.0)
+    for file in sweep.glob("*/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"init_state": "0123456789abcdef"}))
+    assert main([*again, "--no-export"]) == 0
+    assert content_of(sweep)["state"] == record.COMPLETE
+
+
 def test_a_sweep_on_an_object_store_is_served_from_there(
     store: Path,
     weights: Path,

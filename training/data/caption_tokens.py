@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,12 @@ def tokenizer_file(
     store.require_complete("captions", variant)
     now = _digest(store, variant, split, vocabulary)
     file = f"captions/{variant}/tokenizer-{digest or now}.json"
+    if digest not in ("", now):
+        print(
+            f"note: the captions {variant} of {split} are others than when the run began; it keeps their "
+            "tokenizer",
+            file=sys.stderr,
+        )
     if store.read_file(file) is None:
         if digest not in ("", now):
             message = (

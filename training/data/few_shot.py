@@ -85,5 +85,19 @@ def drawn(config: TrainConfig, store: Store) -> dict[str, Any]:
     }
 
 
+def scarce(config: TrainConfig, store: Store) -> str:
+    """What to say of classes that have fewer pictures than `shots`, or nothing."""
+    shots, classes = config.data.shots, store.dataset.classes
+    if not shots:
+        return ""
+    counts = {classes[number]: 0 for number in classes_of(config.data.class_half, len(classes))}
+    counts |= {name: len(ids) for name, ids in drawn(config, store)["pictures"].items()}
+    few = sorted((count, name) for name, count in counts.items() if count < shots)
+    if not few:
+        return ""
+    named = ", ".join(f"{name} {count}" for count, name in few[:3]) + (", ..." if len(few) > 3 else "")
+    return f"{len(few)} of {len(counts)} classes have fewer than {shots} pictures ({named})"
+
+
 def _rank(seed: int, key: str) -> bytes:
     return hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest()

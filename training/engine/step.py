@@ -83,11 +83,11 @@ class Stepper:
         config = self.config
         if not config.optim.clip_grad:
             return
-        from timm.models import model_parameters
         from timm.utils.clip_grad import dispatch_clip_grad
 
-        adaptive = config.optim.clip_mode == "agc"
-        limited = (
-            model_parameters(self.task.backbone, exclude_head=True) if adaptive else self.task.parameters()
-        )
-        dispatch_clip_grad(list(limited), config.optim.clip_grad, config.optim.clip_mode)
+        limited = list(self.task.parameters())
+        if config.optim.clip_mode == "agc":  # as its authors have it, but for the classifier
+            last: Any = getattr(self.task.backbone, "get_classifier", lambda: None)()
+            own = set(last.parameters()) if isinstance(last, nn.Module) else set()
+            limited = [each for each in limited if each not in own]
+        dispatch_clip_grad(limited, config.optim.clip_grad, config.optim.clip_mode)

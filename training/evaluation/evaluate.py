@@ -56,8 +56,9 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
     config = run_folder.read(settings.run).but(run=run_folder.address(settings.run))
     config = config.but(class_half=settings.class_half) if settings.class_half else config
     if settings.store:
-        if not config.method.own_model:
-            message = f"store={settings.store}: {config.objective} knows the classes of {config.store} alone."
+        # A CLIP from nothing has its tokenizer in its store.
+        if not config.method.own_model or config.objective == "clip":
+            message = f"store={settings.store}: {config.objective} is judged on {config.store} alone."
             raise SettingsError(message)
         config = config.but(store=run_folder.address(settings.store))
     if settings.to:
@@ -95,7 +96,7 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
         assert outputs is not None
         judgement = _judged(outputs, classes)
     else:
-        judgement = Judgement(summary=_by_own_metric(judge, split), classes=classes)
+        judgement = Judgement(summary=_by_own_metric(judge, split, outputs), classes=classes)
     summary: Found = {
         "run": settings.run,
         "objective": config.objective,
@@ -164,9 +165,15 @@ def _judged(outputs: Outputs, classes: list[str]) -> Judgement:
     return Judgement(summary=summary, classes=classes, outputs=outputs, matrix=matrix, calibration=calibrated)
 
 
-def _by_own_metric(judge: Judge, split: str) -> Found:
-    """What the method is judged by, where its model has no classifier."""
-    metrics = judge.metrics(split)
+def _by_own_metric(judge: Judge, split: str, outputs: Outputs | None) -> Found:
+    """What the method is judged by, where its model has no classifier; where other measures are asked for,
+    too, they do not wait for a teacher that is not to be had."""
+    try:
+        metrics = judge.metrics(split)
+    except SettingsError as error:
+        if outputs is None:
+            raise
+        return {"images": len(outputs.labels), "left_out": str(error)}
     images = int(metrics.pop("eval_images"))
     return {"images": images, **metrics}
 

@@ -62,6 +62,8 @@ def table(summary: dict[str, Any]) -> str:
 def _metric_lines(summary: dict[str, Any]) -> list[str]:
     """What a method without a classifier is judged by, and what else its evaluator found."""
     metric = metric_named(summary["objective"])
+    if metric.name not in summary:
+        return [f"  {metric.title:18}  left out: {summary['left_out']}"]
     others = [name for name, value in summary.items() if isinstance(value, float) and name != metric.name]
     return [
         f"  {metric.title:18}  {metric.shown(summary[metric.name])}",

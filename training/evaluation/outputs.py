@@ -17,7 +17,7 @@ from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
 from training.data.columns import Columns
-from training.data.few_shot import rows_of
+from training.data.few_shot import classes_of, rows_of
 from training.data.loader import Batch
 from training.engine import build, checkpoint, loop
 from training.models import backbones
@@ -200,10 +200,17 @@ class Judge:
                 bar.update(len(batch.labels))
 
     def _answers(self, images: Any, labels: Any, space: TextSpace | None, keep: bool) -> dict[str, Any]:
+        import torch
+
         images, labels = images.to(self.device), labels.to(self.device)
         features, logits = backbones.features_and_logits(self.model, self._norm(images))
         answers = {"labels": labels}
         if self.classifies:
+            if self.config.data.class_half != "all":
+                among = classes_of(self.config.data.class_half, logits.shape[1])
+                others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+                others[among.start : among.stop] = False
+                logits = logits.masked_fill(others, -torch.inf)
             best = logits.topk(min(5, logits.shape[1])).indices
             probabilities = logits.sigmoid() if self.config.optim.loss == "bce" else logits.softmax(1)
             answers |= {

@@ -112,7 +112,7 @@ def of_run(config: TrainConfig, num_classes: int) -> nn.Module:
         architecture=given.architecture,
     )
     if given.init_from:
-        chain.start(model, given.init_from)
+        chain.start(model, given.init_from, given.init_state)
     return model
 
 

@@ -53,8 +53,7 @@ def check(config: TrainConfig) -> tuple[str, str]:
     _check_normalisation(config, before)
     epochs = len(state["history"])
     told = f"the backbone starts from {other} ({before.objective}, {epochs} of {before.optim.epochs} epochs)"
-    # What was measured and when, step by step, belongs to one training alone.
-    return told, hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+    return told, _digest(state)
 
 
 def _check_file(config: TrainConfig) -> str:
@@ -68,6 +67,11 @@ def _check_file(config: TrainConfig) -> str:
     start(model, config.model.init_from)
     hiera = architecture_of(config).startswith("hiera_")
     return f"the backbone starts from {config.model.init_from}" + f"; {published_hiera.LICENCE}" * hiera
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """Of a checkpoint: what was measured and when, epoch by epoch, belongs to one training alone."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _digest_of_file(file: str) -> str:
@@ -93,44 +97,62 @@ def _check_normalisation(config: TrainConfig, before: TrainConfig) -> None:
         raise SettingsError(message)
 
 
-def start(model: nn.Module, run: str) -> None:
+def start(model: nn.Module, run: str, state: str = "") -> None:
     """Fills a backbone from the last checkpoint of a run, from the average where it kept one; or from a file
     of weights with timm's names or those of Hiera's authors.
 
     The classifier stays new unless the run has one with as many classes. Another image size is timm's to
     adapt to, where the architecture can.
 
-    Raises:
-        SettingsError: the run's weights do not fit.
-    """
-    from safetensors.torch import load_file
+    Args:
+        model: the backbone.
+        run: folder or address of a run, or a file.
+        state: digest that the weights must have (`check`): each worker reads them for itself, a restarted one
+            later. Empty: any.
 
+    Raises:
+        SettingsError: the run's weights do not fit, or are others than when this one began.
+    """
     if published_hiera.is_file(run):
+        if state:
+            _check_same(run, state, _digest_of_file(run))
         found = published_hiera.read(run)
         # The authors' names are other ones, and mean other things in other architectures: a ViT's last norm
         # is `norm` to timm.
         found = published_hiera.of_backbone(found) if isinstance(model, Hiera) else found
         fill(model, found, f"init_from={run}")
         return
-    with checkpoint.opened(run) as folder:
-        average = os.path.join(folder, "ema.safetensors")
-        tensors = load_file(average if os.path.isfile(average) else os.path.join(folder, "model.safetensors"))
     weights = {
         name.removeprefix(_OF_BACKBONE): value
-        for name, value in tensors.items()
+        for name, value in _read(run, state).items()
         if name.startswith(_OF_BACKBONE)
     }
     fill(model, weights, f"init_from={run}")
 
 
-def beside_backbone(run: str) -> dict[str, Tensor]:
-    """What the last checkpoint of a run, or its average, has beside the backbone (see `start`)."""
+def beside_backbone(run: str, state: str = "") -> dict[str, Tensor]:
+    """What the last checkpoint of a run, or its average, has beside the backbone; see `start`."""
+    tensors = _read(run, state)
+    return {name: value for name, value in tensors.items() if not name.startswith(_OF_BACKBONE)}
+
+
+def _read(run: str, state: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     with checkpoint.opened(run) as folder:
+        if state:
+            _check_same(run, state, _digest(checkpoint.read_state(folder)))
         average = os.path.join(folder, "ema.safetensors")
-        tensors = load_file(average if os.path.isfile(average) else os.path.join(folder, "model.safetensors"))
-    return {name: value for name, value in tensors.items() if not name.startswith(_OF_BACKBONE)}
+        return load_file(average if os.path.isfile(average) else os.path.join(folder, "model.safetensors"))
+
+
+def _check_same(run: str, then: str, now: str) -> None:
+    if then != now:
+        message = (
+            f"init_from={run}: has other weights than when this run began ({now}, not {then}); begin another "
+            "run with those."
+        )
+        raise SettingsError(message)
 
 
 def fill(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:

@@ -205,7 +205,7 @@ def text_embeddings(clip: FrozenClip, texts: Sequence[Sequence[str]]) -> Tensor:
     device = clip.model.logit_scale.device
     ids = [[*words.start, *words.ids(text), *words.stop] for several in texts for text in several]
     if (longest := max(map(len, ids))) > words.longest:
-        text = max((text for several in texts for text in several), key=len)
+        text = [text for several in texts for text in several][list(map(len, ids)).index(longest)]
         message = (
             f"the prompt {text!r} has {longest} tokens, the text tower reads {words.longest}; shorten it."
         )

@@ -139,11 +139,13 @@ class Prompts(nn.Module):
                 raise SettingsError(message)
         order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
         longest = max(map(len, rows))
-        ids = torch.tensor([[*rows[n], *[words.stop[0]] * (longest - len(rows[n]))] for n in order])
         embedding = clip.model.text_model.embeddings.token_embedding
+        device = embedding.weight.device  # the CLIP is shared, and another model may have taken it there
+        padded = [[*rows[n], *[words.stop[0]] * (longest - len(rows[n]))] for n in order]
+        ids = torch.tensor(padded, device=device)
         with torch.no_grad():
             base = embedding(ids.clamp(min=0)) * (ids >= 0)[..., None]
-            start = embedding(torch.tensor(words.start, dtype=torch.long))
+            start = embedding(torch.tensor(words.start, dtype=torch.long, device=device))
         self.register_buffer("base", base, persistent=False)
         self.register_buffer("start", start, persistent=False)
         self.register_buffer("slots", torch.where(ids < 0, -ids, 0), persistent=False)
@@ -214,9 +216,10 @@ class PromptedClip(Owner):
         """
         start = torch.empty(0, clip.model.config.text_config.hidden_size)
         if settings.words:
-            ids = torch.tensor(clip.words.ids(settings.words), dtype=torch.long)
+            embedding = clip.model.text_model.embeddings.token_embedding
+            ids = torch.tensor(clip.words.ids(settings.words), device=embedding.weight.device)
             with torch.no_grad():
-                start = clip.model.text_model.embeddings.token_embedding(ids).clone()
+                start = embedding(ids.long()).clone()
             if settings.length not in (0, len(start)):
                 message = (
                     f"context_length={settings.length}: {settings.words!r} has {len(start)} tokens; pass "

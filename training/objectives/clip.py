@@ -22,6 +22,7 @@ from pipeline.store import Store
 from training.config import TrainConfig
 from training.data import caption_tokens
 from training.data.caption_tokens import END, START, CaptionTokens
+from training.data.few_shot import classes_of
 from training.data.loader import Batch
 from training.data.order import ROW, SHARD, shares
 from training.data.views import Draw, Views
@@ -193,6 +194,8 @@ class Clip(Objective):
             faults.append("layer_decay: both towers start from nothing; leave it out.")
         if config.data.mixes:
             faults.append("mixup, cutmix: a mixture of pictures has no caption; leave them out.")
+        if config.optim.loss == "bce" or config.optim.label_smoothing:
+            faults.append("loss bce, label_smoothing: are of classifiers; leave them out.")
         if not model.patch_size or model.image_size % model.patch_size:
             faults.append(
                 f"patch_size={model.patch_size}: must divide --image-size {model.image_size}, such as "
@@ -203,6 +206,12 @@ class Clip(Objective):
         if faults:
             raise SettingsError("\n".join(faults))
         variant = store.only_variant("captions", method.caption_variant)
+        store.require_complete("captions", variant)
+        receipts = store.receipts("captions", variant)
+        for split in (config.data.train_split, config.data.eval_split):
+            if all(receipts[shard].failed == receipts[shard].rows for shard in store.split_shards(split)):
+                message = f"caption_variant={variant}: no picture of the split {split} has a caption."
+                raise SettingsError(message)
         file, digest = caption_tokens.tokenizer_file(
             store, variant, config.data.train_split, method.vocabulary, method.tokenizer_digest
         )
@@ -273,7 +282,8 @@ class Clip(Objective):
                 tokenizer = caption_tokens.load_tokenizer(store, file_of(config))
                 prompts = prompts_of(tokenizer, store.dataset.classes, templates, method.context_tokens)
                 classes = backbone.class_embeddings(prompts.to(judge.device))
-                best = (features @ classes.T).argmax(1).cpu().numpy()
+                of = classes_of(config.data.class_half, len(classes))
+                best = (features @ classes[of.start : of.stop].T).argmax(1).cpu().numpy() + of.start
                 share = 100 * float((best == outputs.labels).mean())
                 told.append(Finding(name="zero-shot top-1", value=share, note=", ".join(templates)))
         return told

@@ -18,7 +18,7 @@ from pipeline.captioners.prompts import class_name
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.data.few_shot import classes_of
+from training.data.few_shot import classes_of, rows_of
 from training.data.loader import Batch
 from training.data.views import Draw, Views
 from training.data.vision_features import FeatureColumns, made_by
@@ -126,8 +126,9 @@ class Evaluator:
             features = _kept(batch)
             features = task.backbone.forward_features(images) if features is None else features
             logits = task.backbone.logits(features, self._embeddings)
-        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        plain = (features.float() @ task.zero_shot.T).argmax(1) == labels
+        seen = features.any(1)  # without an embedding all classes are alike, and the first would be a guess
+        best = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]) & seen[:, None]
+        plain = ((features.float() @ task.zero_shot.T).argmax(1) == labels) & seen
         counts = (best[:, 0].sum(), best.sum(), plain.sum(), torch.tensor(len(best), device=best.device))
         self._hits += torch.stack(counts)
 
@@ -177,11 +178,16 @@ class CoOp(Objective):
                 f"image_size={config.model.image_size}: {method.clip} sees {clip.size} pixels; pass "
                 f"--image-size {clip.size}."
             )
+        names = self._names(config, store.dataset.classes)
+        if len(names) < 2:
+            faults.append(
+                f"class_half={data.class_half}: has {len(names)} of the classes, and that is "
+                "nothing to tell apart."
+            )
         if faults:
             raise SettingsError("\n".join(faults))
-        names = self._names(config, store.dataset.classes)
         PromptedClip(clip, names, self._prompts(config))
-        zero_shot(clip, [max(names, key=len)], method.zero_shot_templates)
+        zero_shot(clip, [max(names, key=lambda name: len(clip.words.ids(name)))], method.zero_shot_templates)
         return Facts(
             variants={"features": variant} if variant else {},
             found={"clip_revision": model.revision, "image_features": variant or NONE},
@@ -242,11 +248,17 @@ class CoOp(Objective):
         return [class_name(classes[number]).replace("-", " ") for number in own]
 
     def notes(self, config: TrainConfig, store: Store, facts: Facts) -> tuple[str, ...]:
-        """Where pictures' embeddings come from, and which have none."""
+        """Classes of one name; where pictures' embeddings come from, and which have none."""
+        names, told = self._names(config, store.dataset.classes), []
+        if alike := sorted({name for name in names if names.count(name) > 1}):
+            told.append(
+                f"several classes are called {', '.join(alike[:3])}, and nothing tells them apart; "
+                "`gpt4image ingest --class-names` gives others"
+            )
         variant = facts.variants.get("features")
         if not variant:
-            return ()
-        told = [f"embeddings of pictures are read from the store ({variant}): no crop, no flip"]
+            return tuple(told)
+        told += [f"embeddings of pictures are read from the store ({variant}): no crop, no flip"]
         receipts = store.receipts("features", variant)
         for split in dict.fromkeys((config.data.train_split, config.data.eval_split)):
             if without := sum(receipts[shard].failed for shard in store.split_shards(split)):
@@ -264,9 +276,10 @@ class CoOp(Objective):
         asked = f"among {len(judge.task.classes)} {names}; {', '.join(templates)}"
         plain = self._zero_shot(config, outputs, templates)
         found = [Finding(name="zero-shot top-1", value=plain, note=asked)]
-        if half == "base" and judge.task.backbone.context.ndim == 2:
-            other = config.but(class_half="new")
-            count = len(judge.store.dataset.classes)
+        other, count = config.but(class_half="new"), len(judge.store.dataset.classes)
+        if half == "base" and not _has_pictures(other, judge.store, split):
+            found.append(Finding(name="new top-1", note=f"{split} has no usable picture of the new classes"))
+        elif half == "base" and judge.task.backbone.context.ndim == 2:
             task = self.rebuild(other, judge.task.state_dict(), count).eval()
             new = Judge(other, Loaded(task=task, weights="", state={})).outputs(split, features=True)
             pairs = {
@@ -298,6 +311,13 @@ class CoOp(Objective):
     def export(self, config: TrainConfig, task: PromptTask, folder: str) -> dict[str, Any]:
         """See `exporting.write`."""
         return exporting.write(config, task.backbone, folder)
+
+
+def _has_pictures(config: TrainConfig, store: Store, split: str) -> bool:
+    try:
+        return len(rows_of(config, store, split)) > 0
+    except SettingsError:
+        return False
 
 
 OBJECTIVE = CoOp()

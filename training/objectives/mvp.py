@@ -98,6 +98,8 @@ class MvpTask(nn.Module):
         all_count = self.settings.supervised_patches == "all"
         of_pictures = errors.mean(1) if all_count else (errors * masked).sum(1)
         cosines = cosine_similarity(predicted.detach(), inputs.targets, dim=-1)
+        # Pictures without features are among those of the mean: the gradient is the same for any number of
+        # workers.
         return {
             "loss": share * of_pictures.mean(),
             "token_loss": of_pictures.detach(),
@@ -134,7 +136,8 @@ class Evaluator:
             predicted = task.predictor(task.backbone, images, masked)
         predicted, targets = predicted.float()[masked], task.targets(batch)[masked]
         cosines, errors = cosine_similarity(predicted, targets, dim=-1), task.errors(predicted, targets)
-        counts = torch.tensor([len(targets), len(images)], device=self._device)
+        taught = targets.any(-1).sum()
+        counts = torch.stack([taught, torch.tensor(len(images), device=self._device)])
         self._sums += torch.cat([torch.stack([cosines.double().sum(), errors.double().sum()]), counts])
         self._units += (targets / targets.norm(dim=-1, keepdim=True).clamp_min(1e-12)).double().sum(0)
 
@@ -146,10 +149,10 @@ class Evaluator:
         """See the class."""
         cosine, error, patches, images, *units = sums
         # The mean cosine to the mean direction is the length of the mean unit vector.
-        constant = sum(value**2 for value in units) ** 0.5 / patches
+        constant = sum(value**2 for value in units) ** 0.5 / max(1, patches)
         return {
-            "cosine": cosine / patches,
-            "token_error": error / patches,
+            "cosine": cosine / max(1, patches),
+            "token_error": error / max(1, patches),
             "constant_cosine": constant,
             "eval_images": images,
         }
@@ -269,9 +272,12 @@ class Mvp(Objective):
         of = config.method.teacher or facts.found["teacher"]
         told = [f"the teacher is {of}; what that was trained on is part of what this run learns from"]
         if name := facts.variants.get("features", ""):
-            receipts, split = store.receipts("features", name), config.data.train_split
-            if without := sum(receipts[shard].failed for shard in store.split_shards(split)):
-                told.append(f"{without} pictures of {split} have no features in {name}: they teach nothing")
+            receipts = store.receipts("features", name)
+            for split in dict.fromkeys((config.data.train_split, config.data.eval_split)):
+                if without := sum(receipts[shard].failed for shard in store.split_shards(split)):
+                    told.append(
+                        f"{without} pictures of {split} have no features in {name}: they do not count"
+                    )
         return tuple(told)
 
     def describe(self, config: TrainConfig, store: Store) -> Description:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import tyro
 
 from training.objectives.metric import Metric
-from training.settings import Grid, MethodSettings, below
+from training.settings import Grid, MethodSettings, below, template_fault
 
 METRIC = Metric(name="retrieval_recall1", title="R@1", unit="%", difference="points of R@1")
 
@@ -75,11 +75,8 @@ class ClipSettings(MethodSettings):
         ]
         if self.initial_temperature < 0.01:
             faults.append(f"initial_temperature={self.initial_temperature}: must be 0.01 or more.")
-        if not self.zero_shot_templates or any("{label}" not in each for each in self.zero_shot_templates):
-            faults.append(
-                f"zero_shot_templates={self.zero_shot_templates}: each must hold {{label}}: 'a photo of a "
-                "{label}.'."
-            )
+        wrong = [template_fault("zero_shot_templates", each) for each in self.zero_shot_templates or ("",)]
+        faults += [fault for fault in wrong if fault]
         return faults
 
 
@@ -91,6 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patch_size": 32,
         "batch_size": 4096,
         "epochs": 32,
+        "betas": (0.9, 0.98),
         "lr": 5e-4,
         "min_lr": 0.0,
         "weight_decay": 0.2,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
-from training.settings import Grid, MethodSettings, below
+from training.settings import Grid, MethodSettings, below, template_fault
 
 TEMPLATES = ("a photo of a {label}.",)
 PAPERS_CLIP = "openai/clip-vit-base-patch16"
@@ -65,11 +65,8 @@ class PromptLearning(MethodSettings):
             faults.append(f"clip: name the frozen CLIP, such as --clip {PAPERS_CLIP}.")
         if not self.context_length and not self.context_words:
             faults.append("context_length=0: needs --context-words to take the number from.")
-        if not self.zero_shot_templates or any("{label}" not in each for each in self.zero_shot_templates):
-            faults.append(
-                f"zero_shot_templates={self.zero_shot_templates}: each must hold {{label}}: 'a photo of a "
-                "{label}.'."
-            )
+        wrong = [template_fault("zero_shot_templates", each) for each in self.zero_shot_templates or ("",)]
+        faults += [fault for fault in wrong if fault]
         return faults
 
 
