@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel
 
+from pipeline.encoders.cut import Cut
 from pipeline.errors import SettingsError
 from tests import towers
 from training.models import frozen_clip
@@ -57,6 +58,7 @@ def clip_of(text: int = 32, space: int = 32, layers: int = 3, **more: Any) -> Fr
         model=CLIPModel(config).eval(),
         words=Words.of(Tokenizer(), longest),
         pictures={"input_size": (3, 32, 32)},
+        cut=Cut(size=32, resize=32, interpolation="bicubic", rounds=False),
     )
 
 

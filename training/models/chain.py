@@ -113,8 +113,6 @@ def start(model: nn.Module, run: str, state: str = "") -> None:
     Raises:
         SettingsError: the run's weights do not fit, or are others than when this one began.
     """
-    from safetensors.torch import load_file
-
     if published_hiera.is_file(run):
         if state:
             _check_same(run, state, _digest_of_file(run))
@@ -124,17 +122,28 @@ def start(model: nn.Module, run: str, state: str = "") -> None:
         found = published_hiera.of_backbone(found) if isinstance(model, Hiera) else found
         fill(model, found, f"init_from={run}")
         return
+    weights = {
+        name.removeprefix(_OF_BACKBONE): value
+        for name, value in _read(run, state).items()
+        if name.startswith(_OF_BACKBONE)
+    }
+    fill(model, weights, f"init_from={run}")
+
+
+def beside_backbone(run: str, state: str = "") -> dict[str, Tensor]:
+    """What the last checkpoint of a run, or its average, has beside the backbone; see `start`."""
+    tensors = _read(run, state)
+    return {name: value for name, value in tensors.items() if not name.startswith(_OF_BACKBONE)}
+
+
+def _read(run: str, state: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
     with checkpoint.opened(run) as folder:
         if state:
             _check_same(run, state, _digest(checkpoint.read_state(folder)))
         average = os.path.join(folder, "ema.safetensors")
-        tensors = load_file(average if os.path.isfile(average) else os.path.join(folder, "model.safetensors"))
-    weights = {
-        name.removeprefix(_OF_BACKBONE): value
-        for name, value in tensors.items()
-        if name.startswith(_OF_BACKBONE)
-    }
-    fill(model, weights, f"init_from={run}")
+        return load_file(average if os.path.isfile(average) else os.path.join(folder, "model.safetensors"))
 
 
 def _check_same(run: str, then: str, now: str) -> None:
@@ -144,16 +153,6 @@ def _check_same(run: str, then: str, now: str) -> None:
             "run with those."
         )
         raise SettingsError(message)
-
-
-def beside_backbone(run: str) -> dict[str, Tensor]:
-    """What the last checkpoint of a run, or its average, has beside the backbone (see `start`)."""
-    from safetensors.torch import load_file
-
-    with checkpoint.opened(run) as folder:
-        average = os.path.join(folder, "ema.safetensors")
-        tensors = load_file(average if os.path.isfile(average) else os.path.join(folder, "model.safetensors"))
-    return {name: value for name, value in tensors.items() if not name.startswith(_OF_BACKBONE)}
 
 
 def fill(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:

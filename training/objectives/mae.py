@@ -197,7 +197,7 @@ class Mae(Objective):
         fresh = not (config.model.pretrained or config.model.init_from)
         masked_hiera.initialise(task.fusion, task.decoder, task.backbone if fresh else None)
         if config.model.init_from:
-            _fill_decoder(task, config.model.init_from)
+            _fill_decoder(task, config.model.init_from, config.model.init_state)
         return task
 
     def notes(self, config: TrainConfig, store: Store, facts: Facts) -> tuple[str, ...]:
@@ -248,9 +248,9 @@ class Mae(Objective):
         return Description(how=how, settings=flat(config.method))
 
 
-def _fill_decoder(task: MaeTask, start: str) -> str:
-    """Loads fusion and decoder from the file or the run that the encoder starts from; why not, where it has
-    none that fit, and they stay as they are.
+def _fill_decoder(task: MaeTask, start: str, state: str = "") -> str:
+    """Loads fusion and decoder from the file or the run that the encoder starts from (`state`: see
+    `chain.start`); why not, where it has none that fit, and they stay as they are.
 
     Raises:
         MissingError: the run is not there any more.
@@ -258,7 +258,7 @@ def _fill_decoder(task: MaeTask, start: str) -> str:
     """
     if published_hiera.is_file(start):
         return "" if published_hiera.fill_decoder(task, start) else "the file has none"
-    weights, own = chain.beside_backbone(start), task.state_dict()
+    weights, own = chain.beside_backbone(start, state), task.state_dict()
     needed = {name: value.shape for name, value in own.items() if not name.startswith("backbone.")}
     if not needed.keys() & weights.keys():
         return "that run has none"
