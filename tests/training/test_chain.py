@@ -93,6 +93,12 @@ def test_runs_that_cannot_be_started_from_are_named_before_anything_starts(
     assert "has backbone test_vit, patch_size 8; pass the same" in told(
         init_from=str(first), backbone="test_resnet", patch_size=0
     )
+    nano = fitted(
+        settings(store, alignment_weight=0.0, backbone="hiera_nano_64", patch_size=0), tmp_path / "nano"
+    )
+    assert "has backbone hiera_nano_64" in told(init_from=str(nano))
+    full = {"backbone": "hiera_tiny_224", "patch_size": 0, "init_from": str(nano)}
+    assert "its weights do not fit (blocks.0.attn" in told(**full), "one architecture, another width"
     assert "leave one out" in told(init_from=str(first), pretrained=True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text((first / "config.json").read_text())

@@ -88,6 +88,9 @@ def export(settings: ExportConfig) -> dict[str, Any]:
         exported = {
             "to": settings.to,
             "architecture": weights.architecture_of(config),
+            "name": name
+            if (name := config.model.backbone) in weights.OWN
+            else weights.architecture_of(config),
             "parameters": sum(p.numel() for p in model.parameters()),
             "epoch": int(loaded.state["epoch"]),
             "weights": loaded.weights,
@@ -124,8 +127,9 @@ def _own(settings: ExportConfig, config: TrainConfig, loaded: outputs.Loaded) ->
 
 def describe(exported: dict[str, Any]) -> str:
     """What `export` returned, as lines for a terminal."""
+    name = exported.get("name", exported["architecture"])
     lines = [
-        f"{exported['to']}: {exported['architecture']}, {exported['parameters']:,} parameters, epoch "
+        f"{exported['to']}: {name}, {exported['parameters']:,} parameters, epoch "
         f"{exported['epoch']}, {exported['weights']} weights: {', '.join(exported['files'])}"
     ]
     for name, check in exported["checks"].items():

@@ -32,10 +32,9 @@ def model_card(
     gives = f"{classes} classes" if classes else f"features of {recipe['output']['shape'][1]} numbers"
     parts = [
         f"---\nlibrary_name: timm\npipeline_tag: {task}\ntags:\n- timm\n- gpt4image-ray\n---",
-        f"# {exported['architecture']}, {gives}, {size} x {size}",
+        f"# {exported['name']}, {gives}, {size} x {size}",
         f"{exported['parameters']:,} parameters, trained with {description.how} by gpt4image-ray. What else "
-        f"took part in training is not in it: it has the size and speed of timm's "
-        f"`{exported['architecture']}`.",
+        f"took part in training is not in it: {_like(config, exported['architecture'])}.",
         "## Accuracy\n\n" + _accuracy(config, exported["weights"], state),
         "## Input\n\n" + _input(recipe),
         "## Use\n\n" + "\n\n".join(_USE[name](config, exported, recipe) for name in exported["formats"]),
@@ -44,6 +43,14 @@ def model_card(
         "## Training\n\n" + _training(config, exported, description),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _like(config: TrainConfig, architecture: str) -> str:
+    source = source_of(config.model.backbone, config.model.architecture)
+    if source is not None and source.arguments:
+        given = ", ".join(f"{name} {value}" for name, value in source.arguments.items())
+        return f"it is timm's `{architecture}` with {given}"
+    return f"it has the size and speed of timm's `{architecture}`"
 
 
 def _accuracy(config: TrainConfig, weights: str, state: dict[str, Any]) -> str:

@@ -33,7 +33,10 @@ def check(config: TrainConfig) -> tuple[str, str]:
     """
     other = config.model.init_from
     if published_hiera.is_file(other):
-        return _check_file(config), _digest_of_file(other)
+        _fit(config)
+        hiera = architecture_of(config).startswith("hiera_")
+        told = f"the backbone starts from {other}" + f"; {published_hiera.LICENCE}" * hiera
+        return told, _digest_of_file(other)
     try:
         before = run_folder.read(other)
         state = checkpoint.read_state(checkpoint.find(other))
@@ -47,17 +50,21 @@ def check(config: TrainConfig) -> tuple[str, str]:
     }
     differ = {name: theirs for name, (theirs, ours) in flags.items() if theirs != ours}
     if differ:
-        is_so = ", ".join(f"{name} {theirs}" for name, theirs in differ.items())
+        is_so = ", ".join(
+            f"{name} {before.model.backbone if name == 'backbone' else theirs}"
+            for name, theirs in differ.items()
+        )
         message = f"init_from={other}: that run has {is_so}; pass the same, or start from another run."
         raise SettingsError(message)
     _check_normalisation(config, before)
+    _fit(config)
     epochs = len(state["history"])
     told = f"the backbone starts from {other} ({before.objective}, {epochs} of {before.optim.epochs} epochs)"
     return told, _digest(state)
 
 
-def _check_file(config: TrainConfig) -> str:
-    """See `check`; of a file of weights."""
+def _fit(config: TrainConfig) -> None:
+    """Raises SettingsError where the weights are none of this backbone's, before a worker tries."""
     import torch
 
     from training.models import backbones  # which start from here
@@ -65,8 +72,6 @@ def _check_file(config: TrainConfig) -> str:
     with torch.device("meta"):
         model = backbones.of_run(config.without_weights, 2)
     start(model, config.model.init_from)
-    hiera = architecture_of(config).startswith("hiera_")
-    return f"the backbone starts from {config.model.init_from}" + f"; {published_hiera.LICENCE}" * hiera
 
 
 def _digest(state: dict[str, Any]) -> str:
