@@ -255,6 +255,8 @@ def test_what_does_not_fit_is_said_before_a_worker_starts(store: Path, tmp_path:
     grid = "mask units are of 16 x 16 pixels, and 40 is no multiple of 16); pass --image-size 32 or 48"
     assert grid in told(image_size=40)
     assert "32 x 32 pixels" in told(backbone="hiera_tiny_224", image_size=50)
+    assert "leave --patch-size out (0)" in told(patch_size=16)
+    assert "label_smoothing: are of classifiers" in told(label_smoothing=0.1)
     assert "leaves 0 of 1 mask units" in told(image_size=16) and "--image-size 32" in told(image_size=16)
     assert "leaves 0 of 4 mask units" in told(mask_ratio=0.9)
     assert "is no Hiera, whose mask units" in told(backbone="test_vit")

@@ -296,6 +296,8 @@ def test_faults_are_found_before_a_worker_starts(
     assert "changes the student's picture after the teacher has seen it" in told(mixup=0.2)
     assert "is no plain ViT" in told(backbone="test_resnet", patch_size=0)
     assert "no such folder" in told(teacher="./nowhere")
+    assert "pass --image-size 28 or 35, or another --patch-size" in told(patch_size=7)
+    assert "leave --patch-size out (0)" in told(backbone="test_resnet")
     assert "masks 0 of 16 patches" in told(mask_ratio=0.02)
     assert "teacher: name the vision tower" in told(teacher="")
     assert "pass the 40 digits" in told(teacher_revision="main")

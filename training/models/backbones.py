@@ -172,7 +172,7 @@ def build(
                     "another backbone."
                 )
                 raise SettingsError(message) from None
-            raise _unfit(name, image_size, error, architecture) from None
+            raise _unfit(name, image_size, patch_size, error, architecture) from None
     if num_classes and not isinstance(_classifier(model), nn.Linear):
         message = (
             f"backbone={name!r}: has no single linear classifier, so there is no pooled feature to align; "
@@ -205,7 +205,7 @@ def _created(
         raise (
             _misfit(name, error)
             if "state_dict" in str(error)
-            else _unfit(name, image_size, error, architecture)
+            else _unfit(name, image_size, int(arguments.get("patch_size", 0)), error, architecture)
         ) from None
     model.pretrained_cfg.pop("file", None)  # where the weights once lay is no part of the model
     created: nn.Module = model
@@ -278,17 +278,25 @@ def probe(
         try:
             features_and_logits(model, torch.empty(1, 3, image_size, image_size))
         except (AssertionError, RuntimeError) as error:
-            raise _unfit(name, image_size, error, architecture) from None
+            raise _unfit(name, image_size, patch_size, error, architecture) from None
 
 
-def _unfit(name: str, image_size: int, error: Exception, architecture: str = "") -> SettingsError:
+def _unfit(
+    name: str, image_size: int, patch_size: int, error: Exception, architecture: str = ""
+) -> SettingsError:
     source = source_of(name, architecture)
     native = timm.get_pretrained_cfg(name) if source is None else None
     told = native.input_size if native else source.config.get("input_size") if source else None
     size = told[-1] if told else 224
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     mend = f"its own size is {size}: pass --image-size {size}"
-    if edge := _edge(source.name if source else name, model_args(name, size, 0, architecture)):
+    if patch_size and image_size % patch_size:
+        below, above = image_size // patch_size * patch_size, (image_size // patch_size + 1) * patch_size
+        reason = f"{image_size} is no multiple of its patch of {patch_size}"
+        mend = f"pass --image-size {f'{below} or {above}' if below else above}, or another --patch-size"
+    if patch_size and ("'patch_size'" in reason or (source.name if source else name).startswith("hiera_")):
+        reason, mend = "it has no patches of a size to choose", "leave --patch-size out (0)"
+    elif edge := _edge(source.name if source else name, model_args(name, size, 0, architecture)):
         below, above = image_size // edge * edge, (image_size // edge + 1) * edge
         reason = f"its mask units are of {edge} x {edge} pixels, and {image_size} is no multiple of {edge}"
         mend = f"pass --image-size {f'{below} or {above}' if below else above}"

@@ -86,6 +86,17 @@ class Words:
         both: list[int] = self.tokenizer(f"{after} {text}", add_special_tokens=False)["input_ids"]
         return both[len(before) :] if both[: len(before)] == before else plain
 
+    @functools.cached_property
+    def readable(self) -> list[int]:
+        """Tokens that are whole words to a person; a vocabulary of bytes has many others."""
+        texts = [str(text) for text in self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))]
+        whole = [text.endswith("</w>") or text.startswith(("Ġ", "▁")) for text in texts]
+        return [
+            token
+            for token, is_whole in enumerate(whole)
+            if (is_whole or not any(whole)) and (word := self.word(token)).isascii() and word.isalpha()
+        ]
+
     def word(self, token: int) -> str:
         """As a person reads it."""
         text = str(self.tokenizer.convert_ids_to_tokens(token))

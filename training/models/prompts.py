@@ -324,11 +324,17 @@ class PromptedClip(Owner):
     def nearest_words(self, words: Any, count: int = 3) -> list[list[tuple[str, float]]]:
         """The words whose embeddings are nearest to each context vector, with their Euclidean distances (as
         the papers' authors interpret them); of each class's own context that of the first class."""
-        table = self.frozen["clip"].text_model.embeddings.token_embedding.weight[: len(words.tokenizer)]
+        readable = words.readable or list(range(len(words.tokenizer)))
+        table = self.frozen["clip"].text_model.embeddings.token_embedding.weight[readable]
         context = self.context[0] if self.settings.of_class else self.context
-        distances, ids = torch.cdist(context.float(), table.float()).topk(count, largest=False)
+        distances, ids = torch.cdist(context.float(), table.float()).topk(
+            min(count, len(readable)), largest=False
+        )
         return [
-            [(words.word(int(token)), round(float(far), 4)) for token, far in zip(row, fars, strict=True)]
+            [
+                (words.word(readable[int(place)]), round(float(far), 4))
+                for place, far in zip(row, fars, strict=True)
+            ]
             for row, fars in zip(ids, distances, strict=True)
         ]
 

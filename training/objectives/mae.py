@@ -170,6 +170,8 @@ class Mae(Objective):
             for name in ("mixup", "cutmix", "erase")
             if getattr(config.data, name)
         ]
+        if config.optim.loss == "bce" or config.optim.label_smoothing:
+            faults.append("loss bce, label_smoothing: are of classifiers; leave them out.")
         if config.model.freeze_backbone:
             faults.append("freeze_backbone: is for a classifier on top; the backbone is what trains here.")
         if faults:

@@ -195,6 +195,8 @@ class Mvp(Objective):
                 )
                 if wrong
             ]
+        if config.optim.loss == "bce" or config.optim.label_smoothing:
+            faults.append("loss bce, label_smoothing: are of classifiers; leave them out.")
         if config.model.freeze_backbone:
             faults.append("freeze_backbone: is for a classifier on top; the backbone is what trains here.")
         if faults:

@@ -83,5 +83,8 @@ def metric_named(name: str) -> Metric:
     return found
 
 
+RIVALS = {"zero_shot_top1": "zero-shot", "constant_cosine": "of a constant"}
+"""What a method's figure is to be held against, where its evaluator tells it, and how an epoch's line calls
+it."""
 SHORT_LOSSES = {"cross_entropy": "ce", "alignment": "align"}
 """How parts of the loss are called in an epoch's line; a method without any of them shows its loss."""

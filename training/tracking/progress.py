@@ -14,7 +14,7 @@ from typing import Self
 from pipeline.inspect.metrics import Watched
 from pipeline.store import locations
 from training.objectives.metric import Metric
-from training.objectives.registry import SHORT_LOSSES
+from training.objectives.registry import RIVALS, SHORT_LOSSES
 from training.run_folder import headline, read_json, read_text, write_json
 
 
@@ -202,6 +202,7 @@ class Follower:
         )
         raw = f" (without averaging {m[name]:.{digits}f})" if f"ema_{name}" in m else ""
         top5 = f"top-5 {headline(m, 'top5'):.1f}  " if "top5" in m else ""
+        top5 += "".join(f"{short} {m[full]:.{digits}f}  " for full, short in RIVALS.items() if full in m)
         return (
             f"epoch {m['epoch']:>3.0f}/{self._epochs}  {losses}  {title} {headline(m, name):.{digits}f}{raw} "
             f" {top5}{m['images_per_s']:.0f} img/s  {_clock(left)} left"
