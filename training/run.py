@@ -141,8 +141,9 @@ def _trained(
         where = f"{cpus} CPU threads each"
         if gpus:
             where = "a GPU each" if gpus == 1 else f"{gpus:g} of a GPU each"
+        count = config.place.workers
         print(
-            f"train: {config.run}: starting {config.place.workers} workers, {where}",
+            f"train: {config.run}: starting {count} worker{'s' * (count > 1)}, {where}",
             file=sys.stderr,
             flush=True,
         )
