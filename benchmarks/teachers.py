@@ -67,7 +67,6 @@ ARMS: dict[str, dict[str, tuple[Settings, str]]] = {
         "baseline": (HIERA | PLAIN, ""),
         "align": (HIERA, ""),
         "MAE": (HIERA | PLAIN, "MAE"),
-        "MAE, then align": (HIERA, "MAE"),
     },
 }
 TITLES = {
