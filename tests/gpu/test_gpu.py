@@ -15,10 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests import towers
 from tests.parity.test_alignment_loss import CASES, Batch, Case, Model, batch_of, compare, expected, gradients
-from training.config import TrainConfig
+from tests.runs import fitted
+from tests.training.test_coop import settings as prompt_settings
+from training.config import EvaluateConfig, TrainConfig
 from training.data.mixing import text_targets
 from training.engine import build, checkpoint, loop
+from training.evaluation.evaluate import evaluate
 from training.losses.alignment import TextGather, Texts
 from training.objectives import align
 from training.objectives.align import AlignTask, Goal, Inputs
@@ -152,3 +156,22 @@ def test_ddp_on_one_gpu_has_the_gradients_of_the_bare_model(nccl: None) -> None:
         torch.testing.assert_close(
             wrapped[name], value, rtol=1e-2, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+@pytest.mark.parametrize("objective", ["coop", "cocoop"])
+def test_prompts_are_judged_run_after_run_with_one_clip_on_the_gpu(
+    tmp_path: Path, make_store: Callable[..., Path], objective: str
+) -> None:
+    """The CLIP is loaded once and stays on the device, where what is made of it later must look for it."""
+    clip, store = tmp_path / "clip", make_store(tmp_path / "store", classes=5, train=60, val=30)
+    towers.clip(clip)
+    towers.tokenizer(clip)
+    runs = [
+        fitted(prompt_settings(store, clip, objective, seed=seed), tmp_path / f"run-{seed}")
+        for seed in (0, 1)
+    ]
+    for run in runs:
+        told = {
+            each["name"]: each["value"] for each in evaluate(EvaluateConfig(run=str(run))).summary["findings"]
+        }
+        assert 0 <= told["new top-1"] <= 100 and told["zero-shot top-1"] is not None
