@@ -24,6 +24,7 @@ from tuning import config as tuning_config
 from tuning import record, space
 from tuning.__main__ import main, parse_tune
 from tuning.config import TuneConfig
+from tuning.driver import Driver
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +234,21 @@ def test_a_sweep_that_starts_from_a_run_goes_on(store: Path, weights: Path, tmp_
         file.write_text(json.dumps(json.loads(file.read_text()) | {"init_state": "0123456789abcdef"}))
     assert main([*again, "--no-export"]) == 0
     assert content_of(sweep)["state"] == record.COMPLETE
+
+
+def test_a_trial_that_was_killed_before_its_result_is_ended_and_no_early_stop(
+    store: Path, weights: Path, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep"
+    again = command(store, sweep, "0", "1")
+    begun(again, weights, sweep, s0=51.0, s1=52.0)
+    (killed,) = sweep.glob("*-s1")
+    (killed / "result.json").unlink()
+    config = parse_tune(again[1:])
+    epochs = [{"epoch": n + 1, "top1": 50.0 + n} for n in range(config.train.optim.epochs)]
+    (killed / "metrics.jsonl").write_text("".join(f"{json.dumps(epoch)}\n" for epoch in epochs))
+    left = Driver(config, str(sweep), "", {}).begin()
+    assert left is not None and left["name"] == killed.name
 
 
 def test_a_sweep_on_an_object_store_is_served_from_there(
