@@ -7,23 +7,19 @@ command again goes on where it stopped, or finds all done.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 from cluster import cli
 from cluster.config import DemoConfig
-from cluster.demo_steps import PRETRAINING_EPOCHS, steps
+from cluster.demo_steps import steps
 from pipeline.errors import OtherSettingsError
-from training.run_folder import headline
 
 
 def run(config: DemoConfig) -> int:
@@ -54,33 +50,10 @@ def run(config: DemoConfig) -> int:
     }
     with open(os.path.join(root, "demo.json"), "w", encoding="utf-8") as stream:
         json.dump(facts, stream, indent=2)
-    if config.objective in PRETRAINING_EPOCHS:
-        print(_gain(root, config.objective))
     print(f"\n{facts['total_s']:.0f} s in all, peak memory {facts['peak_memory_gib']} GiB")
     page = f"{root}/report.html"
     print(f"open {page}" if os.path.isfile(page) else f"everything is in {root}")
     return 0
-
-
-def _gain(root: str, method: str) -> str:
-    """What pre-training is worth to the plain model, seed by seed."""
-    from tuning.report.significance import student_interval
-
-    found: dict[str, dict[int, float]] = {}
-    for start in ("nothing", method):
-        runs = [os.path.dirname(path) for path in glob.glob(f"{root}/from-{start}/*-baseline-s*/result.json")]
-        results = {run: json.loads(Path(run, "result.json").read_text()) for run in runs}
-        found[start] = {
-            int(run.rpartition("-s")[2]): headline(result["last"]) for run, result in results.items()
-        }
-    before, after = found["nothing"], found[method]
-    gains = [after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())]
-    means = [statistics.fmean(each.values()) for each in (before, after)]
-    low, high = student_interval(gains)
-    return (
-        f"\nfrom few labels, plain: top-1 {means[0]:.1f} % from nothing, {means[1]:.1f} % from {method}: "
-        f"{statistics.fmean(gains):+.1f} points, 95 % [{low:+.1f}, {high:+.1f}], {len(gains)} seeds"
-    )
 
 
 def _check_as_begun(config: DemoConfig, root: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -33,16 +32,6 @@ def test_every_step_is_a_command_that_is_understood(method: str, tmp_path: Path)
             settings = parse(verb, VERBS[verb][1], arguments)
             assert str(tmp_path) in str(settings), title
         assert [each.title for each in made if not each.arguments] == ["draw scenes"]
-
-
-def test_what_pre_training_is_worth_is_told_seed_by_seed(tmp_path: Path) -> None:
-    for start, scores in (("nothing", (10.0, 12.0, 11.0)), ("mae", (20.0, 21.0, 22.0))):
-        for seed, score in enumerate(scores, 1):
-            run = tmp_path / f"from-{start}" / f"hiera-baseline-s{seed}"
-            run.mkdir(parents=True)
-            (run / "result.json").write_text(json.dumps({"last": {"top1": score}}))
-    told = demo._gain(str(tmp_path), "mae")
-    assert "top-1 11.0 % from nothing, 21.0 % from mae: +10.0 points, 95 % [+7.5, +12.5], 3 seeds" in told
 
 
 def test_a_step_that_fails_ends_the_demo_with_its_code(

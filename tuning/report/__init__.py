@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tuning.report import across
 from tuning.report.comparison import comparisons, of_sweep
 from tuning.report.configurations import Content
 from tuning.report.progress import state, winner, winner_is
@@ -24,7 +25,8 @@ def text(contents: Sequence[Content]) -> str:
         told = [sentence(each) for each in own] + notes(content, own)
         told += [f"{winner_is(content)}; anew: {command}"] if (command := winner(content)) else []
         parts.append("\n".join([*lead(content, own), state(content), "", table(content), "", *told]).rstrip())
-    return "\n\n".join(
+    named = [
         f"{content['sweep']}\n{part}" if len(contents) > 1 else part
         for content, part in zip(contents, parts, strict=True)
-    )
+    ]
+    return "\n\n".join([*named, *across.lines(contents)])

@@ -20,7 +20,7 @@ from pipeline.captioners.prompts import class_name
 from pipeline.sources import images
 from pipeline.store import Store, locations
 from training.objectives.registry import settings_of
-from tuning.report import landscape, plots, progress, significance, words
+from tuning.report import across, landscape, plots, progress, significance, words
 from tuning.report.comparison import Comparison, comparisons, of_sweep
 from tuning.report.configurations import Configuration, Content, configurations, headings, legend, metric_of
 from tuning.report.table import cost_shown, rows, value_shown
@@ -41,6 +41,7 @@ def write(path: str, sweeps: Sequence[Content], *, pictures: int) -> None:
     text = environment.from_string(template).render(
         sweeps=told,
         leads=sorted(told, key=_strength),
+        across=across.lines(sweeps),
         title=words.title(sweeps),
         tested=sum(not math.isnan(each.p) for each in found),
         fewest=significance.FEWEST_SEEDS,
