@@ -23,6 +23,7 @@ PATHS = frozenset(
         "file",
         "to",
         "run",
+        "more_runs",
         "init_from",
         "sweep",
         "sweeps",

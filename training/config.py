@@ -43,7 +43,7 @@ class TrainConfig(Generic[Method]):
     """One training run. The baseline is the same run with --alignment-weight 0."""
 
     store: str
-    """Folder or s3:// address of a store; what it must hold beside pictures depends on the method."""
+    """Folder or s3:// address of a store. What it must hold depends on the method."""
     run: str = ""
     """Folder or s3:// address of the run: checkpoints, metrics, settings. The same resumes. Empty: a new one
     below runs/."""

@@ -46,6 +46,7 @@ NO_PLACE = {
         "several_captions",
         "class_half",
         "architecture",
+        "init_state",
         "optimizer",
         "clip_mode",
         "loss",

@@ -31,7 +31,14 @@ from training.tracking import commit
 from training.tracking.journal import Journal
 
 BASE = TrainConfig.of(
-    store="/store", run="/run", embeddings="first", alignment_weight=0.5, batch_size=64, workers=1, ema=0.5
+    store="/store",
+    run="/run",
+    embeddings="first",
+    init_state="0123456789abcdef",
+    alignment_weight=0.5,
+    batch_size=64,
+    workers=1,
+    ema=0.5,
 )
 GROUPS = TrainConfig.groups("align")
 HINTS = {

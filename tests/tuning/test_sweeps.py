@@ -233,7 +233,7 @@ def test_a_sweep_that_starts_from_a_run_goes_on(store: Path, weights: Path, tmp_
     for file in sweep.glob("*/config.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"init_state": "0123456789abcdef"}))
     assert main([*again, "--no-export"]) == 0
-    assert content_of(sweep)["state"] == record.COMPLETE
+    assert content_of(sweep)["state"] == "complete"
 
 
 def test_a_trial_that_was_killed_before_its_result_is_ended_and_no_early_stop(
