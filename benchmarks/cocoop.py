@@ -3,7 +3,8 @@ picture at a time: images/s of training, memory, and what both reach on the same
 
 Run `python benchmarks/cocoop.py [--clip FOLDER]`. Frozen CLIP and pictures are the same (base classes of
 the drawn scenes, 16 of each), and so is the training: SGD, cosine, the rate in proportion to the batch.
-Contenders run in processes of their own; both towers count. The plain form is written down here once more,
+Contenders run in processes of their own; both towers count. Chunks of 64 show what computing again costs and
+saves; by default a step of so few prompts needs none. The plain form is written down here once more,
 with transformers' own text tower: it is what "as the authors do it" means.
 """
 
@@ -60,7 +61,7 @@ def main() -> int:
             for name in CONTENDERS:
                 found[name].append(turn(name, seed, folder, options))
     plain = statistics.median(each["images_per_s"] for each in found[PLAIN])
-    table = [f"{'':44}{'images/s':>10}{'of plain':>10}{'MiB more':>10}{'base top-1':>14}"]
+    table = [f"{'':48}{'images/s':>10}{'of plain':>10}{'MiB more':>10}{'base top-1':>14}"]
     for name, turns in found.items():
         speed = statistics.median(each["images_per_s"] for each in turns)
         memory = max(each["mib"] for each in turns)
@@ -68,14 +69,14 @@ def main() -> int:
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
         score = f"{statistics.mean(scores):.1f} ± {spread:.1f}"
         table.append(
-            f"{CONTENDERS[name]['told'].format(batch=options.batch):44}{speed:>10.1f}{speed / plain:>10.2f}"
+            f"{CONTENDERS[name]['told'].format(batch=options.batch):48}{speed:>10.1f}{speed / plain:>10.2f}"
             f"{memory:>10.0f}{score:>14}"
         )
     gains = [ours["top1"] - theirs["top1"] for ours, theirs in zip(found[OURS], found[PLAIN], strict=True)]
     untrained = statistics.mean(each["zero_shot"] for each in found[PLAIN])
     table.append(f"plain CLIP on the same classes: {untrained:.1f} (learned nothing)")
     table.append(
-        f"chunks over plain in top-1, seed by seed: {' '.join(f'{gain:+.1f}' for gain in gains)}, mean "
+        f"the default over plain in top-1, seed by seed: {' '.join(f'{gain:+.1f}' for gain in gains)}, mean "
         f"{statistics.mean(gains):+.1f}"
     )
     ratio = statistics.median(each["images_per_s"] for each in found[OURS]) / plain
@@ -90,7 +91,7 @@ def main() -> int:
         ("torch", "transformers"),
         save=options.save,
         value=round(ratio, 2),
-        unit="of the plain form's images/s, in chunks",
+        unit="of the plain form's images/s",
         goal=GOAL,
         top1_difference=round(statistics.mean(gains), 2),
         noise=round(noise, 2),
@@ -101,13 +102,13 @@ def main() -> int:
     return 0
 
 
-PLAIN, OURS = "plain", "chunked"
+PLAIN, OURS = "plain", "default"
 CONTENDERS: dict[str, dict[str, Any]] = {
     PLAIN: {"told": "plain: batch 1, prompts at full length", "plain": "full"},
     "plain-cut": {"told": "plain: batch 1, cut behind the longest", "plain": "cut"},
     "one": {"told": "ours: batch 1", "batch": 1},
-    "whole": {"told": "ours: batch {batch}, all prompts at once", "at_once": 10**6},
-    OURS: {"told": "ours: batch {batch}, in chunks of 64 prompts", "at_once": 64},
+    OURS: {"told": "ours: batch {batch}, 1,024 prompts at once (default)", "at_once": 1024},
+    "chunked": {"told": "ours: batch {batch}, in chunks of 64 prompts", "at_once": 64},
 }
 
 
