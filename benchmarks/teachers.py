@@ -1,11 +1,11 @@
 """The other teachers on drawn scenes: many pictures, few labels. Baseline, alignment, pre-training by MAE and
 by MVP, one after the other; and the frozen CLIP: zero-shot, CoOp and CoCoOp on base and new classes.
 
-Run `python benchmarks/teachers.py [--work DIR] [--save]`; about an hour on two cores. The task is the demo's
+Run `python benchmarks/teachers.py [--work DIR] [--save]`; some two hours on two cores. The task is the demo's
 (28 kinds), with 40 pictures a class, of which 7 have labels and captions that count (`--shots 7`);
 pre-training sees all of them, and neither; MAE's is made once a drawing, MVP's with each seed. Learning rates
-are searched for every arm alike on another drawing. Trainings are the product's own loop without Ray; each is
-kept in a folder of --work, and the same command goes on where it stopped.
+are searched on another drawing, the same for every arm of a backbone. Trainings are the product's own loop
+without Ray; each is kept in a folder of --work, and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
