@@ -269,28 +269,43 @@ def test_a_killed_engine_process_is_started_again(scenes: Path, tmp_path: Path, 
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "RAY_ADDRESS": "", "THIS_TEST": str(tmp_path)}
     common = ["caption", "--caption-preset", "scenes", "--engine-batch", "1", *ONE_ENGINE, "--store"]
     stores = [ingested(scenes, tmp_path / name, limit=96) for name in ("whole", "killed")]
-    beside, driver = (run(nodes, [*common, str(store)], **settings) for store in stores)
+    beside, driver = (
+        run(nodes, [*common, str(store)], **settings, THIS_STORE=str(store)) for store in stores
+    )
     killed: set[int] = set()
+    seen: set[str] = set()
     notes = f"{stores[1]}/captions/*/underway/part-*.json"
     while len(killed) < 3 and driver.poll() is None:
-        for process in psutil.Process(driver.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if (
-                    "EngineCore" in " ".join([process.name(), *process.cmdline()])
-                    and process.pid not in killed
-                ):
-                    time.sleep((0.5, 4.5, 0)[len(killed)])
-                    while len(killed) == 2 and not glob.glob(notes) and driver.poll() is None:
-                        time.sleep(0.1)  # a shard's note is written when its captioning begins
-                    time.sleep(0.3 if len(killed) == 2 else 0.0)
+        for process in engines_of(stores[1], seen):
+            if process.pid not in killed and len(killed) < 3:
+                time.sleep((0.5, 4.5, 0)[len(killed)])
+                while len(killed) == 2 and not glob.glob(notes) and driver.poll() is None:
+                    time.sleep(0.1)  # a shard's note is written when its captioning begins
+                time.sleep(0.3 if len(killed) == 2 else 0.0)
+                with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
                     killed.add(process.pid)
         time.sleep(0.2)
     assert driver.wait(600) == 0, driver.told()
     assert beside.wait(600) == 0, beside.told()
-    assert len(killed) == 3
+    assert len(killed) == 3, (killed, seen, driver.told())
     assert files_of(stores[1]) == files_of(stores[0])
     assert not left_of(str(tmp_path)), "a worker of an engine that died while it loaded"
+
+
+def engines_of(store: Path, seen: set[str]) -> list[psutil.Process]:
+    """Engine processes of the run of that store that have a worker, known by their environment: titles are
+    set late and cut short. `seen` gains the command lines of all processes of that run."""
+    of_run: dict[int, tuple[psutil.Process, int, str]] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("THIS_STORE") == str(store):
+                line = " ".join(process.cmdline())
+                seen.add(line[:120])
+                of_run[process.pid] = process, process.ppid(), line
+    spawned = {pid for pid, (*_, line) in of_run.items() if "spawn_main" in line or "EngineCore" in line}
+    parents = {of_run[pid][1] for pid in spawned}
+    return [of_run[pid][0] for pid in spawned & parents]
 
 
 def left_of(test: str) -> list[str]:
