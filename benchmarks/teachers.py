@@ -7,6 +7,9 @@ pre-trained on the same pictures without labels and captions: MAE's once a drawi
 Prompts for the CLIP are learned from seven a class. Learning rates are searched on another drawing, the same
 for every arm of a backbone. Trainings are the product's own loop without Ray; each is kept in a folder of
 --work, and the same command goes on where it stopped.
+
+A control: the baseline trained for as long as pre-training and training together ("as long"), since who has
+the time for the one has it for the other.
 """
 
 from __future__ import annotations
@@ -77,6 +80,13 @@ ARMS: dict[str, dict[str, tuple[Settings, str]]] = {
         "MAE": (HIERA | PLAIN, "MAE"),
     },
 }
+AS_LONG: dict[str, Settings] = {
+    "ViT": VIT | PLAIN | {"epochs": 30},
+    "Hiera": HIERA | PLAIN | {"epochs": 20},
+}
+"""The rival of arms that start from a pre-training, in seconds on one core: MVP's 275 and the ViT's 185 (12
+epochs), MAE's 720 and Hiera's 300 (6 epochs)."""
+LONG = "baseline, as long"
 TITLES = {
     "ViT": "ViT of 0.35 million parameters, 40 pictures a class",
     "Hiera": "Hiera of 1.2 million parameters, 40 pictures a class",
@@ -96,6 +106,9 @@ def main() -> int:
     parser.add_argument("--work", default="runs/teachers", help="folder of stores and runs")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="trainings at a time")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
+    parser.add_argument(
+        "--control-seeds", type=int, nargs="*", help="seeds of the control (default: --seeds)"
+    )
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/teachers.md")
     parser.add_argument("--picture", default="", help="also draw the table into this file")
     options = parser.parse_args()
@@ -121,6 +134,13 @@ def main() -> int:
             print(f"chosen for {kind}: {chosen[kind]}", file=sys.stderr, flush=True)
             jobs += [pool.submit(compare, work, kind, seed, chosen[kind]) for seed in options.seeds]
         for ended in as_completed(jobs):
+            ended.result()
+        controls = [
+            pool.submit(control, work, kind, seed, chosen[kind]["baseline"])
+            for seed in (options.seeds if options.control_seeds is None else options.control_seeds)
+            for kind in kinds
+        ]
+        for ended in as_completed(controls):
             ended.result()
     rows = summary(work, options.seeds)
     if options.picture:
@@ -242,6 +262,11 @@ def compare(work: Path, kind: str, seed: int, rates: dict[str, float]) -> None:
         trained(work, JUDGED, folder(kind, arm), seed, {**settings, **begun, "lr": rates[arm]})
 
 
+def control(work: Path, kind: str, seed: int, rate: float) -> None:
+    """The baseline for longer."""
+    trained(work, JUDGED, folder(kind, LONG), seed, {**AS_LONG[kind], "lr": rate})
+
+
 def folder(kind: str, arm: str) -> str:
     """What names of runs begin with."""
     return f"{kind}-all-{arm.replace(', ', '-').replace(' ', '-')}"
@@ -274,19 +299,28 @@ def summary(work: Path, seeds: list[int]) -> list[Settings]:
     def row(group: str, arm: str, values: dict[int, float], first: dict[int, float]) -> Settings:
         made = {"group": group, "arm": arm, "values": values, "mean": statistics.fmean(values.values())}
         paired = [values[seed] - first[seed] for seed in values if seed in first]
-        if first and values is not first and len(paired) > 1:
+        if first and values != first and len(paired) > 1:
             low, high = student_interval(paired)
             made |= {"gain": statistics.fmean(paired), "low": low, "high": high}
         return made
 
+    def values_of(kind: str, arm: str) -> dict[int, float]:
+        runs = {seed: work / f"{folder(kind, arm)}-{JUDGED}-s{seed}" / "last.json" for seed in seeds}
+        return {seed: json.loads(path.read_text())["top1"] for seed, path in runs.items() if path.exists()}
+
     rows = []
     for kind, arms in ARMS.items():
-        first: dict[int, float] = {}
-        for arm in arms:
-            runs = {seed: work / f"{folder(kind, arm)}-{JUDGED}-s{seed}" / "last.json" for seed in seeds}
-            values = {seed: json.loads(path.read_text())["top1"] for seed, path in runs.items()}
-            first = first or values
-            rows.append(row(kind, arm, values, first))
+        first, longer = values_of(kind, "baseline"), values_of(kind, LONG)
+        for arm, (_, teacher) in arms.items():
+            made = row(kind, arm, values_of(kind, arm), first)
+            if teacher and longer:
+                against = row(kind, arm, made["values"], longer)
+                made |= {
+                    f"{name} as long": against[name] for name in ("gain", "low", "high") if name in against
+                }
+            rows.append(made)
+        if longer:
+            rows.append(row(kind, LONG, longer, first))
     for half in ("base", "new", "H"):
         zero: dict[int, float] = {}
         for name in PROMPTS:
@@ -353,6 +387,9 @@ def table(rows: list[Settings], chosen: dict[str, dict[str, float]]) -> list[str
         line = f"{row['group']:11} {row['arm']:17} {values}   mean {row['mean']:6.2f}"
         if "gain" in row:
             line += f"  {row['gain']:+6.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        if "gain as long" in row:
+            own = (row[f"{name} as long"] for name in ("gain", "low", "high"))
+            line += "  over the baseline as long {:+.2f} [{:+.2f}, {:+.2f}]".format(*own)
         rate = chosen.get(row["group"], {}).get(row["arm"])
         lines.append(line + (f"  lr {rate:g}" if rate else ""))
     return lines
