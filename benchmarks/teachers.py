@@ -204,6 +204,12 @@ def trained(work: Path, drawing: int, name: str, seed: int, settings: Settings) 
 
     run = work / f"{name}-{drawing}-s{seed}"
     if (run / "last.json").exists():
+        was = json.loads((run / "config.json").read_text())
+        if changed := [key for key, value in settings.items() if key in was and was[key] != value]:
+            message = (
+                f"{run}: was trained with another {', '.join(changed)}; remove it, or take another --work."
+            )
+            raise ValueError(message)
         found: Settings = json.loads((run / "last.json").read_text())
         return found
     begun = time.monotonic()

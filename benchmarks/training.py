@@ -252,13 +252,13 @@ def plain(options: argparse.Namespace) -> float:
     return speed
 
 
-def ours(options: argparse.Namespace, weight: float, **more: Any) -> float:
+def ours(options: argparse.Namespace, **flags: Any) -> float:
     """`gpt4image train`; its loop alone where there is no Ray."""
     import torch
 
     from training.engine import loop
 
-    config = configured(options, alignment_weight=weight, **more)
+    config = configured(options, **flags)
     if importlib.util.find_spec("ray") is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         history = loop.fit(config, device, 0, None, lambda metrics, take: take())
@@ -301,7 +301,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
         torch.set_num_threads(os.cpu_count() or 1)
-    kinds = {"baseline": {"alignment_weight": 0.0}, **ALIGNED}
+    kinds = {"baseline": BASELINE, **ALIGNED}
     runs = {
         name: Run.of(configured(options, **flags), device, 0, None, None) for name, flags in kinds.items()
     }
@@ -356,16 +356,19 @@ OF_CLASS: dict[str, Any] = {
     "class_shrinkage": 1.0,
     "positives": "class",
 }
+BASELINE = {"alignment_weight": 0.0}
 ALIGNED: dict[str, dict[str, Any]] = {
     "aligned": {"alignment_weight": 0.3},
     "balanced": {"alignment_weight": 0.5, "balance": "gradients", **OF_CLASS},
 }
 CONTENDERS = {
     "plain loop": plain,
-    "baseline": lambda options: ours(options, 0.0),
-    "aligned": lambda options: ours(options, 0.3),
-    "balanced": lambda options: ours(options, 0.5, balance="gradients", **OF_CLASS),
-    "checkpointed": lambda options: ours(options, 0.3, checkpoint_steps=4),  # all, every four steps
+    "baseline": lambda options: ours(options, **BASELINE),
+    "aligned": lambda options: ours(options, **ALIGNED["aligned"]),
+    "balanced": lambda options: ours(options, **ALIGNED["balanced"]),
+    "checkpointed": lambda options: ours(
+        options, **ALIGNED["aligned"], checkpoint_steps=4
+    ),  # all, every four steps
 }
 
 if __name__ == "__main__":
