@@ -31,6 +31,7 @@ class Driver:
         self.record = record.Record(sweep, _asked(config, parent, self._search, variants))
         self._gpus = 0.0
         self._threads = 0
+        self._ahead: tuple[Piece, TrainConfig] | None = None
         self._running: set[str] = set()
         self._failed = 0
         self._told_final = False
@@ -39,8 +40,9 @@ class Driver:
         self._restore()
         self.state = "complete"
 
-    def work(self, run: Callable[[Driver, dict[str, Any]], None]) -> None:
-        """All that is left to do; `run` trains pieces from the one that it is given on."""
+    def work(self, run: Callable[[Driver], None]) -> None:
+        """All that is left to do, by `run`, which says where trials compute (`place`) and trains what `begin`
+        gives; it is not called where nothing is left."""
         self.record.write()
         known = record.read(self.sweep)["trials"]
         ended = sum(t["stage"] == "search" and t["status"] in ("complete", "diverged") for t in known)
@@ -49,12 +51,35 @@ class Driver:
             if trial["status"] == "diverged":
                 again = f"delete {self.sweep}/{trial['name']} to have it trained again"
                 print(f"tune: {trial['name']} diverged before, as it would again; {again}", file=sys.stderr)
-        if (piece := self.begin()) is not None:
-            run(self, piece)
+        self._ahead = self._look()
+        if self._ahead is not None:
+            run(self)
 
     def begin(self) -> dict[str, Any] | None:
         """The next piece for `run_trial`; None where there is none now, or (see `is_done`) ever."""
-        config = self.config
+        found, self._ahead = self._ahead or self._look(), None
+        if found is None:
+            return None
+        (piece, trial), config = found, self.config
+        name = space.trial_name(trial)
+        self._tell_stage(piece)
+        self.record.began(name, self._gpus)
+        self._running.add(name)
+        until = config.rungs[piece.rung] if piece.rung + 1 < len(config.rungs) else 0
+        own = {**flat(trial), "parent_run": self._parent, "until_epoch": until}
+        if config.trials_per_gpu > 1:
+            own |= {"workers": 1, "gpu_share": 1 / config.trials_per_gpu}
+        own["threads"] = trial.place.threads or self._threads
+        del own["tracking_uri"]  # which may hold a password, and Tune writes these into files
+        return {
+            "name": name,
+            "piece": piece,
+            "settings": json.dumps(own),
+            "test_split": config.test_split if piece.stage == "final" else "",
+        }
+
+    def _look(self) -> tuple[Piece, TrainConfig] | None:
+        """The next piece that is not done, with its settings checked."""
         while True:
             self._look_at_budget()
             if (piece := self._search.next()) is None:
@@ -72,21 +97,7 @@ class Driver:
                 print(f"tune: {name}: {error}", file=sys.stderr)
                 self._count_failure()
                 continue
-            self._tell_stage(piece)
-            self.record.began(name, self._gpus)
-            self._running.add(name)
-            until = config.rungs[piece.rung] if piece.rung + 1 < len(config.rungs) else 0
-            own = {**flat(trial), "parent_run": self._parent, "until_epoch": until}
-            if config.trials_per_gpu > 1:
-                own |= {"workers": 1, "gpu_share": 1 / config.trials_per_gpu}
-            own["threads"] = trial.place.threads or self._threads
-            del own["tracking_uri"]  # which may hold a password, and Tune writes these into files
-            return {
-                "name": name,
-                "piece": piece,
-                "settings": json.dumps(own),
-                "test_split": config.test_split if piece.stage == "final" else "",
-            }
+            return piece, trial
 
     def _tell_stage(self, piece: Piece) -> None:
         if piece.stage == "search" or self._told_final:

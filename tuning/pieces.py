@@ -8,26 +8,24 @@ if TYPE_CHECKING:
     from tuning.driver import Driver
 
 
-def searcher(driver: Driver, first: dict[str, Any]) -> Any:
+def searcher(driver: Driver) -> Any:
     """Hands Tune one piece after the other; a piece of a training is a trial of Tune's.
 
     Args:
-        driver: of the sweep.
-        first: the piece that it has begun already.
+        driver: of the sweep, which knows where trials compute.
     """
     from ray.tune.search import Searcher
 
     class Pieces(Searcher):
         def __init__(self) -> None:
             super().__init__()
-            self._first: dict[str, Any] | None = first
             self._running: dict[str, dict[str, Any]] = {}
 
         def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
             return True  # there is nothing that Tune may set
 
         def suggest(self, trial_id: str) -> Any:
-            begun, self._first = self._first or driver.begin(), None
+            begun = driver.begin()
             if begun is None:
                 return Searcher.FINISHED if driver.is_done else None
             self._running[trial_id] = begun

@@ -138,7 +138,7 @@ def _measure(config: TrainConfig, split: str) -> None:
     write_json(config.run, "test.json", content)
 
 
-def _run_trials(driver: Driver, first: dict[str, Any]) -> None:
+def _run_trials(driver: Driver) -> None:
     config, sweep = driver.config, driver.sweep
     session.start_ray()
     # With verbose=0 the old reporter is silent, the new one is not.
@@ -167,7 +167,7 @@ def _run_trials(driver: Driver, first: dict[str, Any]) -> None:
         trainable,
         # Without a metric: Tune would demand it of every trial, and one that diverges has none.
         tune_config=ray_tune.TuneConfig(
-            search_alg=searcher(driver, first),
+            search_alg=searcher(driver),
             num_samples=-1,
             max_concurrent_trials=concurrent,
             reuse_actors=True,  # which have imported what a trial needs

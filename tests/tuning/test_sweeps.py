@@ -251,6 +251,25 @@ def test_a_trial_that_was_killed_before_its_result_is_ended_and_no_early_stop(
     assert left is not None and left["name"] == killed.name
 
 
+def test_every_trial_computes_on_what_the_cluster_gives_it_the_first_one_too(
+    store: Path, weights: Path, tmp_path: Path
+) -> None:
+    """Other threads round otherwise: seeds would differ by more than the method."""
+    sweep = tmp_path / "sweep"
+    again = [*command(store, sweep, "0", "1", "2"), "--threads", "0"]
+    begun(again, weights, sweep, s0=51.0)
+    given: list[tuple[int, float]] = []
+
+    def run(driver: Driver) -> None:
+        driver.place(3, 0.5)
+        while (piece := driver.begin()) is not None:
+            gpus = driver.record.trials[piece["name"]]["gpus"]
+            given.append((json.loads(piece["settings"])["threads"], gpus))
+
+    Driver(parse_tune(again[1:]), str(sweep), "", {}).work(run)
+    assert given == [(3, 0.5), (3, 0.5)], "the finished one is not given"
+
+
 def test_a_sweep_on_an_object_store_is_served_from_there(
     store: Path,
     weights: Path,
