@@ -225,7 +225,7 @@ def train(job: Job, stores: str) -> Row:
     from training.run_folder import headline
 
     settings = dict(job.settings)
-    control, rival = settings.pop("control", ""), settings.pop("similar_labels", 0.0)
+    control = settings.pop("control", "")
     store = str(Path(stores) / settings.pop("store"))
     base = preset(settings.pop("preset", "small-64"))
     config = TrainConfig.of(**base | settings | {"store": store, "seed": job.seed, "workers": 1})
@@ -233,7 +233,7 @@ def train(job: Job, stores: str) -> Row:
     if config.place.threads:  # their number changes rounding, and with it what a short training finds
         torch.set_num_threads(config.place.threads)
     begun = time.monotonic()
-    with replaced(control, job.seed), labelled(config, rival):
+    with replaced(control, job.seed):
         history = loop.fit(config, device, 0, None, lambda metrics, take: None)
     last = history[-1]
     return {
@@ -256,9 +256,9 @@ def replaced(control: str, seed: int) -> Any:
 
     import numpy as np
 
-    from training.data import text_targets
+    from training.data import class_texts
 
-    original = text_targets._class_means
+    original = class_texts.means
 
     def means(*arguments: Any) -> Any:
         found = original(*arguments)
@@ -272,40 +272,7 @@ def replaced(control: str, seed: int) -> Any:
         drawn = rng.standard_normal(found.shape) * (found - centre).std() + centre
         return drawn.astype(np.float32)
 
-    return patch.object(text_targets, "_class_means", means) if control else nullcontext()
-
-
-def labelled(config: Any, share: float) -> Any:
-    """A rival without a second head: `share` of each label's mass goes to classes by the similarity of their
-    mean texts (TeS, arXiv 2304.01489), at temperature 0.1, in place of uniform smoothing."""
-    from contextlib import nullcontext
-    from unittest.mock import patch
-
-    import torch
-    from torch import Tensor, nn
-    from torch.nn import functional
-
-    from pipeline.store import Store
-    from training.data import text_targets
-    from training.losses import classification
-
-    if not share:
-        return nullcontext()
-    store = Store(config.store)
-    means = torch.from_numpy(
-        text_targets._class_means(store, store.only_variant("embeddings"), config.data.train_split)
-    )
-    unit = functional.normalize(means - means.mean(0), dim=1)
-    soft = share * (unit @ unit.T / 0.1).softmax(1) + (1 - share) * torch.eye(len(unit))
-
-    class SimilarLabels(nn.Module):
-        def forward(self, logits: Tensor, classes: Tensor) -> Tensor:
-            targets = (
-                soft.to(logits.device)[classes] if classes.ndim == 1 else classes @ soft.to(logits.device)
-            )
-            return functional.cross_entropy(logits, targets)
-
-    return patch.object(classification, "criterion", lambda name, smoothing: SimilarLabels())
+    return patch.object(class_texts, "means", means) if control else nullcontext()
 
 
 def comparisons(plan: Settings, rows: dict[str, Row], options: argparse.Namespace) -> list[Row]:

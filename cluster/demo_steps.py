@@ -1,7 +1,7 @@
 """What the demo does for each training method: verbs with their flags, as anybody would give them.
 
-Where a method learns from pictures without labels or with few of them, the classes have more pictures than
-for `align`, and what is compared sees the labels of `SHOTS` of each.
+All methods but `align` have more pictures of each class: a network with attention learns next to nothing of
+seven, pre-trained or not (docs/methods.md). Prompts see the labels of `SHOTS` of them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from cluster.config import DemoConfig
 
 SWEEP_EPOCHS = "4"  # to see the sweep work; what is compared is trained for as long as the recipe says
 SHOTS = "7"
-PRETRAINING_EPOCHS = {"mae": "6", "mvp": "12"}  # a third or less of the recipes', for minutes
-FINE_TUNING_EPOCHS = "15"
+PRETRAINING_EPOCHS = {"mae": "10", "mvp": "12"}  # a third or less of the recipes', for minutes
+FINE_TUNING_EPOCHS = {"mae": "3", "mvp": "6"}  # half of what docs/methods.md compares
 CLIP = "examples/scenes/clip"
 
 
@@ -29,7 +29,7 @@ def steps(config: DemoConfig, root: str) -> list[Step]:
     """All steps, in order; each finds what is done already."""
     store = f"{root}/store"
     scenes = ("--images", f"{root}/scenes", "--store", store)
-    if config.objective in ("coop", "cocoop"):
+    if config.objective in ("mae", "coop", "cocoop"):  # which need no captions
         filled = Step("read them into a store", ("ingest", *scenes))
     else:
         filled = Step("describe them", ("describe", *scenes, "--caption-preset", "scenes"))
@@ -67,26 +67,38 @@ def _align(config: DemoConfig, root: str, common: Sequence[str]) -> list[Step]:
 
 
 def _pretraining(config: DemoConfig, root: str, common: Sequence[str]) -> list[Step]:
-    """Learns from all pictures without labels, then from few labels: the same backbone from nothing and from
-    there, each plain and aligned."""
+    """Learns from all pictures without labels, then with them: the same backbone from nothing and from
+    there. A Hiera is trained plainly alone, for minutes; a ViT also aligned."""
     backbone = {
         "mae": ["--backbones", "hiera_nano_64", "--image-size", "64"],
         "mvp": ["--backbones", "test_vit2", "--image-size", "64", "--patch-size", "8"],
     }[config.objective]
+    weights = {"mae": "0", "mvp": "0 0.5"}[config.objective]
     recipe = {"mae": "hiera-scenes-mae", "mvp": "mvp-scenes"}[config.objective]
     before = f"{root}/{config.objective}"
     learn = [*common, "--preset", recipe, "--run", before]
-    few = [*common, "--preset", "scenes", *backbone, "--lr", "1e-3", "--clip-grad", "1", "--shots", SHOTS]
+    fine = [
+        *common,
+        "--preset",
+        "scenes",
+        *backbone,
+        "--lr",
+        "1e-3",
+        "--clip-grad",
+        "1",
+        "--batch-size",
+        "16",
+    ]
     if not config.epochs:
         learn += ["--epochs", PRETRAINING_EPOCHS[config.objective]]
-        few += ["--epochs", FINE_TUNING_EPOCHS]
+        fine += ["--epochs", FINE_TUNING_EPOCHS[config.objective]]
     return [
         Step("learn from pictures alone", ("train", *learn)),
         Step("what it has learned", ("evaluate", before, "--linear-probe", "--to", f"{root}/evaluation")),
-        Step("few labels, from nothing", _compared(root, "from-nothing", "1 2 3", few)),
+        Step("labels, from nothing", _compared(root, "from-nothing", "1 2 3 4", fine, weights)),
         Step(
-            "few labels, from what was learned",
-            _compared(root, f"from-{config.objective}", "1 2 3", [*few, "--init-from", before]),
+            "labels, from what was learned",
+            _compared(root, f"from-{config.objective}", "1 2 3 4", [*fine, "--init-from", before], weights),
         ),
         _report(root, "from-nothing", f"from-{config.objective}"),
     ]
@@ -120,11 +132,13 @@ def _clip(config: DemoConfig, root: str, common: Sequence[str]) -> list[Step]:
     ]
 
 
-def _compared(root: str, name: str, seeds: str, flags: Sequence[str]) -> tuple[str, ...]:
+def _compared(
+    root: str, name: str, seeds: str, flags: Sequence[str], weights: str = "0 0.5"
+) -> tuple[str, ...]:
     """The recipe's weight beside none, on seeds that nothing is chosen on."""
-    weights = ("--alignment-weights", "0", "0.5", "--projection-dims", "0")
+    weighed = ("--alignment-weights", *weights.split(), "--projection-dims", "0")
     fresh = ("--seeds", *seeds.split(), "--concurrent", "2", "--fresh-seeds", "0")
-    return ("tune", *flags, "--sweep", f"{root}/{name}", *weights, *fresh)
+    return ("tune", *flags, "--sweep", f"{root}/{name}", *weighed, *fresh)
 
 
 def _report(root: str, *sweeps: str) -> Step:

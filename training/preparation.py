@@ -91,13 +91,21 @@ def _started_from(config: TrainConfig, state: str, *, resumed: bool) -> TrainCon
     return config.but(init_state=state)
 
 
-def few_steps(config: TrainConfig) -> str:
-    """What to say of a training that is too short to compare anything by (docs/evidence.md), or nothing."""
+def length(config: TrainConfig) -> list[str]:
+    """What to say of a new training's length: of epochs that are several passes because the recipe asks for
+    steps, and of a training that is too short to compare anything by (docs/evidence.md)."""
     from training.data.few_shot import rows_of
 
-    rows = rows_of(config, Store(config.store), config.data.train_split, training=True)
-    pictures = len(rows) * config.data.epoch_repeats
+    rows = len(rows_of(config, Store(config.store), config.data.train_split, training=True))
+    passes = config.passes(rows)
+    pictures = rows * passes
     steps = pictures * config.optim.epochs // config.optim.batch_size
+    told = []
+    if passes > config.data.epoch_repeats:
+        told = [
+            f"an epoch is {passes} passes over {rows} pictures, {pictures // config.optim.batch_size} steps "
+            f"(--min-epoch-steps {config.data.min_epoch_steps})"
+        ]
     if (
         steps >= FEW_STEPS
         or config.method.own_model
@@ -105,12 +113,13 @@ def few_steps(config: TrainConfig) -> str:
         or config.model.init_from
         or config.preset == "smoke"
     ):
-        return ""
+        return told
     enough = -(-FEW_STEPS * config.optim.batch_size // pictures)
-    return (
+    return [
+        *told,
         f"{steps} steps in all are few for a network that starts from nothing; pass --epochs {enough} or "
-        "more, or a smaller --batch-size."
-    )
+        "more, or a smaller --batch-size.",
+    ]
 
 
 def _has_checkpoint(run: str) -> bool:

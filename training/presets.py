@@ -46,7 +46,13 @@ _FINE_TUNING: _Settings = {
     "loader_workers": 4,
 }
 
-_SMALL: _Settings = {"batch_size": 32, "lr": 1.5e-3, "epochs": 50, "crop_scale": 0.5}
+_SMALL: _Settings = {
+    "batch_size": 32,
+    "lr": 1.5e-3,
+    "epochs": 50,
+    "crop_scale": 0.5,
+    "min_epoch_steps": 100,
+}
 
 
 def _hiera(size: str, lr: float, epochs: int, layer_decay: float, drop_path: float = 0.1) -> _Settings:
@@ -64,7 +70,7 @@ def _hiera(size: str, lr: float, epochs: int, layer_decay: float, drop_path: flo
 
 PRESETS: dict[str, _Settings] = {
     # Small pictures from nothing, some thousand of them. Tuned as baselines (docs/evidence.md): what such
-    # sets need is steps, some five thousand.
+    # sets need is steps, some five thousand; of fewer pictures an epoch makes as many passes as that takes.
     "small-64": {**_SMALL},
     "small-32": {**_SMALL, "image_size": 32},
     "small-32-resnet": {**_SMALL, "image_size": 32, "small_stem": True},
@@ -75,6 +81,7 @@ PRESETS: dict[str, _Settings] = {
         "batch_size": 64,
         "lr": 5e-4,
         "epochs": 60,
+        "min_epoch_steps": 80,
         "temperature": 0.05,
         "warmup_epochs": 5.0,
         "clip_grad": 1.0,
@@ -87,6 +94,7 @@ PRESETS: dict[str, _Settings] = {
         "batch_size": 64,
         "lr": 1e-3,
         "epochs": 60,
+        "min_epoch_steps": 80,
         "warmup_epochs": 5.0,
         "mixup": 0.2,
         "cutmix": 0.5,

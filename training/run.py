@@ -66,8 +66,9 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), progress: bool 
         recorded, finished = read_json(config.run, "config.json"), read_json(config.run, "result.json")
         if recorded is not None:  # perhaps another driver's, which has ended just now
             config = run_folder.resumed(config, recorded)
-        elif progress and (note := preparation.few_steps(config)):
-            print(f"train: {note}", file=sys.stderr)
+        elif progress:
+            for note in preparation.length(config):
+                print(f"train: {note}", file=sys.stderr)
         if finished is not None:
             return finished | {"complete": True}
         if recorded is not None and (piece := _piece_done(config)) is not None:

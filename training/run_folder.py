@@ -203,9 +203,10 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
     then = settings(config.run, recorded)
     then = then.but(store=address(then.store))
     plain, given, before = TrainConfig.defaults(config.objective), flat(config), flat(then)
-    open_ = {name for name in plain if name not in recorded and given[name] == plain[name]}
+    recipe = plain | (known().get(config.preset, {}) if recorded.get("preset") == config.preset else {})
+    open_ = {n for n in plain if n not in recorded and given[n] in (plain[n], recipe[n])}
     if config.preset in FORMER and recorded.get("preset") == config.preset:
-        (last, former), recipe = FORMER[config.preset], plain | known()[config.preset]
+        last, former = FORMER[config.preset]
         if _recipes(recorded) <= last:
             # Begun when the recipe said something else; what it says now was not asked for.
             open_ |= {n for n in former if recorded.get(n) == former[n] and given[n] == recipe[n]}

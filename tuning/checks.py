@@ -80,6 +80,21 @@ def _other_settings(trial: TrainConfig, sweep: str, error: OtherSettingsError) -
     return OtherSettingsError(message)
 
 
+def _check_alike(then: TrainConfig, now: TrainConfig) -> None:
+    """A run goes on with what its recipe said when it began; new trials have what it says now.
+
+    Raises:
+        OtherSettingsError: that is something else.
+    """
+    before, left_open = then.deciding(), {*now.method.left_open, "init_state"}
+    if changed := [
+        f"  {name}: {before[name]!r} then, {value!r} now"
+        for name, value in now.deciding().items()
+        if before[name] != value and name not in left_open
+    ]:
+        raise OtherSettingsError("\n".join(["", *changed]))
+
+
 def check_earlier(config: TuneConfig, sweep: str) -> None:
     """Trials that are there stand beside those of this start and are compared with them: they must share its
     settings, but for the axes that they were of."""
@@ -98,7 +113,8 @@ def check_earlier(config: TuneConfig, sweep: str) -> None:
         own = {name: recorded[name] for name in names | today | trial["values"].keys() if name in recorded}
         now = base.but(run=run, store=run_folder.address(base.store), **own)
         try:
-            run_folder.resumed(now, recorded)
+            then = run_folder.resumed(now, recorded)
+            _check_alike(then, now)
             run_folder.check_store(run, recorded, Store(now.store))
         except OtherSettingsError as error:
             raise _other_settings(now, sweep, error) from None

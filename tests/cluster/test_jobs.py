@@ -44,6 +44,7 @@ NO_PLACE = {
     *("objective", "balance", "alignment_schedule", "alignment", "text_projection", "positives", "head"),
     *(
         "several_captions",
+        "class_target",
         "class_half",
         "architecture",
         "init_state",

@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.encoders.cut import Cut
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.data import text_targets
+from training.data import text_targets, text_vectors
 from training.data.augment import Augment, random_box
 from training.data.decoder import DecoderSpec
 from training.data.loader import Batch, Kept, Loader, ThreadDecoding
@@ -276,7 +276,7 @@ def test_pca_is_fitted_once_kept_in_the_store_and_keeps_what_varies(
     assert first.basis is not None and second.basis is not None
     np.testing.assert_array_equal(first.basis, second.basis[:, :3])
     np.testing.assert_allclose(second.basis.T @ second.basis, np.eye(5), atol=1e-5)
-    vectors = text_targets.rows_of(store.read_shard("embeddings", "test", 0)["embedding"])
+    vectors = text_vectors.rows_of(store.read_shard("embeddings", "test", 0)["embedding"])
     np.testing.assert_allclose(np.linalg.norm(first.project(vectors), axis=1), 1, atol=1e-5)
     with pytest.raises(ValueError, match="have 8 dimensions; pass --projection-dim 8 or less"):
         text_targets.load(store, embeddings="", dim=9, split="train")
@@ -305,7 +305,7 @@ def all_rows(store: Store, split: str) -> tuple[np.ndarray, np.ndarray]:
     """[n, D] embeddings and [n] classes of a split's described pictures."""
     vectors, labels = [], []
     for shard in store.split_shards(split):
-        vectors.append(text_targets.rows_of(store.read_shard("embeddings", "test", shard)["embedding"]))
+        vectors.append(text_vectors.rows_of(store.read_shard("embeddings", "test", shard)["embedding"]))
         labels.append(store.read_shard("images", "", shard)["label"].to_numpy())
     rows, classes = np.concatenate(vectors).astype(np.float64), np.concatenate(labels)
     present = np.abs(rows).sum(1) > 0

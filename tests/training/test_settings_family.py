@@ -303,16 +303,19 @@ def test_a_run_records_which_embeddings_it_found_and_goes_on_with_them(
         preparation.prepare(parse_train([*flags, "--embeddings", "another"]))
 
 
-def test_a_training_of_few_steps_says_how_many_epochs_would_do(
-    tmp_path: Path, make_store: Callable[..., Path]
-) -> None:
-    store = make_store(tmp_path / "store", train=24)
-    flags = ["--store", str(store), "--batch-size", "10", "--alignment-weight", "0"]
-    said = preparation.few_steps(parse_train([*flags, "--epochs", "5", "--epoch-repeats", "2"]))
-    assert said.startswith("24 steps in all are few") and "--epochs 209 or more" in said
-    enough = [*flags, "--epochs", "209", "--epoch-repeats", "2"]
-    assert not preparation.few_steps(parse_train(enough))
-    assert not preparation.few_steps(parse_train(["--preset", "smoke", *flags]))
+@pytest.mark.parametrize("recipe", ["small-64", "small-64-vit", "small-32-convnext"])
+def test_a_run_begun_before_an_epoch_had_its_steps_goes_on_without(tmp_path: Path, recipe: str) -> None:
+    flags = ["--store", str(tmp_path), "--run", str(tmp_path / "run"), "--alignment-weight", "0"]
+    now = parse_train(["--preset", recipe, *flags])
+    assert now.data.min_epoch_steps > 0
+    then = now.but(min_epoch_steps=0)
+    record = run_folder.written(then, "contents")
+    with pytest.raises(ValueError, match="min_epoch_steps: 0 then, "):
+        run_folder.resumed(now, record)
+    del record["min_epoch_steps"]  # by a release that did not know it
+    assert run_folder.resumed(now, record) == then
+    with pytest.raises(ValueError, match="min_epoch_steps: 0 then, 7 now"):
+        run_folder.resumed(now.but(min_epoch_steps=7), record)
 
 
 def test_a_run_begun_with_a_recipe_that_says_something_else_now_goes_on_with_it(tmp_path: Path) -> None:

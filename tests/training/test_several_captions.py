@@ -21,7 +21,7 @@ from pipeline.stages.variants import EmbedVariant
 from pipeline.store import Store
 from tests.stores import several_captions
 from training.config import TrainConfig
-from training.data import order, text_targets
+from training.data import order, text_targets, text_vectors
 from training.data.views import Draw, Viewed
 from training.engine import loop
 from training.engine.build import Run
@@ -103,7 +103,7 @@ def test_a_picture_is_judged_by_the_mean_of_its_captions(tmp_path: Path, make_st
     [batch] = run.loader.evaluate(run.eval_rows.in_order(), 64, 0, 1)
     assert set(batch.columns) == {"targets", "groups"}
     shard = int(batch.samples[0, order.SHARD])
-    means = text_targets.rows_of(
+    means = text_vectors.rows_of(
         Store(str(folder)).read_shard("embeddings", "several", shard, ["embedding"])["embedding"]
     )
     np.testing.assert_allclose(batch.columns["targets"].numpy(), means.astype(np.float32), atol=1e-3)

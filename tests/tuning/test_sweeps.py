@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ import torch
 from pyarrow import fs
 
 from pipeline.store import locations, lock
+from training import presets
 from training.config import TrainConfig
 from training.engine import checkpoint, loop
 from training.objectives.settings.align import AlignGrid
@@ -166,6 +168,25 @@ def test_trials_of_an_earlier_grid_are_not_compared_with_ones_of_other_settings(
         "its trial test_resnet-baseline-s0 was begun with other settings" in told
         and "epochs: 1 then, 9 now" in told
     )
+
+
+def test_a_sweep_of_an_earlier_recipe_asks_for_what_that_said(
+    store: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its trials would go on as they began, and new ones be trained otherwise beside them."""
+    sweep = tmp_path / "sweep"
+    again = [*command(store, sweep, "0"), "--no-export"]
+    begun(again, weights, sweep, s0=51.0)
+    assert main(again) == 0
+    for file in sweep.glob("*/config.json"):
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({n: v for n, v in content.items() if n != "min_epoch_steps"}))
+    steps = ["--min-epoch-steps", "100"]
+    with patch.dict(presets.PRESETS["smoke"], {"min_epoch_steps": 100}):
+        assert main(again) == 2
+        assert "min_epoch_steps: 0 then, 100 now" in capsys.readouterr().err
+        assert main([*again, "--min-epoch-steps", "0"]) == 0
+    assert main([*again, *steps]) == 2
 
 
 def test_a_trial_is_named_by_its_folder_whatever_its_backbone_is_pinned_to() -> None:

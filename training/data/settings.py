@@ -49,6 +49,10 @@ class DataSettings(Deciding):
     epoch_repeats: int = 1
     """Passes over the train split that count as one epoch; more than 1 where the split is so small that
     evaluating and saving after every pass takes longer than training."""
+    min_epoch_steps: int = 0
+    """Steps that an epoch has at least, about: of a small train split it makes as many passes as that takes,
+    rounded, where --epoch-repeats are fewer. A network that starts from nothing needs some thousand steps,
+    however few the pictures."""
 
     @property
     def mixes(self) -> bool:
@@ -64,6 +68,6 @@ class DataSettings(Deciding):
         """See `Settings.faults`."""
         return [
             *below(1, self, "shuffle_shards", "repeats", "epoch_repeats"),
-            *below(0, self, "shots", "color_jitter", "mixup", "cutmix"),
+            *below(0, self, "shots", "min_epoch_steps", "color_jitter", "mixup", "cutmix"),
             *no_share(self, "flip", "crop_scale", "erase", "mix_prob", "mix_switch_prob"),
         ]

@@ -13,7 +13,7 @@ class OptimSettings(Deciding):
     """Length, optimizer, schedule, classification loss, averaging of weights."""
 
     epochs: int = 40
-    """Each is --epoch-repeats passes over the train split."""
+    """Each is --epoch-repeats passes over the train split, or as many as --min-epoch-steps takes."""
     batch_size: int = 128
     """Images a step over all workers together, and the batch that contrastive losses contrast."""
     accumulate: int = 1

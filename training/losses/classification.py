@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,3 +31,27 @@ class CrossEntropy(nn.Module):
         """Mean over the batch; `classes` are [b] numbers, or [b, C] probabilities, which are smoothed
         likewise."""
         return functional.cross_entropy(logits, classes, label_smoothing=self.smoothing)
+
+
+class SimilarLabels(nn.Module):
+    """Another loss of labels of which a share is spread over similar classes.
+
+    Args:
+        criterion: takes [b, C] probabilities.
+        similar_CC: rows of how like a class is to each, which sum to 1.
+        share: of a label that is spread.
+    """
+
+    spread: Tensor
+
+    def __init__(self, criterion: nn.Module, similar_CC: Tensor, share: float) -> None:
+        super().__init__()
+        self.criterion = criterion
+        spread = share * similar_CC + (1 - share) * torch.eye(len(similar_CC))
+        self.register_buffer("spread", spread, persistent=False)  # a matter of training: exports have none
+
+    def forward(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """Mean over the batch; `classes` are [b] numbers, or [b, C] probabilities."""
+        labels = self.spread[classes] if classes.ndim == 1 else classes.to(self.spread.dtype) @ self.spread
+        loss: Tensor = self.criterion(logits, labels)
+        return loss

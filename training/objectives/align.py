@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.data import text_targets
+from training.data import class_texts, text_targets
 from training.data.columns import Array
 from training.data.loader import Batch
 from training.data.mixing import text_targets as mixed_texts
@@ -408,6 +408,8 @@ class AlignFacts(Facts):
     """The texts of a run; None for the baseline."""
 
     targets: text_targets.Targets | None = None
+    similar: Array | None = None
+    """[C, C] which class is like which, where labels are spread."""
 
 
 class Align(Objective):
@@ -420,12 +422,16 @@ class Align(Objective):
         """Finds the embeddings; fits and keeps the PCA, once for all workers."""
         if config.method.is_baseline:
             return AlignFacts(variants={"embeddings": "", "captions": ""})
-        targets = text_targets.of_config(config, store)
+        targets, similar = text_targets.of_config(config, store), None
+        if config.method.similar_labels:
+            described = text_targets.of_classes(config, store, targets.embeddings)
+            similar = class_texts.similar(described, config.method.similarity_temperature)
         return AlignFacts(
             variants={"embeddings": targets.embeddings, "captions": targets.captions},
             found={"embeddings": targets.embeddings},
-            columns=(text_targets.TextColumns(targets),),
+            columns=(text_targets.TextColumns(targets),) if config.method.alignment_weight else (),
             targets=targets,
+            similar=similar,
         )
 
     def build(self, config: TrainConfig, facts: AlignFacts, classes: int) -> AlignTask:
@@ -434,6 +440,10 @@ class Align(Objective):
         wide = targets.dim if targets is not None and config.method.text_projection == "learned" else 0
         dim = (config.method.projection_dim or wide) if wide else (targets.dim if targets is not None else 0)
         task = build_task(config, classes, dim, wide)
+        if facts.similar is not None:
+            task.criterion = classification.SimilarLabels(
+                task.criterion, torch.from_numpy(facts.similar), config.method.similar_labels
+            )
         if targets is not None and config.method.store_negatives:
             store = Store(config.store)
             task.negatives = Negatives(
@@ -451,20 +461,27 @@ class Align(Objective):
         return task
 
     def notes(self, config: TrainConfig, store: Store, facts: AlignFacts) -> tuple[str, ...]:
-        """Of pictures that have no text."""
-        if facts.targets is None:
+        """Of pictures that have no text, and of what was estimated."""
+        if facts.targets is None or not config.method.alignment_weight:
             return ()
+        estimated: tuple[str, ...] = ()
+        if config.method.class_target == "estimated":
+            share = facts.targets.shrinkage
+            estimated = (f"captions vary within classes: targets are drawn by {share:.2f} towards the mean",)
         embeddings, split = facts.targets.embeddings, config.data.train_split
         receipts = store.receipts("embeddings", embeddings)
         without = sum(receipts[shard].failed for shard in store.split_shards(split))
         if not without:
-            return ()
+            return estimated
         counted = f"{without} of {store.dataset.splits[split].rows} pictures of the split {split}"
-        return (f"{counted} have no embedding in {embeddings}: they count for classification only",)
+        return (
+            *estimated,
+            f"{counted} have no embedding in {embeddings}: they count for classification only",
+        )
 
     def text_space(self, config: TrainConfig, store: Store, task: AlignTask) -> AlignSpace | None:
         """See `protocol.Objective`."""
-        if config.method.is_baseline:
+        if not config.method.alignment_weight:
             return None
         names = store.variants("embeddings")
         if not config.method.embeddings and len(names) > 1:
@@ -481,9 +498,14 @@ class Align(Objective):
         """See `protocol.Objective`."""
         if config.method.is_baseline:
             return Description(how="cross entropy", settings={"alignment_weight": 0.0})
-        how = (
-            f"cross entropy plus {config.method.alignment_weight:g} times an alignment to image descriptions"
-        )
+        weight, spread = config.method.alignment_weight, config.method.similar_labels
+        parts = [
+            f"{weight:g} times an alignment to image descriptions" if weight else "",
+            f"a share of {spread:g} of each label spread over classes of similar descriptions"
+            if spread
+            else "",
+        ]
+        how = "cross entropy plus " + ", ".join(filter(None, parts))
         # An early run does not name its embeddings, and there may be others by now: no reason to withhold the
         # model.
         if not config.method.embeddings and len(store.variants("embeddings")) != 1:

@@ -44,7 +44,7 @@ class AlignSettings(MethodSettings):
         "projection_dim": "width of the space that pictures and texts are compared in; D is the texts' own",
     }
     grid = AlignGrid
-    baseline: ClassVar = {"alignment_weight": 0.0, "projection_dim": 0}
+    baseline: ClassVar = {"alignment_weight": 0.0, "projection_dim": 0, "similar_labels": 0.0}
 
     alignment_weight: float = 0.3
     """lambda of L = L_CE + lambda L_align; 0 is the plain baseline."""
@@ -73,12 +73,19 @@ class AlignSettings(MethodSettings):
     class_shrinkage: float = 0.0
     """Draw a picture's target towards the mean text of its class, 0 (its own caption alone) to 1 (the mean
     alone): averages away what captions say of all but the class."""
+    class_target: Literal["shrunk", "estimated", "projected"] = "shrunk"
+    """How a target leaves out what captions say of all but the class. shrunk: as --class-shrinkage says; in
+    place of that, estimated: by how much captions vary within and between classes (one minus the intraclass
+    correlation); projected: only directions in which mean texts of classes differ are kept."""
     positives: Literal["caption", "class", "similar"] = "caption"
     """What an image is not told apart from: texts of equal captions, all texts of its class, or every text in
     so far as it is like its own (soft targets)."""
     similarity_temperature: float = 0.1
     """With --positives similar: how fast a text counts less the less it is like an image's own (softmax of
-    cosine / this)."""
+    cosine / this); with --similar-labels likewise of classes."""
+    similar_labels: float = 0.0
+    """Share of each label that is spread over the classes, the more the likelier their mean texts are (TeS,
+    arXiv 2304.01489), in place of even label smoothing; goes with any --alignment-weight, also with 0."""
     several_captions: Literal["average", "draw"] = "average"
     """Of several captions a picture: their mean vector is the target, or one of them, drawn anew in each pass
     over the pictures (needs embeddings made with --each-caption)."""
@@ -99,17 +106,19 @@ class AlignSettings(MethodSettings):
     @property
     def is_baseline(self) -> bool:
         """Without texts: classification alone."""
-        return self.alignment_weight == 0
+        return self.alignment_weight == 0 and self.similar_labels == 0
 
     def told(self) -> dict[str, str]:
         """Weight and dimension; dimension 0 is the embedding's own, D."""
-        dim = "-" if self.is_baseline else str(self.projection_dim or "D")
+        dim = "-" if self.alignment_weight == 0 else str(self.projection_dim or "D")
         return {"weight": f"{self.alignment_weight:g}", "dim": dim}
 
     def title(self) -> str:
         """Weight and dimension."""
         if self.is_baseline:
             return "baseline"
+        if self.alignment_weight == 0:
+            return f"labels{self.similar_labels!r}"
         weight = f"{self.alignment_weight:g}"
         exact = weight if float(weight) == self.alignment_weight else repr(self.alignment_weight)
         return f"w{exact}-d{self.projection_dim}"
@@ -119,7 +128,9 @@ class AlignSettings(MethodSettings):
         faults = below(0, self, "projection_dim", "store_negatives")
         if self.alignment_weight < 0:
             faults.append(f"alignment_weight={self.alignment_weight}: must be 0 (the baseline) or more.")
-        faults += no_share(self, "whitening", "class_shrinkage", "alignment_until", "caption_dropout")
+        faults += no_share(
+            self, "whitening", "class_shrinkage", "alignment_until", "caption_dropout", "similar_labels"
+        )
         if self.caption_dropout == 1:
             faults.append(
                 "caption_dropout=1: leaves no picture a text; the baseline is --alignment-weight 0."
@@ -159,7 +170,8 @@ class AlignSettings(MethodSettings):
             faults.append(
                 "alignment=cosine: has neither negatives nor a temperature; leave the flags for them out."
             )
-        if self.class_shrinkage == 1 and self.positives == "caption" and self.alignment != "cosine":
+        is_mean = self.class_shrinkage == 1 and self.class_target == "shrunk"
+        if is_mean and self.positives == "caption" and self.alignment != "cosine":
             faults.append(
                 "class_shrinkage=1: all texts of a class are one then, and an image would be told apart from "
                 "its own; add --positives class."

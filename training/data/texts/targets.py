@@ -9,26 +9,23 @@ run projects alike.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
-
-Array = npt.NDArray[Any]
+from training.data import class_texts, few_shot
+from training.data.text_vectors import Array, classes_of, kept, rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """How text embeddings become text targets: drawn towards their class, centred, reduced, whitened, and of
-    unit length again. Where a field is None (or 0) its step is left out."""
+    """How text embeddings become text targets: drawn towards their class, centred, projected on what tells
+    classes apart, reduced, whitened, and of unit length again. Where a field is None (or 0) its step is left
+    out."""
 
     embeddings: str
     captions: str
@@ -39,6 +36,8 @@ class Targets:
     """[D, dim] PCA's directions."""
     scale: Array | None = None
     """[dim] factors of whitening."""
+    between: Array | None = None
+    """[D, D] projector on the directions in which classes differ; needs `mean`."""
     shrinkage: float = 0.0
     """Share of the class's mean in a target."""
     class_means: Array | None = None
@@ -73,6 +72,8 @@ class Targets:
             return full
         if self.mean is not None:
             full = full - self.mean
+        if self.between is not None:
+            full = full @ self.between
         if self.basis is not None:
             full = full @ self.basis
         if self.scale is not None:
@@ -98,21 +99,37 @@ def of_config(config: TrainConfig, store: Store) -> Targets:
         embeddings=named,
         dim=dim,
         split=split,
-        center=method.center_texts,
+        center=method.center_texts or method.class_target == "projected",
         whitening=method.whitening,
     )
     several = _several(store, targets) if method.several_captions == "draw" else 0
-    if method.class_shrinkage == 0 and method.positives == "caption" and not several:
+    shrinkage, between, means = method.class_shrinkage, None, None
+    if method.class_target != "shrunk":
+        varied = class_texts.variation(of_classes(config, store, targets.embeddings))
+        shrinkage = varied.shrinkage if method.class_target == "estimated" else 0.0
+        between = varied.directions if method.class_target == "projected" else None
+    if shrinkage:
+        means = class_texts.means(of_classes(config, store, targets.embeddings))
+    if means is None and between is None and method.positives == "caption" and not several:
         return targets
-    means = _class_means(store, targets.embeddings, split) if method.class_shrinkage else None
     return replace(
         targets,
         several=several,
-        shrinkage=method.class_shrinkage,
+        between=between,
+        shrinkage=shrinkage,
         class_means=means,
         by_class=method.positives == "class",
         trained=frozenset(store.split_shards(split)),
     )
+
+
+def of_classes(config: TrainConfig, store: Store, embeddings: str = "") -> class_texts.Described:
+    """The texts whose labels a run may look at: those of the pictures that it is trained on."""
+    data, rows = config.data, None
+    if data.shots or data.class_half != "all":
+        rows = few_shot.rows_of(config, store, data.train_split, training=True).rows
+    name = store.only_variant("embeddings", embeddings or config.method.embeddings)
+    return class_texts.Described(store, name, data.train_split, rows)
 
 
 def _several(store: Store, targets: Targets) -> int:
@@ -218,7 +235,7 @@ def target_columns(
         raise SettingsError(message)
     classes = None
     if settings.needs_classes and shard in settings.trained:
-        classes = _classes(store, shard)
+        classes = classes_of(store, shard)
     full = rows_of(embeddings["embedding"])
     present = np.abs(full).sum(1) > 0
     targets = np.where(present[:, None], settings.project(full, classes), 0).astype(np.float32)
@@ -243,7 +260,7 @@ def each_columns(settings: Targets, store: Store, shard: int) -> tuple[Array, Ar
     vectors = each.values.to_numpy(zero_copy_only=False)[begins[0] : begins[-1]].reshape(-1, width)
     rows = np.repeat(np.arange(len(counts)), counts)
     places = np.arange(len(rows)) - np.repeat((begins[:-1] - begins[0]) // width, counts)
-    classes = _classes(store, shard) if settings.needs_classes else None
+    classes = classes_of(store, shard) if settings.needs_classes else None
     targets = np.zeros((len(counts), settings.several, settings.dim), np.float16)  # as the store has them
     groups = np.full(targets.shape[:2], -1, np.int64)
     if len(rows):
@@ -270,20 +287,6 @@ def _group(caption: str | None, others: list[str] | None) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _classes(store: Store, shard: int) -> Array:
-    """[n] int64 classes of a shard's pictures; -1 for one that has none, of which nothing is trained."""
-    labels = store.read_shard("images", "", shard, ["label"])["label"]
-    classes: Array = labels.to_numpy().astype(np.int64)
-    return classes
-
-
-def rows_of(column: Any) -> Array:
-    """[n, D] float16 of a chunked fixed-size-list column; failed rows are zero."""
-    array = column.combine_chunks()
-    width = array.type.list_size
-    return np.asarray(array.flatten()).reshape(-1, width)
-
-
 def _pca(store: Store, name: str, split: str, width: int) -> tuple[Array, Array, Array]:
     """(mean [D], basis [D, D], variance [D] along it, largest first) of a split's embeddings."""
 
@@ -291,60 +294,8 @@ def _pca(store: Store, name: str, split: str, width: int) -> tuple[Array, Array,
         mean, basis, variance = _fit(store, name, split, width)
         return {"mean": mean, "basis": basis, "variance": variance}
 
-    parts = _kept(store, name, split, "pca", fit)
+    parts = kept(store, name, split, "pca", fit)
     return parts["mean"], parts["basis"], parts["variance"]
-
-
-def _class_means(store: Store, name: str, split: str) -> Array:
-    """[C, D] mean embedding of the described pictures of each class."""
-
-    def fit() -> dict[str, Array]:
-        count = len(store.dataset.classes)
-        sums, pictures = np.zeros((count, 0)), np.zeros(count)
-        for shard in store.split_shards(split):
-            embeddings = rows_of(store.read_shard("embeddings", name, shard, ["embedding"])["embedding"])
-            classes = _classes(store, shard)
-            present = (np.abs(embeddings).sum(1) > 0) & (classes >= 0)
-            sums = sums if sums.shape[1] else np.zeros((count, embeddings.shape[1]))
-            np.add.at(sums, classes[present], embeddings[present].astype(np.float64))
-            pictures += np.bincount(classes[present], minlength=count)
-        return {"means": (sums / np.maximum(pictures, 1)[:, None]).astype(np.float32)}
-
-    return _kept(store, name, split, "class-means", fit)["means"]
-
-
-def _kept(
-    store: Store, name: str, split: str, what: str, fit: Callable[[], dict[str, Array]]
-) -> dict[str, Array]:
-    """What is made of a split's embeddings once and kept beside them."""
-    from safetensors.numpy import load as from_bytes
-    from safetensors.numpy import save as to_bytes
-
-    path = f"embeddings/{name}/{what}{'' if split == 'train' else f'-{split}'}.safetensors"
-    of = _vectors_of_split(store, name, split)
-    data = store.read_file(path)
-    # Vectors that were made anew have another basis; files of earlier releases do not say of which they are,
-    # and are believed.
-    if data is None or _made_of(data) not in ("", of):
-        data = to_bytes(fit(), metadata={"vectors": of})
-        store.write_file(path, data)
-    arrays: dict[str, Array] = from_bytes(data)
-    return arrays
-
-
-def _vectors_of_split(store: Store, name: str, split: str) -> str:
-    receipts = store.receipts("embeddings", name)
-    digest = hashlib.sha256()
-    for shard in store.split_shards(split):
-        digest.update(receipts[shard].checksum.encode())
-    return digest.hexdigest()
-
-
-def _made_of(data: bytes) -> str:
-    """What a file of safetensors says of its vectors: its header, JSON behind the length of it in eight
-    bytes."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return str(header.get("__metadata__", {}).get("vectors", ""))
 
 
 def _fit(store: Store, name: str, split: str, width: int) -> tuple[Array, Array, Array]:

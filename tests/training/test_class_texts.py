@@ -1,0 +1,190 @@
+"""Texts of a class: their mean, variation within classes and between, which class is like which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.store import Store
+from training import preparation
+from training.__main__ import parse_train
+from training.config import TrainConfig
+from training.data import class_texts, few_shot, text_targets, text_vectors
+from training.engine import loop
+from training.losses.classification import CrossEntropy, SimilarLabels, criterion
+from training.objectives.align import OBJECTIVE
+from tuning import space
+from tuning.__main__ import parse_tune
+from tuning.cells import cell_of
+
+MakeStore = Callable[..., Path]
+Array = class_texts.Array
+
+
+class Drawn(class_texts.Described):
+    """Texts that are not of a store."""
+
+    shards: list[tuple[Array, Array]]
+
+    def texts(self) -> Iterator[tuple[Array, Array]]:
+        yield from self.shards
+
+    def once(self, what: str, fit: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+        return fit()
+
+
+def drawn(folder: Path, make_store: MakeStore, vectors: Array, classes: Array) -> Drawn:
+    store = Store(str(make_store(folder / "s", classes=int(classes.max()) + 1)))
+    described = Drawn(store, "test", "train")
+    half = len(vectors) // 2
+    shards = [(vectors[:half], classes[:half]), (vectors[half:], classes[half:])]
+    object.__setattr__(described, "shards", shards)
+    return described
+
+
+def settings(store: Path, **changed: Any) -> TrainConfig:
+    own = {"projection_dim": 0, "batch_size": 8, "positives": "class", "class_target": "estimated"}
+    return TrainConfig.of(**{"store": str(store), **own, **changed})
+
+
+def test_variance_components_are_those_that_texts_were_drawn_with(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
+    """Classes of unequal size, most of two or three: the mean of few texts varies by itself, which counts as
+    within."""
+    rng = np.random.default_rng(0)
+    sizes = rng.choice([1, 2, 3, 9], 3000)
+    classes = rng.permutation(np.repeat(np.arange(3000), sizes))
+    centres = rng.normal(0, 0.2**0.5, (3000, 6))
+    vectors = 5 + centres[classes] + rng.normal(0, 0.5**0.5, (len(classes), 6))
+    found = class_texts.variation(drawn(tmp_path, make_store, vectors, classes))
+    assert found.within == pytest.approx(3.0, rel=0.03) and found.between == pytest.approx(1.2, rel=0.08)
+    assert found.shrinkage == pytest.approx(3.0 / 4.2, rel=0.03)
+
+
+def test_only_directions_that_tell_classes_apart_are_kept(tmp_path: Path, make_store: MakeStore) -> None:
+    rng = np.random.default_rng(1)
+    two, _ = np.linalg.qr(rng.normal(size=(6, 2)))
+    centres, away = rng.normal(size=(5, 2)) @ two.T, rng.normal(size=(5, 4, 6))
+    vectors = np.concatenate([centres[:, None] + away, centres[:, None] - away], axis=1).reshape(-1, 6)
+    described = drawn(tmp_path, make_store, vectors, np.repeat(np.arange(5), 8))
+    np.testing.assert_allclose(class_texts.variation(described).directions, two @ two.T, atol=1e-5)
+
+
+def test_texts_that_tell_nothing_of_their_class_are_drawn_to_its_mean_wholly(
+    tmp_path: Path, make_store: MakeStore
+) -> None:
+    vectors = np.tile([[1.0, 0.0], [0.0, 1.0]], (6, 1))
+    found = class_texts.variation(drawn(tmp_path, make_store, vectors, np.repeat(np.arange(6), 2)))
+    assert found.between == 0 and found.shrinkage == 1
+    alike = drawn(tmp_path / "alike", make_store, np.ones((4, 2)), np.array([0, 0, 1, 1]))
+    assert class_texts.variation(alike).shrinkage == 1, "no variance at all"
+    single = drawn(tmp_path / "single", make_store, vectors[:3], np.arange(3))
+    with pytest.raises(ValueError, match=r"3 pictures of 3 classes have a description.*class-target shrunk"):
+        class_texts.variation(single)
+
+
+def test_estimated_and_projected_targets_are_what_they_say(tmp_path: Path, make_store: MakeStore) -> None:
+    folder = make_store(tmp_path / "s", dim=8, train=40, val=20, missing_captions=3)
+    store = Store(str(folder))
+    config = settings(folder)
+    estimated = text_targets.of_config(config, store)
+    varied = class_texts.variation(text_targets.of_classes(config, store))
+    assert 0 < varied.shrinkage < 1 and estimated.shrinkage == varied.shrinkage
+    same = text_targets.of_config(config.but(class_target="shrunk", class_shrinkage=varied.shrinkage), store)
+    ignored = text_targets.of_config(config.but(class_shrinkage=0.1), store)
+    projected = text_targets.of_config(config.but(class_target="projected"), store)
+    for shard in store.split_shards("train"):
+        of = [
+            text_targets.target_columns(each, store, shard)[0]
+            for each in (estimated, same, ignored, projected)
+        ]
+        np.testing.assert_array_equal(of[0], of[1])
+        np.testing.assert_array_equal(of[0], of[2])
+        there = np.linalg.norm(of[3], axis=1) > 0
+        np.testing.assert_allclose((of[3] @ varied.directions)[there], of[3][there], atol=1e-5)
+    assert np.linalg.matrix_rank(varied.directions, tol=1e-3) == 2, "three classes"
+    plain = projected.without_classes()
+    vectors = text_vectors.rows_of(store.read_shard("embeddings", "test", 4)["embedding"])
+    np.testing.assert_allclose(plain.project(vectors) @ varied.directions, plain.project(vectors), atol=1e-5)
+    (note,) = (
+        each for each in OBJECTIVE.notes(config, store, OBJECTIVE.check(config, store)) if "drawn by" in each
+    )
+    assert f"drawn by {varied.shrinkage:.2f} towards" in note
+
+
+def test_of_few_shots_no_other_labels_are_looked_at(tmp_path: Path, make_store: MakeStore) -> None:
+    folder = make_store(tmp_path / "s", dim=8, train=40)
+    store = Store(str(folder))
+    config = settings(folder, shots=3, class_target="shrunk", class_shrinkage=1.0)
+    chosen = few_shot.rows_of(config, store, "train", training=True).rows
+    vectors, classes = [], []
+    for shard, rows in chosen.items():
+        table = store.read_shard("embeddings", "test", shard, ["embedding"])["embedding"]
+        vectors.append(text_vectors.rows_of(table)[rows].astype(np.float64))
+        classes.append(text_vectors.classes_of(store, shard)[rows])
+    joint, labels = np.concatenate(vectors), np.concatenate(classes)
+    assert len(labels) == 9
+    found = text_targets.of_config(config, store).class_means
+    wanted = np.stack([joint[labels == number].mean(0) for number in range(3)])
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert not (folder / "embeddings/test/class-means.safetensors").exists(), "it is not of the split"
+    whole = text_targets.of_config(config.but(shots=0), store).class_means
+    assert whole is not None and np.abs(whole - wanted).max() > 1e-3
+
+
+def test_labels_are_spread_by_the_likeness_of_classes(tmp_path: Path, make_store: MakeStore) -> None:
+    vectors = np.array([[1.0, 0.1, 0.0], [1.0, -0.1, 0.0], [-1.0, 0.0, 0.3]]).repeat(2, 0)
+    described = drawn(tmp_path, make_store, vectors, np.array([0, 0, 1, 1, 3, 3]))
+    similar = class_texts.similar(described, 0.1)
+    np.testing.assert_allclose(similar.sum(1), 1, atol=1e-6)
+    assert similar[0, 1] > 0.3 and similar[0, 3] < 1e-6 and similar[3, 3] > 0.999
+    assert similar[2].tolist() == [0, 0, 1, 0] and not similar[[0, 1, 3], 2].any(), "no text, no likeness"
+
+    loss = SimilarLabels(criterion("cross-entropy", 0.0), torch.from_numpy(similar), 0.2)
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    classes = torch.tensor([0, 1, 2, 3, 0])
+    labels = 0.8 * torch.eye(4)[classes] + 0.2 * torch.from_numpy(similar)[classes]
+    wanted = -(labels * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss(logits, classes), wanted)
+    torch.testing.assert_close(loss(logits, torch.eye(4)[classes]), wanted, msg="of mixed labels likewise")
+    none = SimilarLabels(CrossEntropy(0.1), torch.from_numpy(similar), 0.0)
+    torch.testing.assert_close(none(logits, classes), CrossEntropy(0.1)(logits, classes))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("loss", ["cross-entropy", "bce"])
+def test_spread_labels_train_with_and_without_an_alignment(
+    tmp_path: Path, make_store: MakeStore, weight: float, loss: str
+) -> None:
+    folder = make_store(tmp_path / "s", train=24)
+    flags = ["--preset", "smoke", "--store", str(folder), "--run", str(tmp_path / "run"), "--workers", "1"]
+    flags += ["--batch-size", "8", "--loss", loss, "--alignment-weight", str(weight), "--projection-dim", "0"]
+    spread, _ = preparation.prepare(parse_train([*flags, "--similar-labels", "0.3"]))
+    assert spread.method.embeddings == "test" and not spread.method.is_baseline
+    title = preparation.title(spread)
+    assert title.endswith("labels0.3-s0" if weight == 0 else "w0.5-d0-s0")
+    losses = []
+    for config in (spread, parse_train(flags)):
+        (last,) = loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: None)
+        losses.append(last["cross_entropy"])
+        assert ("alignment" in last) == (weight > 0)
+    assert losses[0] != losses[1]
+    told = OBJECTIVE.describe(spread, Store(str(folder))).how
+    assert "0.3 of each label spread" in told and ("alignment" in told) == (weight > 0)
+
+
+def test_a_sweep_keeps_a_plain_model_beside_spread_labels() -> None:
+    flags = ["--store", "s", "--sweep", "w", "--similar-labels", "0.2", "--projection-dims", "0"]
+    arms = space.arms(parse_tune([*flags, "--alignment-weights", "0", "0.5"]))
+    assert [arm.is_baseline for arm in arms] == [True, False]
+    assert arms[0].fixed["similar_labels"] == 0
+    weights = {values.get("alignment_weight") for values in arms[1].grid()}
+    assert weights == {0.0, 0.5}
+    told = cell_of({"backbone": "b", "alignment_weight": 0.0, "similar_labels": 0.2})
+    assert (told.is_baseline, told.shown) == (False, ("0", "-"))

@@ -1,0 +1,1 @@
+"""Texts in training: targets, what classes have in common, negatives of the store, tokens."""
