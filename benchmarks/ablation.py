@@ -256,7 +256,7 @@ def replaced(control: str, seed: int) -> Any:
 
     import numpy as np
 
-    from training.data import class_texts
+    from training.data.texts import classes as class_texts
 
     original = class_texts.means
 

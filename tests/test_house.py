@@ -102,9 +102,9 @@ def test_loop_data_evaluation_export_tracking_and_tuning_know_no_method() -> Non
     from training.objectives.registry import BUILT_IN
     from training.settings import flat
 
-    own = {"training/data/text_targets.py", "training/data/negatives.py"}  # the alignment's columns
+    own = {f"training/data/texts/{name}.py" for name in ("targets", "negatives")}  # the alignment's columns
     rooms = ("engine", "data", "evaluation", "export", "tracking", "models")
-    files = [path for room in rooms for path in (ROOT / "training" / room).glob("*.py")]
+    files = [path for room in rooms for path in (ROOT / "training" / room).rglob("*.py")]
     files += [ROOT / "training" / f"{name}.py" for name in ("run", "preparation", "run_folder", "settings")]
     files += (ROOT / "tuning").glob("*.py")
     methods = {f"training.objectives.{name}" for name in BUILT_IN} | {"training.losses.alignment"}

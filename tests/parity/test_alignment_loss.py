@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.data.mixing import Mixing, text_targets
-from training.data.text_targets import Targets
+from training.data.texts.targets import Targets
 from training.losses.alignment import Form, TextGather, Texts, alignment_loss
 from training.models.heads import TextProjection
 

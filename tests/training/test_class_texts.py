@@ -14,7 +14,10 @@ from pipeline.store import Store
 from training import preparation
 from training.__main__ import parse_train
 from training.config import TrainConfig
-from training.data import class_texts, few_shot, text_targets, text_vectors
+from training.data import few_shot
+from training.data.texts import classes as class_texts
+from training.data.texts import targets as text_targets
+from training.data.texts import vectors as text_vectors
 from training.engine import loop
 from training.losses.classification import CrossEntropy, SimilarLabels, criterion
 from training.objectives.align import OBJECTIVE

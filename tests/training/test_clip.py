@@ -18,8 +18,8 @@ from pipeline.errors import SettingsError
 from pipeline.store import Store
 from tests.stores import several_captions
 from training.config import EvaluateConfig, ExportConfig, TrainConfig
-from training.data import caption_tokens
-from training.data.caption_tokens import END, START, CaptionTokens, encode, make_tokenizer, tokenizer_file
+from training.data.texts import tokens as caption_tokens
+from training.data.texts.tokens import END, START, CaptionTokens, encode, make_tokenizer, tokenizer_file
 from training.engine import checkpoint, loop
 from training.evaluation import findings, measures
 from training.evaluation.evaluate import evaluate

@@ -16,12 +16,13 @@ from PIL import Image
 from pipeline.encoders.cut import Cut
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.data import text_targets, text_vectors
 from training.data.augment import Augment, random_box
 from training.data.decoder import DecoderSpec
 from training.data.loader import Batch, Kept, Loader, ThreadDecoding
 from training.data.order import Rows, Sequence
-from training.data.text_targets import _group
+from training.data.texts import targets as text_targets
+from training.data.texts import vectors as text_vectors
+from training.data.texts.targets import _group
 
 MakeStore = Callable[..., Path]
 

@@ -28,8 +28,8 @@ from pipeline.store import CAPTIONS, IMAGES, Dataset, Split, Store, embeddings_t
 from training import run_folder
 from training.__main__ import main
 from training.config import EvaluateConfig, TrainConfig
-from training.data import text_targets
 from training.data.order import Rows
+from training.data.texts import targets as text_targets
 from training.engine import build, checkpoint, loop
 from training.evaluation import measures, outputs, spread
 from training.objectives import align

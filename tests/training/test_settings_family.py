@@ -23,7 +23,7 @@ from pipeline.store import IMAGES, Store, embeddings_table
 from training import preparation, run, run_folder
 from training.__main__ import main, parse_train
 from training.config import TrainConfig
-from training.data import text_targets
+from training.data.texts import targets as text_targets
 from training.engine import checkpoint, loop
 from training.presets import FORMER, preset
 from training.settings import Deciding, Free, flat

@@ -21,7 +21,9 @@ from pipeline.stages.variants import EmbedVariant
 from pipeline.store import Store
 from tests.stores import several_captions
 from training.config import TrainConfig
-from training.data import order, text_targets, text_vectors
+from training.data import order
+from training.data.texts import targets as text_targets
+from training.data.texts import vectors as text_vectors
 from training.data.views import Draw, Viewed
 from training.engine import loop
 from training.engine.build import Run

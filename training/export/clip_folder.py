@@ -13,9 +13,9 @@ from pipeline.errors import RunStoppedError
 from pipeline.sources import images
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.data import caption_tokens
-from training.data.caption_tokens import END
 from training.data.order import ROW, SHARD, Rows
+from training.data.texts import tokens as caption_tokens
+from training.data.texts.tokens import END
 from training.engine import build
 from training.models.clip_towers import ClipTowers
 

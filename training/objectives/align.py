@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.data import class_texts, text_targets
 from training.data.columns import Array
 from training.data.loader import Batch
 from training.data.mixing import text_targets as mixed_texts
-from training.data.negatives import Negatives
 from training.data.order import shares
+from training.data.texts import classes as class_texts
+from training.data.texts import targets as text_targets
+from training.data.texts.negatives import Negatives
 from training.data.views import Draw, Views
 from training.engine.gradcache import frozen_statistics
 from training.evaluation import measures

@@ -20,11 +20,11 @@ from pipeline.captioners.prompts import class_name
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.data import caption_tokens
-from training.data.caption_tokens import END, START, CaptionTokens
 from training.data.few_shot import classes_of
 from training.data.loader import Batch
 from training.data.order import ROW, SHARD, shares
+from training.data.texts import tokens as caption_tokens
+from training.data.texts.tokens import END, START, CaptionTokens
 from training.data.views import Draw, Views
 from training.evaluation import measures
 from training.evaluation.outputs import Judge, Outputs

@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.errors import SettingsError
 from pipeline.store import Store
-from training.data.text_vectors import Array, classes_of, kept, rows_of
+from training.data.texts.vectors import Array, classes_of, kept, rows_of
 
 NOTHING = 1e-6
 """Share of the largest variance between classes below which a direction tells nothing of them."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.store import Store
-from training.data.text_targets import Targets, target_columns
+from training.data.texts.targets import Targets, target_columns
 from training.losses.alignment import Texts
 
 Array = npt.NDArray[Any]

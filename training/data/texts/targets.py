@@ -17,8 +17,9 @@ import pyarrow as pa
 from pipeline.errors import SettingsError
 from pipeline.store import Store
 from training.config import TrainConfig
-from training.data import class_texts, few_shot
-from training.data.text_vectors import Array, classes_of, kept, rows_of
+from training.data import few_shot
+from training.data.texts import classes as class_texts
+from training.data.texts.vectors import Array, classes_of, kept, rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
