@@ -84,7 +84,7 @@ class AlignSettings(MethodSettings):
     """With --positives similar: how fast a text counts less the less it is like an image's own (softmax of
     cosine / this); with --similar-labels likewise of classes."""
     similar_labels: float = 0.0
-    """Share of each label that is spread over the classes, the more the likelier their mean texts are (TeS,
+    """Share of each label that is spread over all classes, more over those whose mean texts are similar (TeS,
     arXiv 2304.01489), in place of even label smoothing; goes with any --alignment-weight, also with 0."""
     several_captions: Literal["average", "draw"] = "average"
     """Of several captions a picture: their mean vector is the target, or one of them, drawn anew in each pass
