@@ -251,7 +251,7 @@ def replaced(control: str, seed: int) -> Any:
     in their place, or `permuted` so that no class has its own. Both keep the loss and the second head; the
     second keeps the texts' geometry, too, but not which class is like which. (A shift of all classes by the
     same number would keep that: where classes are pairs of attributes it takes like to like.)"""
-    from contextlib import nullcontext
+    from contextlib import ExitStack, nullcontext
     from unittest.mock import patch
 
     import numpy as np
@@ -272,7 +272,13 @@ def replaced(control: str, seed: int) -> Any:
         drawn = rng.standard_normal(found.shape) * (found - centre).std() + centre
         return drawn.astype(np.float32)
 
-    return patch.object(class_texts, "means", means) if control else nullcontext()
+    if not control:
+        return nullcontext()
+    controlled = ExitStack()
+    controlled.enter_context(patch.object(class_texts, "means", means))
+    # What is made of them is no matter of the store.
+    controlled.enter_context(patch.object(class_texts, "kept", lambda store, name, split, what, fit: fit()))
+    return controlled
 
 
 def comparisons(plan: Settings, rows: dict[str, Row], options: argparse.Namespace) -> list[Row]:

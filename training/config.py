@@ -155,11 +155,11 @@ class TrainConfig(Generic[Method]):
         """The epoch that this start ends after: that of --until-epoch, or the run's last."""
         return min(self.place.until_epoch or self.optim.epochs, self.optim.epochs)
 
-    def passes(self, pictures: int) -> int:
-        """Passes over a train split of so many pictures that make an epoch: --epoch-repeats, or more where
-        --min-epoch-steps asks for them."""
-        wanted = round(self.data.min_epoch_steps * self.optim.batch_size / max(1, pictures))
-        return max(self.data.epoch_repeats, wanted)
+    def epoch_samples(self, pictures: int) -> int:
+        """Samples of an epoch over so many pictures: --epoch-repeats passes, or what --min-epoch-steps
+        take."""
+        wanted = self.data.min_epoch_steps * self.optim.batch_size if pictures else 0
+        return max(pictures * self.data.epoch_repeats, wanted)
 
     def deciding(self) -> dict[str, Any]:
         """What decides the results, by names: everything but the groups that are free, and where the run

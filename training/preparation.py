@@ -97,13 +97,12 @@ def length(config: TrainConfig) -> list[str]:
     from training.data.few_shot import rows_of
 
     rows = len(rows_of(config, Store(config.store), config.data.train_split, training=True))
-    passes = config.passes(rows)
-    pictures = rows * passes
-    steps = pictures * config.optim.epochs // config.optim.batch_size
+    samples, batch = config.epoch_samples(rows), config.optim.batch_size
+    steps = samples * config.optim.epochs // batch
     told = []
-    if passes > config.data.epoch_repeats:
+    if samples > rows * config.data.epoch_repeats:
         told = [
-            f"an epoch is {passes} passes over {rows} pictures, {pictures // config.optim.batch_size} steps "
+            f"an epoch is {samples / rows:.1f} passes over {rows} pictures, {samples // batch} steps "
             f"(--min-epoch-steps {config.data.min_epoch_steps})"
         ]
     if (
@@ -114,12 +113,9 @@ def length(config: TrainConfig) -> list[str]:
         or config.preset == "smoke"
     ):
         return told
-    enough = -(-FEW_STEPS * config.optim.batch_size // pictures)
-    return [
-        *told,
-        f"{steps} steps in all are few for a network that starts from nothing; pass --epochs {enough} or "
-        "more, or a smaller --batch-size.",
-    ]
+    smaller = "" if told else ", or a smaller --batch-size"  # of which an epoch would have as many steps
+    few = f"{steps} steps in all are few for a network that starts from nothing; pass --epochs "
+    return [*told, f"{few}{-(-FEW_STEPS * batch // samples)} or more{smaller}."]
 
 
 def _has_checkpoint(run: str) -> bool:

@@ -222,6 +222,14 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
         for name, value in deciding.items()
         if before.get(name) != value
     ]
+    few = then.data.shots or then.data.class_half != "all"
+    if "min_epoch_steps" not in recorded and few and before.get("class_shrinkage"):
+        message = (
+            f"run={config.run}: was begun when means of classes were those of the whole split, also of "
+            "pictures that --shots and --class-half leave out; they are not any more. Go on with the release "
+            "that began it, or pass another --run."
+        )
+        raise SettingsError(message)
     if "version" not in recorded and then.optim.loss == "bce":
         message = (
             f"run={config.run}: was begun when --loss bce was a mean over classes; it is a sum now, which "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from pipeline.errors import OtherSettingsError, SettingsError
@@ -9,6 +10,7 @@ from pipeline.store import Store, locations
 from training import preparation, run_folder
 from training.config import TrainConfig
 from training.run_folder import read_json
+from training.settings import flat
 from tuning import record, space
 from tuning.cells import cell_of
 from tuning.config import TuneConfig
@@ -87,12 +89,25 @@ def _check_alike(then: TrainConfig, now: TrainConfig) -> None:
         OtherSettingsError: that is something else.
     """
     before, left_open = then.deciding(), {*now.method.left_open, "init_state"}
-    if changed := [
-        f"  {name}: {before[name]!r} then, {value!r} now"
+    if not now.optim.ema:
+        left_open.add("ema_warmup")  # of an average that there is not
+    changed = {
+        name: value
         for name, value in now.deciding().items()
         if before[name] != value and name not in left_open
-    ]:
-        raise OtherSettingsError("\n".join(["", *changed]))
+    }
+    if changed:
+        lines = [f"  {name}: {before[name]!r} then, {value!r} now" for name, value in changed.items()]
+        flags = " ".join(_flag(name, before[name]) for name in changed)
+        raise OtherSettingsError("\n".join(["", *lines, f"  the sweep goes on with {flags}"]))
+
+
+def _flag(name: str, value: Any) -> str:
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    parts = value if isinstance(value, tuple) else (value,)
+    return shlex.join([f"--{dashed}", *map(str, parts)])
 
 
 def check_earlier(config: TuneConfig, sweep: str) -> None:
@@ -110,7 +125,8 @@ def check_earlier(config: TuneConfig, sweep: str) -> None:
         base = _plain(config, arm, next(arm.grid()), sweep)
         method = base.method
         names = {"backbone", "seed", "architecture", "pretrained", *method.axes, *method.left_open}
-        own = {name: recorded[name] for name in names | today | trial["values"].keys() if name in recorded}
+        began = flat(run_folder.settings(run, recorded))  # also what its release did not know
+        own = {name: began[name] for name in names | today | trial["values"].keys() if name in began}
         now = base.but(run=run, store=run_folder.address(base.store), **own)
         try:
             then = run_folder.resumed(now, recorded)

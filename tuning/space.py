@@ -29,6 +29,7 @@ Values = dict[str, Any]
 
 _NO_AXES = {
     "epochs": "configurations are compared after the same number of them",
+    "min_epoch_steps": "configurations are compared after the same number of epochs",
     "train_split": "a sweep trains on one split",
     "eval_split": "the choice is made on one split",
 }
@@ -97,7 +98,7 @@ def arms(config: TuneConfig) -> list[Arm]:
     _check(config, given)
     own = {each.name for each in fields(method)}
     shared = tuple(axis for axis in given if axis.name not in own)
-    grid, cells = _of_grid(config, {axis.name for axis in given})
+    grid, cells = _of_grid(config, given)
     methods = (*grid, *(axis for axis in given if axis.name in own))
     found = []
     for backbone in config.backbones or (config.train.model.backbone,):
@@ -113,16 +114,13 @@ def axes_told(arms: Sequence[Arm]) -> dict[str, str]:
     return {axis.name: axis.text for arm in arms for axis in arm.axes}
 
 
-def _of_grid(config: TuneConfig, given: set[str]) -> tuple[list[Axis], tuple[Values, ...]]:
+def _of_grid(config: TuneConfig, given: Sequence[Axis]) -> tuple[list[Axis], tuple[Values, ...]]:
     """The method's own grid, as axes where it is a product of them, and its cells where it is not; no cells
     at all where it holds nothing but the baseline."""
-    shared = flat(config.train)
     cells: list[Values] = []
     for cell in config.grid.cells():
-        left = {name: value for name, value in cell.items() if name not in given}
-        # An axis in place of what makes the baseline: the grid's own value of it says nothing.
-        is_baseline = not given & config.train.method.baseline.keys() & cell.keys()
-        if left not in cells and not (is_baseline and TrainConfig.of(**shared | cell).method.is_baseline):
+        left = {name: value for name, value in cell.items() if name not in {axis.name for axis in given}}
+        if left not in cells and not all(_baselines(config, cell, given)):
             cells.append(left)
     names = list(dict.fromkeys(name for cell in cells for name in cell))
     values = {name: tuple(dict.fromkeys(cell[name] for cell in cells if name in cell)) for name in names}
@@ -137,16 +135,25 @@ def _check(config: TuneConfig, given: list[Axis]) -> None:
     faults = [f"axis={name}: named twice." for name, count in names.items() if count > 1]
     faults += [f"axis={name}: {SET_BY_SWEEP[name].rstrip('?')}." for name in names if name in SET_BY_SWEEP]
     faults += [f"axis={name}: {why}; leave it out." for name, why in _NO_AXES.items() if name in names]
-    for axis in given:
-        ends = axis.values if axis.kind == "values" else (axis.low,)
-        if axis.name in config.train.method.baseline and any(_is_baseline(config, axis, v) for v in ends):
-            faults.append(f"axis={axis.name}: a value of it is the baseline, which is there in any case.")
     if faults:
         raise SettingsError("\n".join(faults))
+    named = " and ".join(axis.name for axis in given if axis.name in config.train.method.baseline)
+    found = [{*_baselines(config, cell, given)} for cell in config.grid.cells()]
+    # What is neither baseline nor method throughout would be trained twice.
+    if named and (any(len(each) > 1 for each in found) or found == [{True}] * len(found)):
+        message = f"axis={named}: a value of it is the baseline, which is there in any case."
+        raise SettingsError(message)
 
 
-def _is_baseline(config: TuneConfig, axis: Axis, value: Any) -> bool:
-    return bool(TrainConfig.of(**flat(config.train) | {axis.name: value}).method.is_baseline)
+def _baselines(config: TuneConfig, cell: Values, given: Sequence[Axis]) -> list[bool]:
+    """Whether a cell of the method's grid is the baseline, with each value of the axes that decide it."""
+    own = [axis for axis in given if axis.name in config.train.method.baseline]
+    ends = [axis.values if axis.kind == "values" else (axis.low,) for axis in own]
+    names, shared = [axis.name for axis in own], flat(config.train) | cell
+    return [
+        bool(TrainConfig.of(**shared | dict(zip(names, values, strict=True))).method.is_baseline)
+        for values in itertools.product(*ends)
+    ]
 
 
 def settings(config: TuneConfig, configuration: Configuration, seed: int, sweep: str) -> TrainConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from training.data import few_shot
 from training.data.texts import classes as class_texts
 from training.data.texts import targets as text_targets
 from training.data.texts import vectors as text_vectors
+from training.data.texts.negatives import Negatives
 from training.engine import loop
 from training.losses.classification import CrossEntropy, SimilarLabels, criterion
 from training.objectives.align import OBJECTIVE
@@ -65,9 +67,8 @@ def test_variance_components_are_those_that_texts_were_drawn_with(
     classes = rng.permutation(np.repeat(np.arange(3000), sizes))
     centres = rng.normal(0, 0.2**0.5, (3000, 6))
     vectors = 5 + centres[classes] + rng.normal(0, 0.5**0.5, (len(classes), 6))
-    found = class_texts.variation(drawn(tmp_path, make_store, vectors, classes))
-    assert found.within == pytest.approx(3.0, rel=0.03) and found.between == pytest.approx(1.2, rel=0.08)
-    assert found.shrinkage == pytest.approx(3.0 / 4.2, rel=0.03)
+    found = class_texts.shrinkage(drawn(tmp_path, make_store, vectors, classes))
+    assert found == pytest.approx(3.0 / 4.2, rel=0.02)
 
 
 def test_only_directions_that_tell_classes_apart_are_kept(tmp_path: Path, make_store: MakeStore) -> None:
@@ -76,20 +77,23 @@ def test_only_directions_that_tell_classes_apart_are_kept(tmp_path: Path, make_s
     centres, away = rng.normal(size=(5, 2)) @ two.T, rng.normal(size=(5, 4, 6))
     vectors = np.concatenate([centres[:, None] + away, centres[:, None] - away], axis=1).reshape(-1, 6)
     described = drawn(tmp_path, make_store, vectors, np.repeat(np.arange(5), 8))
-    np.testing.assert_allclose(class_texts.variation(described).directions, two @ two.T, atol=1e-5)
+    projector, kept = class_texts.directions(described)
+    np.testing.assert_allclose(projector, two @ two.T, atol=1e-5)
+    assert kept == 2
 
 
-def test_texts_that_tell_nothing_of_their_class_are_drawn_to_its_mean_wholly(
-    tmp_path: Path, make_store: MakeStore
-) -> None:
+def test_texts_that_tell_nothing_of_their_class(tmp_path: Path, make_store: MakeStore) -> None:
     vectors = np.tile([[1.0, 0.0], [0.0, 1.0]], (6, 1))
-    found = class_texts.variation(drawn(tmp_path, make_store, vectors, np.repeat(np.arange(6), 2)))
-    assert found.between == 0 and found.shrinkage == 1
+    apart = drawn(tmp_path, make_store, vectors, np.repeat(np.arange(6), 2))
+    assert class_texts.shrinkage(apart) == 1
+    with pytest.raises(ValueError, match="tell no classes apart"):
+        class_texts.directions(apart)
     alike = drawn(tmp_path / "alike", make_store, np.ones((4, 2)), np.array([0, 0, 1, 1]))
-    assert class_texts.variation(alike).shrinkage == 1, "no variance at all"
+    assert class_texts.shrinkage(alike) == 1, "no variance at all"
     single = drawn(tmp_path / "single", make_store, vectors[:3], np.arange(3))
     with pytest.raises(ValueError, match=r"3 pictures of 3 classes have a description.*class-target shrunk"):
-        class_texts.variation(single)
+        class_texts.shrinkage(single)
+    assert class_texts.directions(single)[1] == 1, "which directions there are is seen from one each"
 
 
 def test_estimated_and_projected_targets_are_what_they_say(tmp_path: Path, make_store: MakeStore) -> None:
@@ -97,9 +101,10 @@ def test_estimated_and_projected_targets_are_what_they_say(tmp_path: Path, make_
     store = Store(str(folder))
     config = settings(folder)
     estimated = text_targets.of_config(config, store)
-    varied = class_texts.variation(text_targets.of_classes(config, store))
-    assert 0 < varied.shrinkage < 1 and estimated.shrinkage == varied.shrinkage
-    same = text_targets.of_config(config.but(class_target="shrunk", class_shrinkage=varied.shrinkage), store)
+    described = text_targets.of_classes(config, store)
+    share, (projector, kept) = class_texts.shrinkage(described), class_texts.directions(described)
+    assert 0 < share < 1 and estimated.shrinkage == share
+    same = text_targets.of_config(config.but(class_target="shrunk", class_shrinkage=share), store)
     ignored = text_targets.of_config(config.but(class_shrinkage=0.1), store)
     projected = text_targets.of_config(config.but(class_target="projected"), store)
     for shard in store.split_shards("train"):
@@ -110,15 +115,24 @@ def test_estimated_and_projected_targets_are_what_they_say(tmp_path: Path, make_
         np.testing.assert_array_equal(of[0], of[1])
         np.testing.assert_array_equal(of[0], of[2])
         there = np.linalg.norm(of[3], axis=1) > 0
-        np.testing.assert_allclose((of[3] @ varied.directions)[there], of[3][there], atol=1e-5)
-    assert np.linalg.matrix_rank(varied.directions, tol=1e-3) == 2, "three classes"
-    plain = projected.without_classes()
+        np.testing.assert_allclose((of[3] @ projector)[there], of[3][there], atol=1e-5)
+    assert kept == np.linalg.matrix_rank(projector, tol=1e-3) == 2, "three classes"
+    plain = text_targets.of_judging(config.but(class_target="projected"), store)
     vectors = text_vectors.rows_of(store.read_shard("embeddings", "test", 4)["embedding"])
-    np.testing.assert_allclose(plain.project(vectors) @ varied.directions, plain.project(vectors), atol=1e-5)
-    (note,) = (
-        each for each in OBJECTIVE.notes(config, store, OBJECTIVE.check(config, store)) if "drawn by" in each
-    )
-    assert f"drawn by {varied.shrinkage:.2f} towards" in note
+    np.testing.assert_allclose(plain.project(vectors) @ projector, plain.project(vectors), atol=1e-5)
+    told = OBJECTIVE.notes(config, store, OBJECTIVE.check(config, store))[0]
+    assert told == f"targets are drawn by {share:.2f} towards the mean of their class"
+    given = config.but(class_target="projected")
+    told = OBJECTIVE.notes(given, store, OBJECTIVE.check(given, store))[0]
+    assert told == "classes differ in 2 of the texts' 8 directions"
+
+
+def test_what_is_refused_by_hand_is_refused_when_it_is_found(tmp_path: Path, make_store: MakeStore) -> None:
+    folder = make_store(tmp_path / "s", dim=8, train=40)
+    with patch.object(class_texts, "shrinkage", lambda described: 0.9995):
+        with pytest.raises(ValueError, match=r"shrinkage 1\.000.*add --positives class"):
+            text_targets.of_config(settings(folder, positives="caption"), Store(str(folder)))
+        assert text_targets.of_config(settings(folder), Store(str(folder))).shrinkage == 0.9995
 
 
 def test_of_few_shots_no_other_labels_are_looked_at(tmp_path: Path, make_store: MakeStore) -> None:
@@ -137,6 +151,9 @@ def test_of_few_shots_no_other_labels_are_looked_at(tmp_path: Path, make_store: 
     wanted = np.stack([joint[labels == number].mean(0) for number in range(3)])
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert not (folder / "embeddings/test/class-means.safetensors").exists(), "it is not of the split"
+    targets = text_targets.of_config(config.but(shots=2), store)
+    drawn_ones = Negatives(store, targets, "train", 100, seed=0).draw(0, torch.device("cpu"))
+    assert len(drawn_ones.targets_Bd) == 6, "nor among negatives"
     whole = text_targets.of_config(config.but(shots=0), store).class_means
     assert whole is not None and np.abs(whole - wanted).max() > 1e-3
 
@@ -146,8 +163,13 @@ def test_labels_are_spread_by_the_likeness_of_classes(tmp_path: Path, make_store
     described = drawn(tmp_path, make_store, vectors, np.array([0, 0, 1, 1, 3, 3]))
     similar = class_texts.similar(described, 0.1)
     np.testing.assert_allclose(similar.sum(1), 1, atol=1e-6)
-    assert similar[0, 1] > 0.3 and similar[0, 3] < 1e-6 and similar[3, 3] > 0.999
+    assert not similar.diagonal()[[0, 1, 3]].any(), "what is spread leaves its own class"
+    assert similar[0, 1] > 0.999 and similar[3, 0] == pytest.approx(0.5, abs=0.01)
     assert similar[2].tolist() == [0, 0, 1, 0] and not similar[[0, 1, 3], 2].any(), "no text, no likeness"
+    alone = drawn(tmp_path / "alone", make_store, vectors[:2], np.array([1, 1]))
+    assert class_texts.similar(alone, 0.001).tolist() == [[1, 0], [0, 1]]
+    with pytest.raises(ValueError, match=r"no picture of the split train .* leave out --similar-labels"):
+        class_texts.similar(drawn(tmp_path / "none", make_store, vectors[:2] * 0, np.array([1, 1])), 0.1)
 
     loss = SimilarLabels(criterion("cross-entropy", 0.0), torch.from_numpy(similar), 0.2)
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
@@ -156,6 +178,8 @@ def test_labels_are_spread_by_the_likeness_of_classes(tmp_path: Path, make_store
     wanted = -(labels * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(loss(logits, classes), wanted)
     torch.testing.assert_close(loss(logits, torch.eye(4)[classes]), wanted, msg="of mixed labels likewise")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(loss(logits, torch.eye(4)[classes]), wanted, msg="exact in bfloat16, too")
     none = SimilarLabels(CrossEntropy(0.1), torch.from_numpy(similar), 0.0)
     torch.testing.assert_close(none(logits, classes), CrossEntropy(0.1)(logits, classes))
 
@@ -171,15 +195,27 @@ def test_spread_labels_train_with_and_without_an_alignment(
     spread, _ = preparation.prepare(parse_train([*flags, "--similar-labels", "0.3"]))
     assert spread.method.embeddings == "test" and not spread.method.is_baseline
     title = preparation.title(spread)
-    assert title.endswith("labels0.3-s0" if weight == 0 else "w0.5-d0-s0")
+    assert title.endswith("labels0.3-d0-s0" if weight == 0 else "w0.5-d0-s0")
     losses = []
     for config in (spread, parse_train(flags)):
         (last,) = loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: None)
         losses.append(last["cross_entropy"])
         assert ("alignment" in last) == (weight > 0)
     assert losses[0] != losses[1]
-    told = OBJECTIVE.describe(spread, Store(str(folder))).how
-    assert "0.3 of each label spread" in told and ("alignment" in told) == (weight > 0)
+    told = OBJECTIVE.describe(spread, Store(str(folder)))
+    assert "0.3 of each label spread" in told.how and ("alignment" in told.how) == (weight > 0)
+    assert ("balance" in told.settings) == (weight > 0)
+    with pytest.raises(ValueError, match=r"takes the place of label smoothing, which is 0\.1"):
+        preparation.prepare(parse_train([*flags, "--similar-labels", "0.3", "--label-smoothing", "0.1"]))
+
+
+def test_labels_alone_ask_nothing_of_an_alignment(tmp_path: Path, make_store: MakeStore) -> None:
+    """No width, no PCA, no two pictures of a class."""
+    folder = make_store(tmp_path / "s", dim=8, train=24)
+    changed = {"alignment_weight": 0.0, "similar_labels": 0.2, "projection_dim": 256, "shots": 1}
+    facts = OBJECTIVE.check(settings(folder, **changed), Store(str(folder)))
+    assert facts.targets is None and not facts.columns and facts.variants["captions"] == "test"
+    assert not list((folder / "embeddings/test").glob("*.safetensors"))
 
 
 def test_a_sweep_keeps_a_plain_model_beside_spread_labels() -> None:
@@ -189,5 +225,16 @@ def test_a_sweep_keeps_a_plain_model_beside_spread_labels() -> None:
     assert arms[0].fixed["similar_labels"] == 0
     weights = {values.get("alignment_weight") for values in arms[1].grid()}
     assert weights == {0.0, 0.5}
+    asked = [*flags[:4], "--projection-dims", "0", "--axis", "similar_labels=0.1,0.2", "--alignment-weights"]
+    assert [arm.is_baseline for arm in space.arms(parse_tune([*asked, "0"]))] == [True, False]
+    cells = list(space.arms(parse_tune([*asked, "0", "0.5"]))[1].grid())
+    assert len(cells) == 4 and {cell["similar_labels"] for cell in cells} == {0.1, 0.2}
+    doubled = [*flags[:6], "--projection-dims", "0", "--alignment-weights", "0", "0.5"]
+    with pytest.raises(ValueError, match="similar_labels: a value of it is the baseline"):
+        space.arms(parse_tune([*doubled, "--axis", "similar_labels=0,0.2"]))
+    with pytest.raises(
+        ValueError, match="min_epoch_steps: configurations are compared after the same number"
+    ):
+        space.arms(parse_tune([*doubled, "--axis", "min_epoch_steps=1,50"]))
     told = cell_of({"backbone": "b", "alignment_weight": 0.0, "similar_labels": 0.2})
     assert (told.is_baseline, told.shown) == (False, ("0", "-"))

@@ -378,7 +378,7 @@ def test_targets_drawn_to_their_class_are_exact_and_those_of_other_splits_stay(
         described = groups >= 0
         rows, classes = all_rows(store, split)
         if plain:
-            own = targets.without_classes()
+            own = text_targets.of_judging(config, store)
             np.testing.assert_array_equal(found[described], own.project(rows))
             assert not np.array_equal(groups[described], classes)
         else:

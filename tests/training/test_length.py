@@ -25,27 +25,26 @@ def test_a_training_of_few_steps_says_how_many_epochs_would_do(
     assert not preparation.length(parse_train(enough))
     assert not preparation.length(parse_train(["--preset", "smoke", *flags]))
     told, few = preparation.length(parse_train([*flags, "--epochs", "5", "--min-epoch-steps", "20"]))
-    assert told == "an epoch is 8 passes over 24 pictures, 19 steps (--min-epoch-steps 20)"
-    assert few.startswith("96 steps in all are few"), "as asked for, and still few"
+    assert told == "an epoch is 8.3 passes over 24 pictures, 20 steps (--min-epoch-steps 20)"
+    assert few.startswith("100 steps in all are few") and few.endswith("pass --epochs 50 or more.")
 
 
 @pytest.mark.parametrize(
-    ("pictures", "batch", "steps", "passes"),
+    ("pictures", "batch", "repeats", "steps", "samples"),
     [
-        (5000, 32, 100, 1),
-        (2970, 32, 100, 1),
-        (990, 32, 100, 3),
-        (196, 8, 0, 4),
-        (196, 8, 200, 8),
-        (3, 2, 9, 6),
+        (5000, 32, 1, 100, 5000),
+        (2970, 32, 1, 100, 3200),
+        (990, 32, 1, 100, 3200),
+        (196, 8, 4, 0, 784),
+        (196, 8, 4, 200, 1600),
+        (0, 8, 4, 200, 0),
     ],
 )
-def test_an_epoch_of_few_pictures_makes_as_many_passes_as_its_steps_take(
-    pictures: int, batch: int, steps: int, passes: int
+def test_an_epoch_of_few_pictures_has_the_steps_that_are_asked_for(
+    pictures: int, batch: int, repeats: int, steps: int, samples: int
 ) -> None:
-    repeats = 4 if pictures == 196 else 1
     config = TrainConfig.of(store="s", batch_size=batch, min_epoch_steps=steps, epoch_repeats=repeats)
-    assert config.passes(pictures) == passes
+    assert config.epoch_samples(pictures) == samples
 
 
 def test_a_training_has_the_steps_that_its_recipe_asks_for(
@@ -64,4 +63,4 @@ def test_a_training_has_the_steps_that_its_recipe_asks_for(
         alignment_weight=0.0,
     )
     history = loop.fit(config, torch.device("cpu"), 0, None, lambda metrics, take: None)
-    assert [epoch["step"] for epoch in history] == [6, 12], "three steps a pass, seven wanted: two passes"
+    assert [epoch["step"] for epoch in history] == [7, 14]

@@ -67,7 +67,7 @@ def test_an_epoch_of_several_passes_has_the_batches_of_as_many_epochs(
 ) -> None:
     rows = rows_of(tmp_path / "s", make_store, train=57)
     single = Sequence(rows, seed=3, window=2, batch=10, repeats=2)
-    several = Sequence(rows, seed=3, window=2, batch=10, repeats=2, epoch_repeats=3)
+    several = Sequence(rows, seed=3, window=2, batch=10, repeats=2, epoch_samples=3 * 57)
     assert several.epoch_samples == 3 * single.epoch_samples and several.steps(2) == single.steps(6)
     for step in range(several.steps(2)):
         np.testing.assert_array_equal(several.share(step, 0, 1), single.share(step, 0, 1))

@@ -349,6 +349,20 @@ def test_a_run_goes_on_with_each_recipe_that_has_changed(tmp_path: Path, recipe:
         run_folder.resumed(now, record | {"recipes": last + 1})
 
 
+@pytest.mark.parametrize("few", [{"shots": 3}, {"class_half": "base"}])
+def test_a_run_whose_class_means_were_of_more_pictures_does_not_go_on(
+    tmp_path: Path, few: dict[str, Any]
+) -> None:
+    now = BASE.but(class_shrinkage=0.5, run=str(tmp_path), **few)
+    record = run_folder.written(now, "contents")
+    assert run_folder.resumed(now, record) == now
+    del record["min_epoch_steps"]  # by the release that did so
+    with pytest.raises(ValueError, match="means of classes were those of the whole split"):
+        run_folder.resumed(now, record)
+    plain = now.but(class_shrinkage=0.0)
+    assert run_folder.resumed(plain, record | {"class_shrinkage": 0.0}) == plain
+
+
 def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(
     tmp_path: Path, two_embeddings: Path
 ) -> None:

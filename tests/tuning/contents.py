@@ -76,6 +76,7 @@ def content(trials: list[Trial], **told: Any) -> Content:
     """A complete grid of these trials."""
     return {
         "version": 2,
+        "shared": {},
         "sweep": "/runs/sweep",
         "store": "/store",
         "objective": "align",

@@ -41,3 +41,11 @@ def test_what_is_no_pair_is_not_compared() -> None:
         ),
     ):
         assert across.lines([first, other]) == []
+
+
+def test_what_the_method_has_beside_its_axes_and_the_plain_model_has_not_is_told() -> None:
+    scores = {1: 50.0, 2: 51.0, 3: 52.0}
+    spread = report.text([of("labels", scores, shared={"similar_labels": 0.2})])
+    assert "All but the plain model have similar-labels 0.2" in spread
+    for plain in (of("none", scores), of("zero", scores, shared={"similar_labels": 0.0})):
+        assert "plain model have" not in report.text([plain])

@@ -22,8 +22,8 @@ from training.config import TrainConfig
 from training.engine import checkpoint, loop
 from training.objectives.settings.align import AlignGrid
 from training.settings import flat
+from tuning import checks, record, space
 from tuning import config as tuning_config
-from tuning import record, space
 from tuning.__main__ import main, parse_tune
 from tuning.config import TuneConfig
 from tuning.driver import Driver
@@ -184,9 +184,27 @@ def test_a_sweep_of_an_earlier_recipe_asks_for_what_that_said(
     steps = ["--min-epoch-steps", "100"]
     with patch.dict(presets.PRESETS["smoke"], {"min_epoch_steps": 100}):
         assert main(again) == 2
-        assert "min_epoch_steps: 0 then, 100 now" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "min_epoch_steps: 0 then, 100 now" in told
+        assert told.rstrip().endswith("the sweep goes on with --min-epoch-steps 0")
         assert main([*again, "--min-epoch-steps", "0"]) == 0
     assert main([*again, *steps]) == 2
+
+
+def test_a_sweep_goes_on_over_settings_that_its_release_did_not_know(
+    store: Path, weights: Path, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep"
+    again = [*command(store, sweep, "0"), "--no-export"]
+    begun(again, weights, sweep, s0=51.0)
+    assert main(again) == 0
+    for file in sweep.glob("*/config.json"):
+        unknown = ("class_target", "ema_warmup", "similar_labels")
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({n: v for n, v in content.items() if n not in unknown}))
+    assert main(again) == 0, "no average, no warm-up of it"
+    config = parse_tune([*again[1:], "--axis", "similar_labels=0.1,0.2"])
+    checks.check_earlier(config, str(sweep))
 
 
 def test_a_trial_is_named_by_its_folder_whatever_its_backbone_is_pinned_to() -> None:

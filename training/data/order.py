@@ -70,17 +70,17 @@ class Sequence:
         window: int,
         batch: int,
         repeats: int = 1,
-        epoch_repeats: int = 1,
+        epoch_samples: int = 0,
         by: Deal = "shard",
     ) -> None:
         self.batch, self.by = batch, by
-        self.epoch_samples = len(rows) * epoch_repeats
+        self.epoch_samples = epoch_samples or len(rows)
         self._rows, self._seed, self._window, self._repeats = rows, seed, window, repeats
         self._passes: dict[int, Array] = {}
 
     def steps(self, epochs: int) -> int:
-        """Steps after which that many epochs are done. An epoch is as many samples as there are rows, times
-        `epoch_repeats`."""
+        """Steps after which that many epochs of `epoch_samples` are done; by default an epoch has as many as
+        there are rows."""
         return math.ceil(epochs * self.epoch_samples / self.batch)
 
     def share(self, step: int, rank: int, world: int) -> Array:

@@ -50,9 +50,9 @@ class DataSettings(Deciding):
     """Passes over the train split that count as one epoch; more than 1 where the split is so small that
     evaluating and saving after every pass takes longer than training."""
     min_epoch_steps: int = 0
-    """Steps that an epoch has at least, about: of a small train split it makes as many passes as that takes,
-    rounded, where --epoch-repeats are fewer. A network that starts from nothing needs some thousand steps,
-    however few the pictures."""
+    """Steps that an epoch has at least: over a small train split it makes as many passes as that takes, the
+    last perhaps in part. A network that starts from nothing needs some thousand steps, however few the
+    pictures."""
 
     @property
     def mixes(self) -> bool:

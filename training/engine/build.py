@@ -109,7 +109,7 @@ class Run:
             window=config.data.shuffle_shards,
             batch=config.optim.batch_size,
             repeats=config.data.repeats,
-            epoch_repeats=config.passes(len(train_rows)),
+            epoch_samples=config.epoch_samples(len(train_rows)),
             by=by,
         )
         ahead = lookahead(

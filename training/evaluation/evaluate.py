@@ -54,6 +54,7 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
             be had.
     """
     config = run_folder.read(settings.run).but(run=run_folder.address(settings.run))
+    trained = config  # which classes it saw is a matter of training
     config = config.but(class_half=settings.class_half) if settings.class_half else config
     if settings.store:
         # A CLIP from nothing has its tokenizer in its store.
@@ -84,7 +85,7 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
     judge, split = Judge(config, loaded), settings.split or config.data.eval_split
     space = None
     if settings.retrieval or asked:
-        space = objective_of(config).text_space(config, store, judge.task)
+        space = objective_of(config).text_space(trained, store, judge.task)
     if asked and space is None and not own:
         message = f"zero_shot: images of {settings.run} share no space with texts ({config.objective})."
         raise SettingsError(message)

@@ -38,7 +38,7 @@ class SimilarLabels(nn.Module):
 
     Args:
         criterion: takes [b, C] probabilities.
-        similar_CC: rows of how like a class is to each, which sum to 1.
+        similar_CC: rows of how similar a class is to each other, which sum to 1.
         share: of a label that is spread.
     """
 
@@ -52,6 +52,10 @@ class SimilarLabels(nn.Module):
 
     def forward(self, logits: Tensor, classes: Tensor) -> Tensor:
         """Mean over the batch; `classes` are [b] numbers, or [b, C] probabilities."""
-        labels = self.spread[classes] if classes.ndim == 1 else classes.to(self.spread.dtype) @ self.spread
+        if classes.ndim == 1:
+            labels = self.spread[classes]
+        else:
+            with torch.autocast(logits.device.type, enabled=False):  # in bfloat16 rows would not sum to 1
+                labels = classes.to(self.spread.dtype) @ self.spread
         loss: Tensor = self.criterion(logits, labels)
         return loss

@@ -410,7 +410,7 @@ class AlignFacts(Facts):
 
     targets: text_targets.Targets | None = None
     similar: Array | None = None
-    """[C, C] which class is like which, where labels are spread."""
+    """[C, C] to which other classes each is how similar, where labels are spread."""
 
 
 class Align(Objective):
@@ -423,14 +423,24 @@ class Align(Objective):
         """Finds the embeddings; fits and keeps the PCA, once for all workers."""
         if config.method.is_baseline:
             return AlignFacts(variants={"embeddings": "", "captions": ""})
-        targets, similar = text_targets.of_config(config, store), None
-        if config.method.similar_labels:
-            described = text_targets.of_classes(config, store, targets.embeddings)
-            similar = class_texts.similar(described, config.method.similarity_temperature)
+        method, targets, similar = config.method, None, None
+        if method.alignment_weight:
+            targets = text_targets.of_config(config, store)
+        if method.similar_labels:
+            if config.optim.label_smoothing:
+                message = (
+                    f"similar_labels={method.similar_labels}: takes the place of label smoothing, which is "
+                    f"{config.optim.label_smoothing}; add --label-smoothing 0."
+                )
+                raise SettingsError(message)
+            described = text_targets.of_classes(config, store)
+            similar = class_texts.similar(described, method.similarity_temperature)
+        name = store.only_variant("embeddings", method.embeddings) if targets is None else targets.embeddings
+        store.require_complete("embeddings", name)
         return AlignFacts(
-            variants={"embeddings": targets.embeddings, "captions": targets.captions},
-            found={"embeddings": targets.embeddings},
-            columns=(text_targets.TextColumns(targets),) if config.method.alignment_weight else (),
+            variants={"embeddings": name, "captions": str(store.variant("embeddings", name)["captions"])},
+            found={"embeddings": name},
+            columns=(text_targets.TextColumns(targets),) if targets is not None else (),
             targets=targets,
             similar=similar,
         )
@@ -462,21 +472,26 @@ class Align(Objective):
         return task
 
     def notes(self, config: TrainConfig, store: Store, facts: AlignFacts) -> tuple[str, ...]:
-        """Of pictures that have no text, and of what was estimated."""
-        if facts.targets is None or not config.method.alignment_weight:
+        """Of pictures that have no text, and of what was found in those of classes."""
+        targets = facts.targets
+        if targets is None:
             return ()
-        estimated: tuple[str, ...] = ()
+        found: tuple[str, ...] = ()
         if config.method.class_target == "estimated":
-            share = facts.targets.shrinkage
-            estimated = (f"captions vary within classes: targets are drawn by {share:.2f} towards the mean",)
-        embeddings, split = facts.targets.embeddings, config.data.train_split
+            found = (f"targets are drawn by {targets.shrinkage:.2f} towards the mean of their class",)
+        elif targets.between is not None:
+            width = len(targets.between)
+            found = (f"classes differ in {targets.directions} of the texts' {width} directions",)
+            if targets.directions == width:
+                found += ("--class-target projected leaves nothing out here",)
+        embeddings, split = targets.embeddings, config.data.train_split
         receipts = store.receipts("embeddings", embeddings)
         without = sum(receipts[shard].failed for shard in store.split_shards(split))
         if not without:
-            return estimated
+            return found
         counted = f"{without} of {store.dataset.splits[split].rows} pictures of the split {split}"
         return (
-            *estimated,
+            *found,
             f"{counted} have no embedding in {embeddings}: they count for classification only",
         )
 
@@ -493,7 +508,7 @@ class Align(Objective):
                 "--no-retrieval."
             )
             raise SettingsError(message)
-        return AlignSpace(task, text_targets.of_config(config, store).without_classes())
+        return AlignSpace(task, text_targets.of_judging(config, store))
 
     def describe(self, config: TrainConfig, store: Store) -> Description:
         """See `protocol.Objective`."""
@@ -507,10 +522,14 @@ class Align(Objective):
             else "",
         ]
         how = "cross entropy plus " + ", ".join(filter(None, parts))
+        settings = flat(config.method)
+        if not weight:  # the others are of an alignment
+            names = ("alignment_weight", "similar_labels", "similarity_temperature", "embeddings")
+            settings = {name: settings[name] for name in names}
         # An early run does not name its embeddings, and there may be others by now: no reason to withhold the
         # model.
         if not config.method.embeddings and len(store.variants("embeddings")) != 1:
-            return Description(how=how, settings=flat(config.method))
+            return Description(how=how, settings=settings)
         embeddings = store.only_variant("embeddings", config.method.embeddings)
         encoder = store.variant("embeddings", embeddings)
         captions = store.variant("captions", str(encoder["captions"]))
@@ -520,7 +539,7 @@ class Align(Objective):
             f"Descriptions by {os.path.basename(str(by))} (captions `{encoder['captions']}`), text encoder "
             f"{os.path.basename(str(encoder['encoder']))} (embeddings `{embeddings}`)."
         )
-        return Description(how=how, lines=(line,), settings=flat(config.method))
+        return Description(how=how, lines=(line,), settings=settings)
 
 
 @dataclass(frozen=True)

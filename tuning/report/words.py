@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from training.objectives.registry import settings_of
 from tuning.report import progress
 from tuning.report.comparison import Comparison
 from tuning.report.configurations import Configuration, Content, best_of, configurations
@@ -215,6 +216,10 @@ def notes(content: Content, found: Sequence[Comparison]) -> list[str]:
         )
     elif any(each.untouched for each in found):
         lines.append(_measured(content, found))
+    if found and (beside := _beside(content)):
+        lines.append(
+            f"All but the plain model have {beside}, whose part in the differences is not told apart."
+        )
     for each in found:
         if each.missing:
             left_out = ", ".join(f"{seed} ({_why(each, seed)})" for seed in each.missing)
@@ -232,6 +237,17 @@ def notes(content: Content, found: Sequence[Comparison]) -> list[str]:
         span = f"{min(needed)}" if min(needed) == max(needed) else f"{min(needed)} to {max(needed)}"
         lines.append(f"To show a difference of {what} four times in five, some {span} seeds are needed.")
     return lines
+
+
+def _beside(content: Content) -> str:
+    """What a sweep gives the method throughout and its baseline not, beside the axes of the method."""
+    kind, shared = settings_of(content["objective"]), content["shared"]
+    swept = {name for trial in content["trials"] for name in trial["values"]}
+    return ", ".join(
+        f"{name.replace('_', '-')} {shared[name]}"
+        for name, plain in (kind.baseline or {}).items()
+        if name not in kind.axes and name not in swept and shared.get(name, plain) != plain
+    )
 
 
 def _why(each: Comparison, seed: int) -> str:

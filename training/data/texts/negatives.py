@@ -50,7 +50,16 @@ class Negatives:
 
     def _pool(self, period: int) -> tuple[Array, Array]:
         rng = np.random.default_rng([self._seed, 2, period])
-        shards = rng.permutation(self._shards)[:POOL_SHARDS]
-        parts = [target_columns(self._targets, self._store, int(shard)) for shard in np.sort(shards)]
+        rows = self._targets.rows
+        shards = self._shards if rows is None else np.array(sorted(rows))
+        shards = rng.permutation(shards)[:POOL_SHARDS]
+        parts = [self._of_shard(int(shard)) for shard in np.sort(shards)]
         targets, groups = (np.concatenate(column) for column in zip(*parts, strict=True))
         return targets[groups >= 0], groups[groups >= 0]
+
+    def _of_shard(self, shard: int) -> tuple[Array, Array]:
+        targets, groups = target_columns(self._targets, self._store, shard)
+        if (rows := self._targets.rows) is None:
+            return targets, groups
+        own = rows.get(shard, np.array([], dtype=np.int64))  # the labels of others are not to be looked at
+        return targets[own], groups[own]

@@ -9,6 +9,7 @@ run projects alike.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,9 @@ from training.config import TrainConfig
 from training.data import few_shot
 from training.data.texts import classes as class_texts
 from training.data.texts.vectors import Array, classes_of, kept, rows_of
+
+ALL_OF_IT = 0.999
+"""Shrinkage from which texts of a class are one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,8 @@ class Targets:
     """[dim] factors of whitening."""
     between: Array | None = None
     """[D, D] projector on the directions in which classes differ; needs `mean`."""
+    directions: int = 0
+    """How many these are."""
     shrinkage: float = 0.0
     """Share of the class's mean in a target."""
     class_means: Array | None = None
@@ -47,6 +53,8 @@ class Targets:
     """All pictures of a class are positives of each other, and not those of equal captions alone."""
     trained: frozenset[int] = frozenset()
     """Shards of the split that is trained on: of no others classes are looked at."""
+    rows: Mapping[int, Array] | None = None
+    """Rows by shard whose classes may be looked at, where they are few of the split."""
     several: int = 0
     """Captions a picture has at most, where one is drawn in each pass; 0: their mean is the target."""
 
@@ -54,10 +62,6 @@ class Targets:
     def needs_classes(self) -> bool:
         """Whether targets or positives depend on the class."""
         return self.by_class or self.class_means is not None
-
-    def without_classes(self) -> Targets:
-        """The same for judging: there a picture has its own caption, or the mean of all of its own."""
-        return replace(self, class_means=None, shrinkage=0.0, by_class=False, several=0)
 
     def project(self, embeddings: Array, classes: Array | None = None) -> Array:
         """[n, D] unit-length text embeddings to [n, dim] unit-length text targets in float32.
@@ -83,9 +87,9 @@ class Targets:
         return unit
 
 
-def of_config(config: TrainConfig, store: Store) -> Targets:
-    """The targets of a run; as wide as the embeddings where the run learns its own projection of them."""
-    method, split = config.method, config.data.train_split
+def _of_embeddings(config: TrainConfig, store: Store) -> Targets:
+    """Those of any classes; as wide as the embeddings where the run learns its own projection of them."""
+    method = config.method
     named = method.embeddings
     if not named and method.several_captions == "draw":
         of_each = [
@@ -94,34 +98,54 @@ def of_config(config: TrainConfig, store: Store) -> Targets:
             if store.variant("embeddings", name).get("each_caption")
         ]
         named = of_each[0] if len(of_each) == 1 else ""
-    dim = 0 if method.text_projection == "learned" else method.projection_dim
-    targets = load(
+    return load(
         store,
         embeddings=named,
-        dim=dim,
-        split=split,
+        dim=0 if method.text_projection == "learned" else method.projection_dim,
+        split=config.data.train_split,
         center=method.center_texts or method.class_target == "projected",
         whitening=method.whitening,
     )
+
+
+def of_config(config: TrainConfig, store: Store) -> Targets:
+    """The targets that a run is trained on.
+
+    Raises:
+        SettingsError: settings that the store's texts do not fit.
+    """
+    method, split, targets = config.method, config.data.train_split, _of_embeddings(config, store)
     several = _several(store, targets) if method.several_captions == "draw" else 0
-    shrinkage, between, means = method.class_shrinkage, None, None
+    described = of_classes(config, store, targets.embeddings)
+    targets, shrinkage, means = _projected(targets, config, described), method.class_shrinkage, None
     if method.class_target != "shrunk":
-        varied = class_texts.variation(of_classes(config, store, targets.embeddings))
-        shrinkage = varied.shrinkage if method.class_target == "estimated" else 0.0
-        between = varied.directions if method.class_target == "projected" else None
+        shrinkage = class_texts.shrinkage(described) if method.class_target == "estimated" else 0.0
+    if shrinkage > ALL_OF_IT and method.positives == "caption" and method.alignment != "cosine":
+        message = (
+            f"class_target={method.class_target}: texts say nothing that is not of all of their class "
+            f"(shrinkage {shrinkage:.3f}), and an image would be told apart from its own; add --positives "
+            "class."
+        )
+        raise SettingsError(message)
     if shrinkage:
-        means = class_texts.means(of_classes(config, store, targets.embeddings))
-    if means is None and between is None and method.positives == "caption" and not several:
+        means = class_texts.means(described)
+    if means is None and method.positives == "caption" and not several:
         return targets
     return replace(
         targets,
         several=several,
-        between=between,
         shrinkage=shrinkage,
         class_means=means,
         by_class=method.positives == "class",
         trained=frozenset(store.split_shards(split)),
+        rows=described.rows,
     )
+
+
+def of_judging(config: TrainConfig, store: Store) -> Targets:
+    """The targets of a run for judging: there a picture has its own caption, or the mean of its own."""
+    targets = _of_embeddings(config, store)
+    return _projected(targets, config, of_classes(config, store, targets.embeddings))
 
 
 def of_classes(config: TrainConfig, store: Store, embeddings: str = "") -> class_texts.Described:
@@ -131,6 +155,13 @@ def of_classes(config: TrainConfig, store: Store, embeddings: str = "") -> class
         rows = few_shot.rows_of(config, store, data.train_split, training=True).rows
     name = store.only_variant("embeddings", embeddings or config.method.embeddings)
     return class_texts.Described(store, name, data.train_split, rows)
+
+
+def _projected(targets: Targets, config: TrainConfig, described: class_texts.Described) -> Targets:
+    if config.method.class_target != "projected":
+        return targets
+    projector, kept_ = class_texts.directions(described)
+    return replace(targets, between=projector, directions=kept_)
 
 
 def _several(store: Store, targets: Targets) -> int:

@@ -75,8 +75,8 @@ class AlignSettings(MethodSettings):
     alone): averages away what captions say of all but the class."""
     class_target: Literal["shrunk", "estimated", "projected"] = "shrunk"
     """How a target leaves out what captions say of all but the class. shrunk: as --class-shrinkage says; in
-    place of that, estimated: by how much captions vary within and between classes (one minus the intraclass
-    correlation); projected: only directions in which mean texts of classes differ are kept."""
+    place of that, estimated: the share that variance within classes has of that within and between them (a
+    rule of thumb); projected: only directions in which mean texts of classes differ are kept."""
     positives: Literal["caption", "class", "similar"] = "caption"
     """What an image is not told apart from: texts of equal captions, all texts of its class, or every text in
     so far as it is like its own (soft targets)."""
@@ -84,7 +84,7 @@ class AlignSettings(MethodSettings):
     """With --positives similar: how fast a text counts less the less it is like an image's own (softmax of
     cosine / this); with --similar-labels likewise of classes."""
     similar_labels: float = 0.0
-    """Share of each label that is spread over all classes, more over those whose mean texts are similar (TeS,
+    """Share of each label that goes to other classes, most to those whose mean texts are similar (after TeS,
     arXiv 2304.01489), in place of even label smoothing; goes with any --alignment-weight, also with 0."""
     several_captions: Literal["average", "draw"] = "average"
     """Of several captions a picture: their mean vector is the target, or one of them, drawn anew in each pass
@@ -118,7 +118,7 @@ class AlignSettings(MethodSettings):
         if self.is_baseline:
             return "baseline"
         if self.alignment_weight == 0:
-            return f"labels{self.similar_labels!r}"
+            return f"labels{self.similar_labels!r}-d{self.projection_dim}"
         weight = f"{self.alignment_weight:g}"
         exact = weight if float(weight) == self.alignment_weight else repr(self.alignment_weight)
         return f"w{exact}-d{self.projection_dim}"
