@@ -121,6 +121,8 @@ def test_leads_say_what_is_known_and_what_is_not() -> None:
     assert lead(waiting) == "Not known yet: 0 of 1 trainings have run." and "t" in report.text([waiting])
     assert lead(contents.content([])) == "Nothing is known: no training came to its end."
     assert lead(contents.single()).startswith("Only the plain model was trained")
+    assert words.title([contents.single()]) == "How the plain model did"
+    assert "descriptions" in words.title([contents.single(), contents.grid([2.0])])
     assert "fewer than three seeds cannot tell that from chance" in lead(contents.grid([2.0], seeds=1))
     nothing = lead(contents.grid([0.0]))
     assert nothing.startswith(

@@ -21,6 +21,8 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 def title(contents: Sequence[Content]) -> str:
     """Of a report of one or more sweeps."""
+    if {trial["arm"] for content in contents for trial in content["trials"]} == {"baseline"}:
+        return "How the plain model did"
     subjects = {_lower(_subject(content)[0]) for content in contents}
     of = subjects.pop() if len(subjects) == 1 else "the methods"
     return f"What {f'the {of}' if of == 'descriptions' else of} did for the small model"
@@ -106,7 +108,7 @@ def _without_comparison(content: Content) -> str:
     level = f"{best.metric.title} {_shown(best, best.mean)}{unit} on {content['eval_split']} pictures"
     told = f"{best.backbone}, {best.words}: {level} ({_count(len(best.scores()), 'seed')})"
     if all(each.is_baseline for each in found):
-        return f"Only the plain model was trained, so nothing can be said of a gain. {told}."
+        return f"Only the plain model was trained, so nothing is said of a gain over it. {told}."
     many = sum(1 for each in found if each.scores())
     of = f"The best of {many} settings is {told}" if many > 1 else told
     return f"{of}. No plain model was trained beside it on the same seeds, so nothing can be said of a gain."
