@@ -58,8 +58,8 @@ class DemoConfig:
     runs/demo, of another method runs/demo-NAME."""
     objective: Literal["align", "mae", "mvp", "coop", "cocoop", "clip"] = "align"
     """Training method. align: descriptions, a sweep, a comparison over five seeds; 12 minutes on two cores.
-    mae and mvp: learn from pictures alone, then with labels, beside the same from nothing; coop and cocoop:
-    prompts for the small CLIP that comes along; clip: such a one from nothing."""
+    mae and mvp: learn from pictures alone, then with labels, beside the same from nothing, in some 25
+    minutes; coop and cocoop: prompts for the small CLIP that comes along; clip: such a one from nothing."""
     task: Literal["kinds", "relations"] = "kinds"
     """What the scenes' classes are: kinds that descriptions tell apart, or relations that they do not help
     with."""
