@@ -68,7 +68,7 @@ class DemoConfig:
     val_per_class: int = 20
     """Validation pictures of each class."""
     epochs: int = 0
-    """Epochs of each training, of four passes over the pictures each; 0: the recipe's."""
+    """Epochs of each training; 0: the recipe's, or fewer where that is not a matter of minutes."""
 
     def __post_init__(self) -> None:
         small = [

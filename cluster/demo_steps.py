@@ -13,7 +13,7 @@ from cluster.config import DemoConfig
 
 SWEEP_EPOCHS = "4"  # to see the sweep work; what is compared is trained for as long as the recipe says
 SHOTS = "7"
-PRETRAINING_EPOCHS = {"mae": "10", "mvp": "12"}  # a third or less of the recipes', for minutes
+PRETRAINING_EPOCHS = {"mae": "10", "mvp": "12"}  # less than the recipes', for minutes
 FINE_TUNING_EPOCHS = {"mae": "3", "mvp": "6"}  # half of what docs/methods.md compares
 CLIP = "examples/scenes/clip"
 

@@ -221,21 +221,22 @@ PRESETS: dict[str, _Settings] = {
 }
 
 
-RECIPES = 2
-"""Counts the searches that changed recipes; a run's record has the number."""
+RECIPES = 3
+"""Counts the changes of recipes; a run's record has the number."""
 
-FORMER: dict[str, tuple[int, _Settings]] = {
-    "small-64": (0, {"batch_size": 128, "lr": 1e-3, "epochs": 40, "crop_scale": 0.35}),
-    "small-32": (0, {"batch_size": 128, "lr": 1e-3, "epochs": 40}),
-    "small-32-resnet": (0, {"batch_size": 128, "lr": 1e-3, "epochs": 40}),
+_NO_STEPS: tuple[int, _Settings] = (2, {"min_epoch_steps": 0})
+FORMER: dict[str, tuple[tuple[int, _Settings], ...]] = {
+    "small-64": ((0, {"batch_size": 128, "lr": 1e-3, "epochs": 40, "crop_scale": 0.35}), _NO_STEPS),
+    "small-32": ((0, {"batch_size": 128, "lr": 1e-3, "epochs": 40}), _NO_STEPS),
+    "small-32-resnet": ((0, {"batch_size": 128, "lr": 1e-3, "epochs": 40}), _NO_STEPS),
     "small-64-vit": (
-        1,
-        {"batch_size": 128, "lr": 1e-3, "epochs": 40, "crop_scale": 0.35, "drop_path": 0.05},
+        (1, {"batch_size": 128, "lr": 1e-3, "epochs": 40, "crop_scale": 0.35, "drop_path": 0.05}),
+        _NO_STEPS,
     ),
-    "small-32-convnext": (1, {"batch_size": 128, "epochs": 40, "mixup": 0.0, "cutmix": 0.0}),
+    "small-32-convnext": ((1, {"batch_size": 128, "epochs": 40, "mixup": 0.0, "cutmix": 0.0}), _NO_STEPS),
 }
-"""What recipes said before they were searched, and the last of `RECIPES` that they stood in: a run that was
-begun with them goes on with them."""
+"""What recipes said before, each with the last of `RECIPES` that it stood in: a run that was begun with them
+goes on with them."""
 
 
 def known() -> dict[str, _Settings]:

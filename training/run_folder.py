@@ -206,10 +206,10 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
     recipe = plain | (known().get(config.preset, {}) if recorded.get("preset") == config.preset else {})
     open_ = {n for n in plain if n not in recorded and given[n] in (plain[n], recipe[n])}
     if config.preset in FORMER and recorded.get("preset") == config.preset:
-        last, former = FORMER[config.preset]
-        if _recipes(recorded) <= last:
-            # Begun when the recipe said something else; what it says now was not asked for.
-            open_ |= {n for n in former if recorded.get(n) == former[n] and given[n] == recipe[n]}
+        for last, former in FORMER[config.preset]:
+            if _recipes(recorded) <= last:
+                # Begun when the recipe said something else; what it says now was not asked for.
+                open_ |= {n for n in former if before[n] == former[n] and given[n] == recipe[n]}
     for name in (*config.method.left_open, "init_state"):
         if not given[name]:
             open_.add(name)

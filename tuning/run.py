@@ -19,8 +19,8 @@ from typing import Any
 from pipeline import session, waiting
 from pipeline.errors import NotFiniteError, SettingsError, TrialsFailedError
 from pipeline.store import locations, lock
+from training import preparation, run_folder, tracking
 from training import run as training_run
-from training import run_folder, tracking
 from training.config import EvaluateConfig, TrainConfig
 from training.objectives.registry import metric_named
 from training.run_folder import read_json, write_json
@@ -55,6 +55,9 @@ def tune(config: TuneConfig) -> Content:
     variants = checks.checked(config, sweep)
     checks.check_earlier(config, sweep)
     checks.check_test_split(config, sweep)
+    if read_json(sweep, "sweep.json") is None:
+        for note in preparation.length(config.train):
+            print(f"tune: {note}", file=sys.stderr)
     with lock.held(sweep, "sweep"):
         parent = _parent_run(config, sweep)
         driver = Driver(config, sweep, parent, variants)

@@ -311,16 +311,17 @@ def test_a_run_begun_before_an_epoch_had_its_steps_goes_on_without(tmp_path: Pat
     then = now.but(min_epoch_steps=0)
     record = run_folder.written(then, "contents")
     with pytest.raises(ValueError, match="min_epoch_steps: 0 then, "):
-        run_folder.resumed(now, record)
-    del record["min_epoch_steps"]  # by a release that did not know it
-    assert run_folder.resumed(now, record) == then
+        run_folder.resumed(now, record)  # begun with this release
+    early = {n: v for n, v in record.items() if n != "min_epoch_steps"} | {"recipes": 2}
+    assert run_folder.resumed(now, early) == then
+    assert run_folder.resumed(now, run_folder.written(then, "contents", early)) == then, "and once more"
     with pytest.raises(ValueError, match="min_epoch_steps: 0 then, 7 now"):
-        run_folder.resumed(now.but(min_epoch_steps=7), record)
+        run_folder.resumed(now.but(min_epoch_steps=7), early)
 
 
 def test_a_run_begun_with_a_recipe_that_says_something_else_now_goes_on_with_it(tmp_path: Path) -> None:
     now = parse_train(["--store", str(tmp_path), "--run", str(tmp_path / "run"), "--alignment-weight", "0"])
-    then = now.but(**FORMER["small-64"][1])
+    then = now.but(**FORMER["small-64"][0][1], min_epoch_steps=0)
 
     def early(config: TrainConfig) -> dict[str, Any]:
         content = run_folder.written(config, "contents")
@@ -335,12 +336,12 @@ def test_a_run_begun_with_a_recipe_that_says_something_else_now_goes_on_with_it(
         run_folder.resumed(now, run_folder.written(then, "contents"))
 
 
-@pytest.mark.parametrize("recipe", sorted(FORMER))
-def test_a_run_goes_on_with_each_recipe_that_has_changed(tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "change"), [(name, n) for name in sorted(FORMER) for n in (0, 1)])
+def test_a_run_goes_on_with_each_recipe_that_has_changed(tmp_path: Path, recipe: str, change: int) -> None:
     flags = ["--store", str(tmp_path), "--run", str(tmp_path / "run"), "--alignment-weight", "0"]
     now = parse_train(["--preset", recipe, *flags])
-    last, former = FORMER[recipe]
-    then = now.but(**former)
+    last, former = FORMER[recipe][change]
+    then = now.but(**{"min_epoch_steps": 0} | former)
     record = run_folder.written(then, "contents")
     assert run_folder.resumed(now, record | {"recipes": last}) == then != now
     again = run_folder.written(then, "contents", record | {"recipes": last})

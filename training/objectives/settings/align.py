@@ -139,6 +139,11 @@ class AlignSettings(MethodSettings):
             faults.append(
                 "several_captions=draw: goes with no --store-negatives, which are means of all captions."
             )
+        if self.several_captions == "draw" and self.class_target == "estimated":
+            faults.append(
+                "class_target=estimated: how single captions vary is not known where one of several is "
+                "drawn; pass --class-target shrunk with a --class-shrinkage."
+            )
         if self.balance == "gradients" and self.alignment_weight >= 1:
             faults.append(
                 f"alignment_weight={self.alignment_weight}: must be below 1 with --balance gradients, where "
