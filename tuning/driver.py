@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -51,9 +52,28 @@ class Driver:
             if trial["status"] == "diverged":
                 again = f"delete {self.sweep}/{trial['name']} to have it trained again"
                 print(f"tune: {trial['name']} diverged before, as it would again; {again}", file=sys.stderr)
+        self._send_rest(known)
         self._ahead = self._look()
         if self._ahead is not None:
             run(self)
+
+    def _send_rest(self, known: list[record.Trial]) -> None:
+        """What trials logged that nobody will open again, as they ended at a rung, and a kill kept from
+        MLflow."""
+        uri = self.config.train.track.tracking_uri
+        if uri == tracking.OFF or not locations.is_local(self.sweep):
+            return
+        for trial in known:
+            spool = os.path.join(self.sweep, trial["name"], "tracking")
+            try:
+                if (
+                    trial["epochs"]
+                    and not tracking.is_sent(spool)
+                    and not tracking.send(spool, uri, wait_s=20)
+                ):
+                    return  # nor would it take the others now
+            except SettingsError:  # the address has a password, which is not on record
+                return
 
     def begin(self) -> dict[str, Any] | None:
         """The next piece for `run_trial`; None where there is none now, or (see `is_done`) ever."""

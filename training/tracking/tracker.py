@@ -294,6 +294,15 @@ def send(spool: str, uri: str = "", wait_s: float = 600.0) -> bool:
     return _flush(sender, journal, uri, wait_s)
 
 
+def is_sent(spool: str) -> bool:
+    """Whether nothing of a run's folder is left to send; touches no file."""
+    if not os.path.isfile(os.path.join(spool, "journal.jsonl")):
+        return True
+    journal = Journal(spool)
+    state = journal.state()
+    return min(state.points, state.files) >= journal.size
+
+
 def _flush(sender: Sender, journal: Journal, uri: str, wait_s: float) -> bool:
     done = sender.flush(wait_s)
     sender.stop()
