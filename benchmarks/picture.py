@@ -2,9 +2,8 @@
 
 Run `python benchmarks/picture.py [ROWS.jsonl ...] [--to docs/evidence.png]`. The tables are those that
 `benchmarks/evidence.py` (runs/evidence/rows.jsonl) and `benchmarks/ablation.py` write; by default the figures
-of docs/evidence.md, as they stand there. A point is a seed: the
-arm minus the baseline of the same seed; the bar is Student's 95 % interval of their mean. Of two seeds
-nothing is coloured.
+of docs/evidence.md, as they stand there. A point is a seed: the arm minus the baseline of the same seed; the
+bar is Student's 95 % interval of their mean. Of two seeds nothing is coloured.
 """
 
 from __future__ import annotations

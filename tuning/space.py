@@ -140,7 +140,7 @@ def _check(config: TuneConfig, given: list[Axis]) -> None:
     named = " and ".join(axis.name for axis in given if axis.name in config.train.method.baseline)
     found = [{*_baselines(config, cell, given)} for cell in config.grid.cells()]
     # What is neither baseline nor method throughout would be trained twice.
-    if named and (any(len(each) > 1 for each in found) or found == [{True}] * len(found)):
+    if named and found and (any(len(each) > 1 for each in found) or all(each == {True} for each in found)):
         message = f"axis={named}: a value of it is the baseline, which is there in any case."
         raise SettingsError(message)
 

@@ -22,6 +22,7 @@ from training.config import TrainConfig
 from training.engine import checkpoint, loop
 from training.objectives.settings.align import AlignGrid
 from training.settings import flat
+from training.tracking.journal import Journal, State
 from tuning import checks, record, space
 from tuning import config as tuning_config
 from tuning.__main__ import main, parse_tune
@@ -101,6 +102,39 @@ def content_of(sweep: Path) -> dict[str, Any]:
     return record.read(str(sweep))
 
 
+def unknown_then(sweep: Path, *names: str) -> None:
+    """Makes trials' records those of a release that did not know some settings."""
+    for file in sweep.glob("*/config.json"):
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({n: v for n, v in content.items() if n not in names}))
+
+
+def test_a_sweep_that_goes_on_sends_what_a_kill_kept_from_mlflow(
+    store: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each trial, until the server takes nothing; what has arrived is left alone."""
+    sweep = tmp_path / "sweep"
+    again = [*command(store, sweep, "0", "1", "2"), "--no-export"]
+    begun(again, weights, sweep, s0=51.0, s1=52.0, s2=53.0)
+    assert main(again) == 0
+    spools = [sweep / f"test_resnet-baseline-s{seed}" / "tracking" for seed in range(3)]
+    for spool in spools[1:]:
+        Journal(str(spool)).append({"kind": "points", "t": 0, "step": 1, "values": {"top1": 1.0}})
+    arrived = Journal(str(spools[1]))
+    arrived.save(State(run_id="r", points=arrived.size, files=arrived.size))
+    asked: list[str] = []
+    monkeypatch.setattr("training.tracking.send", lambda spool, uri, wait_s: asked.append(spool) or False)
+    config = parse_tune([*again[1:], "--tracking-uri", "http://127.0.0.1:9"])
+    driver = Driver(config, str(sweep), "", {})
+    known = record.read(str(sweep))["trials"]
+    driver._send_rest(known)
+    assert asked == [str(spools[2])]
+    Journal(str(spools[0])).append({"kind": "points", "t": 0, "step": 1, "values": {"top1": 1.0}})
+    asked.clear()
+    driver._send_rest(known)
+    assert len(asked) == 1, "a server that takes nothing is asked once"
+
+
 def test_a_better_trial_of_a_grown_grid_is_exported_anew_and_finished_trials_stay(
     store: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,9 +212,7 @@ def test_a_sweep_of_an_earlier_recipe_asks_for_what_that_said(
     again = [*command(store, sweep, "0"), "--no-export"]
     begun(again, weights, sweep, s0=51.0)
     assert main(again) == 0
-    for file in sweep.glob("*/config.json"):
-        content = json.loads(file.read_text())
-        file.write_text(json.dumps({n: v for n, v in content.items() if n != "min_epoch_steps"}))
+    unknown_then(sweep, "min_epoch_steps")
     steps = ["--min-epoch-steps", "100"]
     with patch.dict(presets.PRESETS["smoke"], {"min_epoch_steps": 100}):
         assert main(again) == 2
@@ -198,10 +230,7 @@ def test_a_sweep_goes_on_over_settings_that_its_release_did_not_know(
     again = [*command(store, sweep, "0"), "--no-export"]
     begun(again, weights, sweep, s0=51.0)
     assert main(again) == 0
-    for file in sweep.glob("*/config.json"):
-        unknown = ("class_target", "ema_warmup", "similar_labels")
-        content = json.loads(file.read_text())
-        file.write_text(json.dumps({n: v for n, v in content.items() if n not in unknown}))
+    unknown_then(sweep, "class_target", "ema_warmup", "similar_labels")
     assert main(again) == 0, "no average, no warm-up of it"
     config = parse_tune([*again[1:], "--axis", "similar_labels=0.1,0.2"])
     checks.check_earlier(config, str(sweep))
