@@ -223,7 +223,8 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
         if before.get(name) != value
     ]
     few = then.data.shots or then.data.class_half != "all"
-    if "min_epoch_steps" not in recorded and few and before.get("class_shrinkage"):
+    drawn = before.get("class_shrinkage") and not then.method.is_baseline
+    if "min_epoch_steps" not in recorded and few and drawn:
         message = (
             f"run={config.run}: was begun when means of classes were those of the whole split, also of "
             "pictures that --shots and --class-half leave out; they are not any more. Go on with the release "

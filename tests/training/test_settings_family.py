@@ -360,8 +360,8 @@ def test_a_run_whose_class_means_were_of_more_pictures_does_not_go_on(
     del record["min_epoch_steps"]  # by the release that did so
     with pytest.raises(ValueError, match="means of classes were those of the whole split"):
         run_folder.resumed(now, record)
-    plain = now.but(class_shrinkage=0.0)
-    assert run_folder.resumed(plain, record | {"class_shrinkage": 0.0}) == plain
+    for other in ({"class_shrinkage": 0.0}, {"alignment_weight": 0.0}):  # which look at no class's texts
+        assert run_folder.resumed(now.but(**other), record | other) == now.but(**other)
 
 
 def test_an_early_run_finds_its_embeddings_in_what_it_told_mlflow(
