@@ -15,6 +15,7 @@ from training.config import TrainConfig
 from training.data import few_shot
 from training.data.few_shot import classes_of, drawn, rows_of
 from training.data.order import Rows
+from training.evaluation import zeroshot
 from training.models import linear_probe
 
 
@@ -25,6 +26,14 @@ def config_of(store: Path, **changes: Any) -> TrainConfig:
 def test_the_first_half_of_the_classes_rounded_up_is_base() -> None:
     assert list(classes_of("base", 5)) == [0, 1, 2] and list(classes_of("new", 5)) == [3, 4]
     assert list(classes_of("all", 3)) == [0, 1, 2] and not classes_of("new", 1)
+
+
+def test_zero_shot_counts_the_classes_of_the_run_s_half_as_seen(
+    tmp_path: Path, make_store: Callable[..., Path]
+) -> None:
+    store = Store(str(make_store(tmp_path / "store", classes=5, train=60)))
+    for half, seen in (("all", [1, 1, 1, 1, 1]), ("base", [1, 1, 1, 0, 0]), ("new", [0, 0, 0, 1, 1])):
+        assert zeroshot.seen_classes(store, "train", half).tolist() == seen
 
 
 def test_a_draw_depends_on_the_seed_and_the_pictures_alone(

@@ -321,7 +321,8 @@ def test_a_run_begun_before_an_epoch_had_its_steps_goes_on_without(tmp_path: Pat
 
 def test_a_run_begun_with_a_recipe_that_says_something_else_now_goes_on_with_it(tmp_path: Path) -> None:
     now = parse_train(["--store", str(tmp_path), "--run", str(tmp_path / "run"), "--alignment-weight", "0"])
-    then = now.but(**FORMER["small-64"][0][1], min_epoch_steps=0)
+    then = now.but(**FORMER["small-64"][0][1], min_epoch_steps=0).but(**FORMER["small-64"][2][1])
+    now, then = now.but(alignment_weight=0.0), then.but(alignment_weight=0.0)
 
     def early(config: TrainConfig) -> dict[str, Any]:
         content = run_folder.written(config, "contents")
@@ -336,12 +337,17 @@ def test_a_run_begun_with_a_recipe_that_says_something_else_now_goes_on_with_it(
         run_folder.resumed(now, run_folder.written(then, "contents"))
 
 
-@pytest.mark.parametrize(("recipe", "change"), [(name, n) for name in sorted(FORMER) for n in (0, 1)])
+@pytest.mark.parametrize(
+    ("recipe", "change"), [(name, n) for name in sorted(FORMER) for n in range(len(FORMER[name]))]
+)
 def test_a_run_goes_on_with_each_recipe_that_has_changed(tmp_path: Path, recipe: str, change: int) -> None:
-    flags = ["--store", str(tmp_path), "--run", str(tmp_path / "run"), "--alignment-weight", "0"]
+    flags = ["--store", str(tmp_path), "--run", str(tmp_path / "run")]
     now = parse_train(["--preset", recipe, *flags])
     last, former = FORMER[recipe][change]
-    then = now.but(**{"min_epoch_steps": 0} | former)
+    then = now
+    for until, said in reversed(FORMER[recipe]):  # what was said last before the change, too
+        if until >= last:
+            then = then.but(**said)
     record = run_folder.written(then, "contents")
     assert run_folder.resumed(now, record | {"recipes": last}) == then != now
     again = run_folder.written(then, "contents", record | {"recipes": last})

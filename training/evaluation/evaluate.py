@@ -122,7 +122,7 @@ def evaluate(settings: EvaluateConfig) -> Judgement:
         templates = settings.class_prompts or PROMPTS
         prompts = zeroshot.prompt_vectors(store, space, asked.names, templates)
         assert outputs.projected is not None
-        seen = zeroshot.seen_classes(store, config.data.train_split)
+        seen = zeroshot.seen_classes(store, config.data.train_split, trained.data.class_half)
         scores = zeroshot.judge(outputs.projected, outputs.labels, prompts, asked, seen)
         summary["zero_shot"] = {"prompts": list(templates), "classes_file": settings.classes_file, **scores}
     judgement = replace(judgement, summary=summary, pictures=judge.pictures(split))

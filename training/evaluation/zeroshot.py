@@ -20,6 +20,7 @@ from pipeline.encoders.models import ModelRef, resolve
 from pipeline.encoders.text import TextEncoder
 from pipeline.errors import MissingError, SettingsError
 from pipeline.store import Store
+from training.data.few_shot import classes_of
 from training.data.order import Rows
 from training.evaluation import measures
 
@@ -72,12 +73,13 @@ def candidates(classes: list[str], file: str = "") -> Candidates:
     return Candidates(names=[class_name(parts[-1].strip()) for parts in lines], of_class=of_class)
 
 
-def seen_classes(store: Store, split: str) -> Array:
-    """[C] whether a class has usable images in a split."""
+def seen_classes(store: Store, split: str, half: str = "all") -> Array:
+    """[C] whether a class has usable images in a split, and is of the half that was trained on."""
+    trained = classes_of(half, len(store.dataset.classes))
     seen = np.zeros(len(store.dataset.classes), bool)
     for shard, rows in Rows(store, split).rows.items():
         labels = store.read_shard("images", "", shard, ["label"])["label"].to_numpy()
-        seen[np.unique(labels[rows])] = True
+        seen[np.intersect1d(labels[rows], trained)] = True
     return seen
 
 

@@ -515,13 +515,11 @@ class Align(Objective):
         if config.method.is_baseline:
             return Description(how="cross entropy", settings={"alignment_weight": 0.0})
         weight, spread = config.method.alignment_weight, config.method.similar_labels
-        parts = [
-            f"{weight:g} times an alignment to image descriptions" if weight else "",
-            f"a share of {spread:g} of each label spread over classes of similar descriptions"
-            if spread
-            else "",
-        ]
-        how = "cross entropy plus " + ", ".join(filter(None, parts))
+        how = "cross entropy"
+        if spread:
+            how += f" (a share of {spread:g} of each label spread over classes of similar descriptions)"
+        if weight:
+            how += f" plus {weight:g} times an alignment to image descriptions"
         settings = flat(config.method)
         if not weight:  # the others are of an alignment
             names = ("alignment_weight", "similar_labels", "similarity_temperature", "embeddings")

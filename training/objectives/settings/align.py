@@ -147,7 +147,7 @@ class AlignSettings(MethodSettings):
         if self.balance == "gradients" and self.alignment_weight >= 1:
             faults.append(
                 f"alignment_weight={self.alignment_weight}: must be below 1 with --balance gradients, where "
-                "it is the alignment's share."
+                "it is the alignment's share; --balance none takes any weight."
             )
         for name, value in (("temperature", 0.2), ("similarity_temperature", 0.1)):
             if getattr(self, name) <= 0:
@@ -179,7 +179,12 @@ class AlignSettings(MethodSettings):
         if is_mean and self.positives == "caption" and self.alignment != "cosine":
             faults.append(
                 "class_shrinkage=1: all texts of a class are one then, and an image would be told apart from "
-                "its own; add --positives class."
+                "its own; add --positives class, or --class-shrinkage 0 for each picture's own caption."
+            )
+        if is_mean and self.several_captions == "draw":
+            faults.append(
+                "several_captions=draw: with --class-shrinkage 1 all captions of a class are one mean, "
+                "whichever is drawn; pass a --class-shrinkage below 1, such as 0.5."
             )
         if self.text_projection == "learned" and self.alignment == "cosine":
             faults.append(
