@@ -245,7 +245,11 @@ _OWN_CAPTION: tuple[int, _Settings] = (
     },
 )
 FORMER: dict[str, tuple[tuple[int, _Settings], ...]] = {
-    "small-64": ((0, {"batch_size": 128, "lr": 1e-3, "epochs": 40, "crop_scale": 0.35}), _NO_STEPS, _OWN_CAPTION),
+    "small-64": (
+        (0, {"batch_size": 128, "lr": 1e-3, "epochs": 40, "crop_scale": 0.35}),
+        _NO_STEPS,
+        _OWN_CAPTION,
+    ),
     "small-32": ((0, {"batch_size": 128, "lr": 1e-3, "epochs": 40}), _NO_STEPS, _OWN_CAPTION),
     "small-32-resnet": ((0, {"batch_size": 128, "lr": 1e-3, "epochs": 40}), _NO_STEPS, _OWN_CAPTION),
     "small-64-vit": (
