@@ -42,6 +42,7 @@ SHOTS = 7
 PLAIN: Settings = {"alignment_weight": 0.0, "balance": "none"}
 _FINE: Settings = {
     "preset": "scenes",
+    "head": "mlp",  # the recipe's one linear map was chosen for a ResNet
     "batch_size": 16,
     "clip_grad": 1.0,
     "loader_workers": 1,

@@ -82,6 +82,8 @@ def _pretraining(config: DemoConfig, root: str, common: Sequence[str]) -> list[S
         "--preset",
         "scenes",
         *backbone,
+        "--head",  # the recipe's one linear map was chosen for a ResNet
+        "mlp",
         "--lr",
         "1e-3",
         "--clip-grad",
