@@ -47,7 +47,7 @@ _FINE_TUNING: _Settings = {
 }
 
 # What has paid where anything has (docs/evidence.md): the mean text of a class, its gradient as long as that
-# of classification. A picture's own caption has cost small networks points on every set but wrong labels.
+# of classification. A picture's own caption is far below it there, but where labels are wrong.
 _TEXTS: _Settings = {
     "alignment_weight": 0.5,
     "balance": "gradients",

@@ -209,7 +209,9 @@ def resumed(config: TrainConfig, recorded: Recorded) -> TrainConfig:
         for last, former in FORMER[config.preset]:
             if _recipes(recorded) <= last:
                 # Begun when the recipe said something else; what it says now was not asked for.
-                open_ |= {n for n in former if before[n] == former[n] and given[n] == recipe[n]}
+                # A recipe's settings of one method are no other's.
+                mine = former.keys() & before.keys() & recipe.keys()
+                open_ |= {n for n in mine if before[n] == former[n] and given[n] == recipe[n]}
     for name in (*config.method.left_open, "init_state"):
         if not given[name]:
             open_.add(name)

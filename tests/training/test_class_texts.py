@@ -127,6 +127,24 @@ def test_estimated_and_projected_targets_are_what_they_say(tmp_path: Path, make_
     assert told == "classes differ in 2 of the texts' 8 directions"
 
 
+def test_it_is_told_what_changes_nothing(tmp_path: Path, make_store: MakeStore) -> None:
+    folder = make_store(tmp_path / "s", dim=8, train=24)
+    store = Store(str(folder))
+    mean = settings(folder, class_shrinkage=1.0, positives="class", class_target="shrunk")
+    facts = OBJECTIVE.check(mean, store)
+    assert OBJECTIVE.notes(mean, store, facts) == ()
+    (drawn,) = OBJECTIVE.notes(mean.but(several_captions="draw"), store, facts)
+    assert "--several-captions draw changes nothing" in drawn
+    (frozen,) = OBJECTIVE.notes(mean.but(freeze_backbone=True), store, facts)
+    assert "the backbone is frozen" in frozen
+    assert OBJECTIVE.notes(mean.but(several_captions="draw", class_shrinkage=0.5), store, facts) == ()
+    told = OBJECTIVE.describe(mean.but(balance="gradients", alignment_weight=0.25), store).how
+    assert told == (
+        "0.75 times cross entropy plus 0.25 times an alignment to the mean description of each class, "
+        "gradients balanced"
+    )
+
+
 def test_what_is_refused_by_hand_is_refused_when_it_is_found(tmp_path: Path, make_store: MakeStore) -> None:
     folder = make_store(tmp_path / "s", dim=8, train=40)
     with patch.object(class_texts, "shrinkage", lambda described: 0.9995):

@@ -158,6 +158,21 @@ def test_balanced_gradients_are_equally_long_at_the_feature(form: str, compiled:
     )
 
 
+def test_gradients_are_balanced_before_a_frozen_backbone() -> None:
+    """Which no gradient reaches: the heads learn."""
+    task = task_of(balance="gradients", alignment_weight=0.25)
+    own = {id(each) for each in task.backbone.get_classifier().parameters()}
+    for each in task.backbone.parameters():
+        each.requires_grad_(id(each) in own)
+    targets = torch.nn.functional.normalize(torch.randn(8, 16), dim=1)
+    inputs = align.Inputs(torch.randn(8, 3, 32, 32), torch.arange(8), goal(8, True, targets), weight=0.25)
+    losses = task(inputs)
+    losses["loss"].backward()
+    assert task.head is not None and losses["balance"] > 0
+    learned = [*task.head.parameters(), *task.backbone.get_classifier().parameters()]
+    assert all(each.grad is not None and each.grad.any() for each in learned)
+
+
 def test_a_batch_without_texts_is_balanced_by_nothing() -> None:
     task = task_of(balance="gradients", alignment_weight=0.25)
     groups = torch.full((8,), -1)

@@ -356,6 +356,18 @@ def test_a_run_goes_on_with_each_recipe_that_has_changed(tmp_path: Path, recipe:
         run_folder.resumed(now, record | {"recipes": last + 1})
 
 
+@pytest.mark.parametrize("objective", ["mae", "clip", "tests.toy_objective"])
+def test_a_run_of_another_method_goes_on_after_recipes_have_changed_settings_of_align(
+    tmp_path: Path, objective: str
+) -> None:
+    flags = ["--store", str(tmp_path), "--run", str(tmp_path / "run"), "--objective", objective]
+    now = parse_train([*flags, "--preset", "small-64"])
+    record = run_folder.written(now, "contents")
+    assert run_folder.resumed(now, record | {"recipes": 3}) == now
+    with pytest.raises(ValueError, match="lr: "):
+        run_folder.resumed(now.but(lr=0.3), record | {"recipes": 3})
+
+
 @pytest.mark.parametrize("few", [{"shots": 3}, {"class_half": "base"}])
 def test_a_run_whose_class_means_were_of_more_pictures_does_not_go_on(
     tmp_path: Path, few: dict[str, Any]

@@ -217,6 +217,8 @@ class AlignTask(nn.Module):
         }
         if self.head is None:
             return losses
+        if balanced and not features.requires_grad:  # of a frozen backbone
+            features = features.detach().requires_grad_()
         z = self.head(features)
         if gradient is not None:
             linear = (z * gradient.features).sum()
@@ -477,11 +479,18 @@ class Align(Objective):
         if targets is None:
             return ()
         found: tuple[str, ...] = ()
+        if config.method.aims_at_class_means and config.method.several_captions == "draw":
+            found += (
+                "--several-captions draw changes nothing where the mean text of a class is the target; "
+                "pass a --class-shrinkage below 1, such as 0.5",
+            )
+        if config.model.freeze_backbone:
+            found += ("the backbone is frozen: texts reach the projection head alone, which is not exported",)
         if config.method.class_target == "estimated":
-            found = (f"targets are drawn by {targets.shrinkage:.2f} towards the mean of their class",)
+            found += (f"targets are drawn by {targets.shrinkage:.2f} towards the mean of their class",)
         elif targets.between is not None:
             width = len(targets.between)
-            found = (f"classes differ in {targets.directions} of the texts' {width} directions",)
+            found += (f"classes differ in {targets.directions} of the texts' {width} directions",)
             if targets.directions == width:
                 found += ("--class-target projected leaves nothing out here",)
         embeddings, split = targets.embeddings, config.data.train_split
@@ -518,9 +527,18 @@ class Align(Objective):
         how = "cross entropy"
         if spread:
             how += f" (a share of {spread:g} of each label spread over classes of similar descriptions)"
-        if weight:
-            how += f" plus {weight:g} times an alignment to image descriptions"
+        to = (
+            "the mean description of each class"
+            if config.method.aims_at_class_means
+            else "image descriptions"
+        )
+        if weight and config.method.balance == "gradients":
+            how = f"{1 - weight:g} times {how} plus {weight:g} times an alignment to {to}, gradients balanced"
+        elif weight:
+            how += f" plus {weight:g} times an alignment to {to}"
         settings = flat(config.method)
+        if config.method.class_target != "shrunk":
+            del settings["class_shrinkage"]  # plays no part
         if not weight:  # the others are of an alignment
             names = ("alignment_weight", "similar_labels", "similarity_temperature", "embeddings")
             settings = {name: settings[name] for name in names}

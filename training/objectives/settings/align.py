@@ -12,7 +12,7 @@ from training.settings import Grid, MethodSettings, below, no_share
 class AlignGrid(Grid):
     """Weight x dimension; the baseline has no dimension."""
 
-    alignment_weights: tuple[float, ...] = (0.0, 0.1, 0.3, 0.9)
+    alignment_weights: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5)
     """Weights to try; 0 is the baseline and is trained once for each backbone and seed, whatever the
     dimensions."""
     projection_dims: tuple[int, ...] = (128, 0)
@@ -47,7 +47,8 @@ class AlignSettings(MethodSettings):
     baseline: ClassVar = {"alignment_weight": 0.0, "projection_dim": 0, "similar_labels": 0.0}
 
     alignment_weight: float = 0.3
-    """lambda of L = L_CE + lambda L_align; 0 is the plain baseline."""
+    """lambda of L = L_CE + lambda L_align, or below 1 of (1 - lambda) L_CE + lambda w L_align with --balance
+    gradients; 0 is the plain baseline."""
     balance: Literal["none", "gradients"] = "none"
     """gradients: L = (1 - lambda) L_CE + lambda w L_align, where w makes both gradients equally long at the
     feature before the classifier, anew in each step; lambda then means the same for every backbone and data
@@ -72,7 +73,7 @@ class AlignSettings(MethodSettings):
     all."""
     class_shrinkage: float = 0.0
     """Draw a picture's target towards the mean text of its class, 0 (its own caption alone) to 1 (the mean
-    alone): averages away what captions say of all but the class."""
+    alone, with --positives class or similar): averages away what captions say of all but the class."""
     class_target: Literal["shrunk", "estimated", "projected"] = "shrunk"
     """How a target leaves out what captions say of all but the class. shrunk: as --class-shrinkage says; in
     place of that, estimated: the share that variance within classes has of that within and between them (a
@@ -107,6 +108,11 @@ class AlignSettings(MethodSettings):
     def is_baseline(self) -> bool:
         """Without texts: classification alone."""
         return self.alignment_weight == 0 and self.similar_labels == 0
+
+    @property
+    def aims_at_class_means(self) -> bool:
+        """Whether the target of a picture is the mean text of its class alone."""
+        return self.class_shrinkage == 1 and self.class_target == "shrunk"
 
     def told(self) -> dict[str, str]:
         """Weight and dimension; dimension 0 is the embedding's own, D."""
@@ -175,16 +181,10 @@ class AlignSettings(MethodSettings):
             faults.append(
                 "alignment=cosine: has neither negatives nor a temperature; leave the flags for them out."
             )
-        is_mean = self.class_shrinkage == 1 and self.class_target == "shrunk"
-        if is_mean and self.positives == "caption" and self.alignment != "cosine":
+        if self.aims_at_class_means and self.positives == "caption" and self.alignment != "cosine":
             faults.append(
                 "class_shrinkage=1: all texts of a class are one then, and an image would be told apart from "
                 "its own; add --positives class, or --class-shrinkage 0 for each picture's own caption."
-            )
-        if is_mean and self.several_captions == "draw":
-            faults.append(
-                "several_captions=draw: with --class-shrinkage 1 all captions of a class are one mean, "
-                "whichever is drawn; pass a --class-shrinkage below 1, such as 0.5."
             )
         if self.text_projection == "learned" and self.alignment == "cosine":
             faults.append(
