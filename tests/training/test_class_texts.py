@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -135,11 +136,17 @@ def test_it_is_told_what_changes_nothing(tmp_path: Path, make_store: MakeStore) 
     assert OBJECTIVE.notes(mean, store, facts) == ()
     (drawn,) = OBJECTIVE.notes(mean.but(several_captions="draw"), store, facts)
     assert "--several-captions draw changes nothing" in drawn
+    assert facts.targets is not None and facts.targets.class_means is not None
+    one = facts.targets.class_means.copy()
+    one[:] = one[0]
+    alike = replace(facts, targets=replace(facts.targets, class_means=one))
+    (told,) = OBJECTIVE.notes(mean, store, alike)
+    assert "texts of all classes are the same" in told
     (frozen,) = OBJECTIVE.notes(mean.but(freeze_backbone=True), store, facts)
     assert "the backbone is frozen" in frozen
     assert OBJECTIVE.notes(mean.but(several_captions="draw", class_shrinkage=0.5), store, facts) == ()
-    told = OBJECTIVE.describe(mean.but(balance="gradients", alignment_weight=0.25), store).how
-    assert told == (
+    how = OBJECTIVE.describe(mean.but(balance="gradients", alignment_weight=0.25), store).how
+    assert how == (
         "0.75 times cross entropy plus 0.25 times an alignment to the mean description of each class, "
         "gradients balanced"
     )

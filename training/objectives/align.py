@@ -484,6 +484,10 @@ class Align(Objective):
                 "--several-captions draw changes nothing where the mean text of a class is the target; "
                 "pass a --class-shrinkage below 1, such as 0.5",
             )
+        if config.method.aims_at_class_means and targets.tells_no_classes_apart:
+            found += (
+                "the texts of all classes are the same and teach nothing; gpt4image inspect shows captions",
+            )
         if config.model.freeze_backbone:
             found += ("the backbone is frozen: texts reach the projection head alone, which is not exported",)
         if config.method.class_target == "estimated":

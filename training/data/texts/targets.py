@@ -63,6 +63,14 @@ class Targets:
         """Whether targets or positives depend on the class."""
         return self.by_class or self.class_means is not None
 
+    @property
+    def tells_no_classes_apart(self) -> bool:
+        """Whether the mean texts of all described classes are one."""
+        if self.class_means is None:
+            return False
+        described = self.class_means[np.abs(self.class_means).sum(1) > 0]
+        return not len(described) or bool(np.ptp(described, axis=0).max() < 1e-4)
+
     def project(self, embeddings: Array, classes: Array | None = None) -> Array:
         """[n, D] unit-length text embeddings to [n, dim] unit-length text targets in float32.
 
