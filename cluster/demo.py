@@ -38,10 +38,10 @@ def run(config: DemoConfig) -> int:
             code = cli.main(arguments) if arguments else _render(config, root)
             seconds[name] = round(time.monotonic() - start, 1)
             if code:
-                print(
-                    f"demo: step {name!r} ended with exit code {code}; the same command goes on from here",
-                    file=sys.stderr,
-                )
+                on = "the same command goes on from here"
+                if code == 2:  # it has no flags for what recipes said then
+                    on += "; where an earlier release began the folder, pass another --to"
+                print(f"demo: step {name!r} ended with exit code {code}; {on}", file=sys.stderr)
                 return code
     facts = {
         "seconds": seconds,

@@ -42,4 +42,5 @@ def test_a_step_that_fails_ends_the_demo_with_its_code(
     assert main(["demo", "--to", str(tmp_path / "demo")]) == 2
     told = capsys.readouterr().err
     assert "step 'look at nothing' ended with exit code 2; the same command goes on" in told
+    assert "an earlier release began the folder, pass another --to" in told
     assert "never" not in told
