@@ -308,6 +308,36 @@ def test_what_only_saves_time_or_memory_changes_nothing_else(
     assert apart < tolerance * way
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("float32", True), ("bfloat16", False)])
+def test_attention_on_cpus_is_fused_in_float32_alone(
+    tmp_path: Path,
+    make_store: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    fused: bool,
+) -> None:
+    """The fused one's backward pass is slow in bfloat16 there."""
+    calls = []
+    of_torch = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        return of_torch(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    config = TrainConfig.of(
+        store=str(make_store(tmp_path / "s", train=16)),
+        backbone="test_vit",
+        image_size=32,
+        epochs=1,
+        batch_size=16,
+        projection_dim=4,
+        precision=precision,
+    )
+    run_alone(config, tmp_path / "run")
+    assert bool(calls) == fused
+
+
 @pytest.mark.parametrize(
     "changed",
     [
