@@ -49,6 +49,8 @@ PANELS = {
         ("cifar10", "resnet18", "class means, balanced", "CIFAR-10, 500 a class: ResNet-18"),
         ("cifar10-50", "resnet18", "class means, balanced", "CIFAR-10, 50 a class: ResNet-18"),
         ("caltech101", "resnet18", "class means, balanced", "Caltech-101, 30 a class: ResNet-18"),
+        ("caltech101", "resnet18", "permuted, balanced", "the same, control: another class's text"),
+        ("caltech101", "convnext_atto", "class means, balanced", "Caltech-101, 30 a class: ConvNeXt"),
     ],
 }
 PUBLISHED = ROOT / "benchmarks" / "results" / "evidence_rows.jsonl"
