@@ -40,6 +40,8 @@ PANELS = {
         ("three-captions", "test_resnet", "own, mean of three", "mean of a picture's own three"),
         ("wrong-50", "test_resnet", "half way", "half of the labels wrong: half way"),
         ("wrong-50", "test_resnet", "own", "half of the labels wrong: own caption"),
+        ("tail", "test_resnet", "class means", "twenty pictures a class down to two"),
+        ("tail", "test_resnet", "own", "the same: own caption"),
         ("relations", "test_resnet", "class means", "classes that no caption tells of"),
     ],
     "photographs, sentences of the class: mean text of the class": [
